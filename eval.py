@@ -1,0 +1,215 @@
+"""Score a run: decode a split, compute its metrics, compare its stages, translate new text.
+
+    python eval.py runs/wmt                     the table that train.py printed
+    python eval.py runs/wmt --input text.de     translate a file, one line in, one line out
+"""
+
+import argparse
+import json
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
+from tokenizers import Tokenizer
+
+from data import SEP, TASKS, Encoded, Example, UserError, encode, in_order, load, shorten, special_ids
+from model import EncoderDecoder, ModelConfig
+from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, target_tokens
+
+STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # file name -> row of the table
+FORMAT = "warmup checkpoint 1"
+
+
+# ----------------------------------------------------------------------------- reading a run folder
+
+
+def load_checkpoint(path: Path, what: str = "stage") -> dict:
+    """A file that train.py saved; `what` it must hold. UserError if missing, broken, or another program's."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: that stage has not been trained here") from None
+    except Exception as error:  # torch raises a zoo of types for broken and for unsafe files
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): train that stage again") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or checkpoint.get("what") != what:
+        raise UserError(f"{path} is not a {what} checkpoint of this program ({FORMAT!r})")
+    return checkpoint
+
+
+def load_config(folder: Path) -> SimpleNamespace:
+    """The settings of a run, from its config.json."""
+    path = folder / "config.json"
+    try:
+        return SimpleNamespace(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {folder} is not a run folder") from None
+    except (ValueError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not the JSON object that train.py wrote: {error}") from None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def load_model(path: Path, device) -> tuple[EncoderDecoder, dict]:
+    """The model of a stage file, in eval mode, and the rest of what the file holds."""
+    checkpoint = load_checkpoint(path)
+    model = EncoderDecoder(ModelConfig(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint.pop("model"))
+    return model.to(device).eval(), checkpoint
+
+
+def warmup_spec(config, tokenizer: Tokenizer) -> WarmupSpec:
+    length = config.warmup_len
+    return WarmupSpec(tokenizer.token_to_id(SEP), special_ids(tokenizer), length,
+                      config.warmup_min_len or length, config.temperature)  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's mps, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    mps = torch.backends.mps.is_available()
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+
+
+@contextmanager
+def precision(config, device: torch.device):
+    """Matrix products in bfloat16 where the run says so (auto: on CUDA); weights stay float32."""
+    low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+        yield
+
+
+# ----------------------------------------------------------------------------- scoring
+
+
+@torch.no_grad()
+def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str, float]:
+    """Held-out numbers, no dropout. nll: nats per target token (</s> included).
+
+    spec None: -log P(y|x). Otherwise -log of the mean of P(y|x,c) over --eval-samples sampled warmups, an
+    upper bound on -log P(y|x) in expectation, and warmup.evaluate_warmups' numbers per example.
+    """
+    model.eval()
+    device, sums, tokens = next(model.parameters()).device, {}, 0
+    for _, batch in in_order(data, config.batch_tokens // (config.eval_samples if spec else 1)):
+        batch = batch.to(device)
+        with precision(config, device):
+            if spec is None:
+                new = {"nll": -direct_logprobs(model, model.encode(batch.source), batch).sum()}
+            else:
+                new = evaluate_warmups(model, batch, spec, config.eval_samples)
+        tokens += target_tokens(model, batch)
+        sums = {name: sums.get(name, 0) + value for name, value in new.items()}
+    if spec is not None:
+        sums["nll"] = sums.pop("marginal_nll") * len(data.source) / tokens
+        return {name: (value / len(data.source)).item() for name, value in sums.items()}
+    return {"nll": (sums["nll"] / tokens).item()}
+
+
+def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None, beams: int):
+    """Hypotheses, and warmups (None without), as text in the order of the data. Greedy c, beam y."""
+    device = next(model.parameters()).device
+    hypotheses, warmups = [""] * len(data.source), [None] * len(data.source)
+    for index, batch in in_order(data, config.batch_tokens):
+        length = min(config.max_tokens, 2 * batch.source.size(1) + 10)  # no translation is that much longer
+        with precision(config, device):
+            c, y = generate(model, batch.to(device), spec, length, beams=beams, length_penalty=config.length_penalty)
+        texts = tokenizer.decode_batch(y.tolist(), skip_special_tokens=True)
+        latent = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False) if spec else [None] * len(index)
+        for i, text, warmup in zip(index, texts, latent):
+            hypotheses[i], warmups[i] = text.strip(), warmup
+    return hypotheses, warmups
+
+
+def translation_metrics(target_lang: str) -> dict:
+    """sacreBLEU's BLEU, with its tokenizer for languages without spaces, and chrF++ (word order 2)."""
+    tokenize = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}.get(target_lang, "13a")
+    return {"BLEU": BLEU(tokenize=tokenize), "chrF++": CHRF(word_order=2)}
+
+
+METRICS = {"translation": lambda config: translation_metrics(config.pair.split("-")[1])}
+
+
+@dataclass
+class Row:
+    """One line of the table, and what it was computed from."""
+
+    stage: str
+    name: str
+    metrics: dict[str, float]
+    nll: float
+    updates: int  # all optimizer updates behind this row, SFT stage included
+    seconds: float  # of training, validation excluded, SFT stage included
+    hypotheses: list[str]
+    warmups: list[str | None]
+
+    def to_json(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("hypotheses", "warmups", "stage")}
+
+
+def score_stage(folder: Path, stage: str, config, tokenizer, examples: list[Example], beams: int, device) -> Row:
+    """Decode and score one stage's best checkpoint on some examples."""
+    torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
+    model, checkpoint = load_model(folder / f"{stage}.pt", device)
+    data, _ = shorten(encode(tokenizer, examples), config.max_tokens, drop=False)
+    spec = warmup_spec(config, tokenizer) if stage == "policy" else None
+    hypotheses, warmups = decode_split(model, tokenizer, data, config, spec, beams)
+    references = [[example.target for example in examples]]
+    metrics = METRICS[TASKS[config.task].metrics](config)
+    scores = {name: round(m.corpus_score(hypotheses, references).score, 2) for name, m in metrics.items()}
+    nll = round(validate(model, data, config, spec)["nll"], 4)
+    return Row(stage, STAGES[stage], scores, nll, checkpoint["updates"], round(checkpoint["seconds"], 1), hypotheses, warmups)
+
+
+def signatures(config, examples: list[Example]) -> dict[str, str]:
+    """sacreBLEU's own description of how each metric was computed."""
+    out = {}
+    for name, metric in METRICS[TASKS[config.task].metrics](config).items():
+        metric.corpus_score([e.target for e in examples], [[e.target for e in examples]])
+        out[name] = str(metric.get_signature())
+    return out
+
+
+def print_table(rows: list[Row], config, examples: list[Example], split: str) -> None:
+    names = list(rows[0].metrics)
+    print(f"\n{config.task} {config.pair}, {split} split, {len(examples)} examples")
+    print(f"{'':20}" + "".join(f"{name:>9}" for name in names) + f"{'NLL/token':>11}{'updates':>9}{'seconds':>9}")
+    for row in rows:
+        print(f"{row.name:20}" + "".join(f"{row.metrics[name]:9.2f}" for name in names)
+              + f"{row.nll:11.3f}{row.updates:9}{row.seconds:9.0f}")  # fmt: skip
+    for name, signature in signatures(config, examples).items():
+        print(f"{name}: {signature}")
+
+
+def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> None:
+    """The first test sentences: source, reference, and what each row makes of them."""
+    for i, example in enumerate(examples[:count]):
+        print(f"\nsource     {example.source}\nreference  {example.target}")
+        for row in rows:
+            if row.stage == "sft":
+                print(f"sft        {row.hypotheses[i]}")
+            elif row.stage == "policy":
+                print(f"warmup c   {row.warmups[i]}\nwarmup y   {row.hypotheses[i]}")
+
+
+def print_significance(rows: list[Row], config, examples: list[Example]) -> None:
+    """Paired bootstrap resampling (Koehn 2004) of each row against the first, by sacreBLEU."""
+    systems = [(row.name, row.hypotheses) for row in rows]
+    metrics = METRICS[TASKS[config.task].metrics](config)
+    _, scores = PairedTest(systems, metrics, [[e.target for e in examples]], test_type="bs", n_samples=1000)()
+    print(f"\npaired bootstrap against {rows[0].name!r}, 1000 resamples")
+    for name in metrics:
+        for row, result in zip(rows, scores[next(key for key in scores if key.lower() == name.lower())]):
+            p = "" if result.p_value is None else f"  p = {result.p_value:.4f}"
+            print(f"  {name:7} {row.name:20} {result.score:6.2f}  mean {result.mean:6.2f} ± {result.ci:.2f}{p}")

@@ -1,0 +1,519 @@
+"""The model: an encoder-decoder transformer with T5's architecture, written out by hand.
+
+Nothing here knows of warmups, tasks or training. One shape alphabet for the whole codebase:
+
+    B batch            S source length    T target length    W warmup length
+    K warmups/example  H heads            D head size        V vocabulary
+    E model width      L any decoder length                  R = B*K decoder rows, K of an example adjacent
+
+T5's oddities, each marked where it happens: RMSNorm without mean or bias, no biases in any linear
+layer, positions only as a learned bias on attention scores, no 1/sqrt(D), the pad id as decoder start.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MASKED = -1e9  # added to a score to hide a key. Finite: a row whose keys are all hidden stays free of NaN.
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. Field names are ours; T5's are in parentheses where they differ."""
+
+    vocab_size: int = 8000
+    width: int = 256  # E (d_model)
+    heads: int = 4  # H
+    head_size: int = 64  # D (d_kv); T5 does not require H * D == E
+    ff: int = 1024  # hidden size of the feed-forward layer (d_ff)
+    encoder_layers: int = 4  # 0: the decoder attends to the normalised source embeddings
+    decoder_layers: int = 4
+    gated: bool = False  # False: ReLU (T5 v1.0); True: gated GELU (T5 v1.1, mT5)
+    tied: bool = True  # the output layer is the embedding, scaled by 1/sqrt(E) (T5 v1.0)
+    shared_bias: bool = True  # one position bias per stack; False: one per layer (umT5)
+    buckets: int = 32  # relative distances fall into this many buckets
+    max_distance: int = 128  # distances from here on share the last bucket
+    dropout: float = 0.1
+    pad_id: int = 0  # also the decoder's start token: T5 has no other
+    eos_id: int = 1
+
+
+SIZES = {
+    "nano": dict(width=64, heads=2, head_size=32, ff=256, encoder_layers=2, decoder_layers=2),
+    "tiny": dict(width=192, heads=6, head_size=32, ff=512, encoder_layers=3, decoder_layers=3),
+    "small": dict(width=256, heads=4, head_size=64, ff=1024, encoder_layers=4, decoder_layers=4),
+    "t5-small": dict(width=512, heads=8, head_size=64, ff=2048, encoder_layers=6, decoder_layers=6),
+    "t5-base": dict(width=768, heads=12, head_size=64, ff=3072, encoder_layers=12, decoder_layers=12),
+}
+
+
+# ----------------------------------------------------------------------------- building blocks
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + 1e-6) * weight: T5's layer norm subtracts no mean and adds no bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
+
+
+class Dropout(nn.Module):
+    """Zero each element with probability p and scale the rest by 1/(1-p), in training only.
+
+    On a CPU, drawing one random float per element costs as much as the matrix products of a small
+    model. One random byte decides just as well, so there p is rounded to a multiple of 1/256.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        drop = round(self.p * 256)
+        bits = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)  # 8 bytes a draw
+        keep = bits.view(torch.uint8)[: x.numel()].view(x.shape).to(x.dtype).ge_(drop)  # 0 or 1
+        return x * keep.mul_(256 / (256 - drop))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q kᵀ + bias) v by torch's fused kernel: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D).
+
+    bias (broadcast to (B,H,L,S)) holds position bias and masks. scale=1.0 because T5 does not divide by
+    sqrt(D): its initial query weights are that much smaller instead. Attention weights are not dropped
+    out (our choice: the fused CPU kernel cannot, and the other dropouts suffice).
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The same in three lines of algebra; the tests hold `attention` to it, forward and backward."""
+    scores = q @ k.transpose(-1, -2) + bias  # (B,H,L,S)
+    return scores.softmax(-1) @ v
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.heads, inner = c.heads, c.heads * c.head_size
+        self.qkv = nn.Linear(c.width, 3 * inner, bias=False)  # one product instead of three
+        self.out = nn.Linear(inner, c.width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor, cache: "Cache | None" = None, layer: int = 0) -> Tensor:
+        R, L, _ = x.shape
+        q, k, v = self.qkv(x).view(R, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (R,H,L,D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (R,H,past+L,D)
+        return self.out(attention(q, k, v, bias).transpose(1, 2).reshape(R, L, -1))  # (R,L,E)
+
+
+class CrossAttention(nn.Module):
+    """The decoder's look at the source. Keys and values are projected once per example (`project`).
+
+    Cross-attention has no causal structure, so an example's K warmups may stand side by side on the
+    query axis: (B,H,K·L,D) queries against ONE copy of (B,H,S,D) keys. Nothing is repeated K times.
+    """
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.heads, inner = c.heads, c.heads * c.head_size
+        self.q = nn.Linear(c.width, inner, bias=False)
+        self.kv = nn.Linear(c.width, 2 * inner, bias=False)
+        self.out = nn.Linear(inner, c.width, bias=False)
+
+    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        B, S, _ = states.shape
+        k, v = self.kv(states).view(B, S, 2, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B,H,S,D)
+        return k, v
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+        (R, L, _), B = x.shape, kv[0].size(0)
+        q = self.q(x).view(B, R // B * L, self.heads, -1).transpose(1, 2)  # (B,H,K·L,D)
+        return self.out(attention(q, *kv, bias).transpose(1, 2).reshape(R, L, -1))  # (R,L,E)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gated = c.gated
+        self.up = nn.Linear(c.width, c.ff * (2 if c.gated else 1), bias=False)
+        self.down = nn.Linear(c.ff, c.width, bias=False)
+        self.dropout = Dropout(c.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gated:
+            gate, x = self.up(x).chunk(2, dim=-1)
+            return self.down(self.dropout(F.gelu(gate, approximate="tanh") * x))  # T5 v1.1 uses the tanh form
+        return self.down(self.dropout(F.relu(self.up(x))))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention (decoder only), feed-forward; each x + dropout(f(norm(x)))."""
+
+    def __init__(self, c: ModelConfig, decoder: bool):
+        super().__init__()
+        self.self_attention, self.self_norm = SelfAttention(c), RMSNorm(c.width)
+        if decoder:
+            self.cross_attention, self.cross_norm = CrossAttention(c), RMSNorm(c.width)
+        self.feed_forward, self.ff_norm = FeedForward(c), RMSNorm(c.width)
+        self.dropout = Dropout(c.dropout)
+
+    def forward(self, x, bias, memory=None, cache=None, layer=0) -> Tensor:
+        x = x + self.dropout(self.self_attention(self.self_norm(x), bias, cache, layer))
+        if memory is not None:
+            x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory.kv[layer], memory.bias))
+        return x + self.dropout(self.feed_forward(self.ff_norm(x)))
+
+
+class PositionBias(nn.Module):
+    """T5's only notion of position: a learned number per head and bucketed distance (Raffel et al. 2020, §2.1).
+
+    Half of the buckets hold one distance each; the other half grow logarithmically up to max_distance.
+    The encoder looks both ways and splits its buckets by sign; the decoder looks back only.
+    """
+
+    def __init__(self, c: ModelConfig, bidirectional: bool):
+        super().__init__()
+        self.bidirectional, self.buckets, self.max_distance = bidirectional, c.buckets, c.max_distance
+        self.weight = nn.Parameter(torch.zeros(c.buckets, c.heads))
+
+    def bucket(self, distance: Tensor) -> Tensor:
+        """distance = key position - query position, any integer shape -> bucket index, same shape."""
+        n, offset = self.buckets, torch.zeros_like(distance)
+        if self.bidirectional:
+            n //= 2
+            offset, distance = (distance > 0).long() * n, distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = n // 2
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (ratio * (n - exact)).long()).clamp(max=n - 1)
+        return offset + torch.where(distance < exact, distance, far)
+
+    def forward(self, length: int) -> Tensor:
+        at = torch.arange(length, device=self.weight.device)
+        bias = self.weight[self.bucket(at[None, :] - at[:, None])]  # (L,L,H)
+        return bias.permute(2, 0, 1).unsqueeze(0)  # (1,H,L,L)
+
+
+class Stack(nn.Module):
+    """All blocks of the encoder or the decoder, with the biases they share and a final norm."""
+
+    def __init__(self, c: ModelConfig, decoder: bool):
+        super().__init__()
+        self.decoder, layers = decoder, c.decoder_layers if decoder else c.encoder_layers
+        self.blocks = nn.ModuleList(Block(c, decoder) for _ in range(layers))
+        self.biases = nn.ModuleList(PositionBias(c, not decoder) for _ in range(1 if c.shared_bias else layers))
+        self.norm, self.dropout = RMSNorm(c.width), Dropout(c.dropout)
+
+    def position_biases(self, length: int) -> list[Tensor]:
+        """One (1,H,L,L) per layer, or a single one that all layers share; causal in the decoder."""
+        biases = [bias(length) for bias in self.biases]
+        if self.decoder:
+            future = torch.ones(length, length, dtype=torch.bool, device=biases[0].device).triu(1)
+            biases = [bias.masked_fill(future, MASKED) for bias in biases]
+        return biases
+
+    def forward(self, x: Tensor, biases: list[Tensor], memory=None, cache=None) -> Tensor:
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, biases[layer if len(biases) > 1 else 0], memory, cache, layer)
+        return self.dropout(self.norm(x))
+
+
+# ----------------------------------------------------------------------------- what decoding remembers
+
+
+@dataclass
+class Memory:
+    """What the decoder sees of B sources: per decoder layer keys and values (B,H,S,D), and the padding bias."""
+
+    kv: list[tuple[Tensor, Tensor]]
+    bias: Tensor  # (B,1,1,S): 0 where there is a source token, MASKED where there is padding
+
+    def detach(self) -> "Memory":
+        return Memory([(k.detach(), v.detach()) for k, v in self.kv], self.bias)
+
+    def index(self, rows: Tensor) -> "Memory":
+        """The memory of some examples, in the given order (the swap gap gives example i that of j)."""
+        return Memory([(k[rows], v[rows]) for k, v in self.kv], self.bias[rows])
+
+
+class Cache:
+    """Preallocated self-attention keys and values of the tokens that R decoder rows have read."""
+
+    def __init__(self, model: "EncoderDecoder", rows: int, room: int):
+        self.biases = model.decoder.position_biases(room)  # once, then sliced at every step
+        self.kv: list[Tensor | None] = [None] * len(model.decoder.blocks)  # each (2,R,H,room,D), on first use
+        self.rows, self.room, self.length = rows, room, 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write L new positions, give back all so far: (R,H,L,D) x2 -> (R,H,length+L,D) x2."""
+        R, H, L, D = k.shape
+        if self.kv[layer] is None:
+            self.kv[layer] = k.new_empty(2, R, H, self.room, D)
+        kv, end = self.kv[layer], self.length + L
+        kv[0, :, :, self.length : end], kv[1, :, :, self.length : end] = k, v
+        return kv[0, :, :, :end], kv[1, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows in this order: expands B rows to B*K, or follows the surviving beams."""
+        for layer, kv in enumerate(self.kv):
+            past = kv[:, :, :, : self.length].index_select(1, rows)
+            if len(rows) != self.rows:
+                self.kv[layer] = kv.new_empty(2, len(rows), *kv.shape[2:])
+            self.kv[layer][:, :, :, : self.length] = past
+        self.rows = len(rows)
+
+
+# ----------------------------------------------------------------------------- log-probs of given tokens
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(hidden weightᵀ)[target], holding at most `chunk` x V numbers at a time.
+
+    Autograd would keep logits and log-probs, each N x V, until the backward pass. Here one buffer is
+    overwritten in place: logits -> exp(logits - max) -> their gradient. If N fits one chunk, the buffer is
+    kept for the backward pass; else it is thrown away and computed again there.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, forbidden, smoothing, chunk):
+        ctx.save_for_backward(hidden, weight, targets, forbidden)
+        ctx.smoothing, ctx.chunk, ctx.kept = smoothing, chunk, None
+        log_probs = hidden.new_empty(len(targets), dtype=torch.float32)
+        for at in range(0, len(targets), chunk):
+            rows = slice(at, at + chunk)
+            log_probs[rows], *kept = _chunk(hidden[rows], weight, targets[rows], forbidden, smoothing)
+        if len(targets) <= chunk:
+            ctx.kept = kept
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, grad):
+        (hidden, weight, targets, forbidden), s = ctx.saved_tensors, ctx.smoothing
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for at in range(0, len(targets), ctx.chunk):
+            rows = slice(at, at + ctx.chunk)
+            exps, total = ctx.kept or _chunk(hidden[rows], weight, targets[rows], forbidden, s)[1:]
+            ctx.kept = None  # overwritten below: a second backward computes it anew
+            g = grad[rows, None]  # (n,1)
+            d = exps.mul_(-g / total)  # d log p / d logits = (1-s) onehot + s/V - softmax      (n,V)
+            d.scatter_add_(1, targets[rows, None], (1 - s) * g)
+            d = (d.add_(g * (s / len(weight))) if s else d).to(weight.dtype)
+            grad_hidden[rows] = d @ weight  # (n,E)
+            grad_weight += d.T @ hidden[rows]  # (V,E)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _chunk(hidden, weight, targets, forbidden, smoothing):
+    """n rows: their smoothed log-probs (n,), exp(logits - max) (n,V), and its row sums (n,1)."""
+    logits = (hidden @ weight.T).float()  # (n,V)
+    if forbidden is not None:
+        logits.masked_fill_(forbidden, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    picked = logits.gather(1, targets[:, None])
+    if smoothing:
+        picked = (1 - smoothing) * picked + smoothing * logits.mean(-1, keepdim=True)
+    exps = logits.sub_(top).exp_()
+    total = exps.sum(-1, keepdim=True)
+    return (picked - top - total.log()).squeeze(1), exps, total
+
+
+# ----------------------------------------------------------------------------- the model
+
+
+class EncoderDecoder(nn.Module):
+    """T5's encoder-decoder. encode -> Memory; decode -> hidden states; token_logprobs or logits on those."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = c = config
+        self.embedding = nn.Embedding(c.vocab_size, c.width)
+        self.encoder, self.decoder = Stack(c, decoder=False), Stack(c, decoder=True)
+        if not c.tied:
+            self.output = nn.Linear(c.width, c.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """T5's initial scales: every product has unit variance, queries make up for the missing 1/sqrt(D).
+
+        Two changes (ours), so that training from scratch starts near ln V: the output layer begins small,
+        and a tied embedding, which is also the output layer, gets a small final norm for the same end.
+        """
+        c = self.config
+        std = {"qkv": c.width**-0.5, "q": (c.width * c.head_size) ** -0.5, "kv": c.width**-0.5}
+        std |= {"out": (c.heads * c.head_size) ** -0.5, "up": c.width**-0.5, "down": c.ff**-0.5}
+        for name, p in self.named_parameters():
+            layer = name.split(".")[-2]
+            if layer in std:
+                nn.init.normal_(p, std=std[layer])
+            if layer == "qkv":
+                with torch.no_grad():
+                    p[: c.heads * c.head_size] *= c.head_size**-0.5  # the query third
+        nn.init.normal_(self.embedding.weight, std=1.0)
+        if c.tied:
+            nn.init.constant_(self.decoder.norm.weight, 0.1)
+        else:
+            nn.init.normal_(self.output.weight, std=0.1 * c.width**-0.5)
+
+    def encode(self, source: Tensor) -> Memory:
+        """source (B,S), padded on the right with pad_id -> Memory. Every row needs one real token."""
+        padding = (source == self.config.pad_id)[:, None, None, :] * MASKED  # (B,1,1,S)
+        biases = [bias + padding for bias in self.encoder.position_biases(source.size(1))]  # (B,H,S,S)
+        states = self.encoder(self.embedding(source), biases)  # (B,S,E)
+        return Memory([block.cross_attention.project(states) for block in self.decoder.blocks], padding)
+
+    def decode(self, tokens: Tensor, memory: Memory, cache: Cache | None = None) -> Tensor:
+        """tokens (R,L) after what the cache holds -> hidden states (R,L,E).
+
+        R = B*K rows share the memory of B examples. Rows are padded on the right only, so the causal mask
+        alone keeps real tokens from padding; what padded positions compute is never read.
+        """
+        L, past = tokens.size(1), cache.length if cache else 0
+        if tokens.size(0) % len(memory.bias):
+            raise ValueError(f"{tokens.size(0)} decoder rows are not a multiple of {len(memory.bias)} examples")
+        biases = cache.biases if cache else self.decoder.position_biases(L)
+        biases = [bias[:, :, past : past + L, : past + L] for bias in biases]  # (1,H,L,past+L)
+        hidden = self.decoder(self.embedding(tokens), biases, memory, cache)  # (R,L,E)
+        if cache:
+            cache.length += L
+        return hidden
+
+    def output_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(hidden, weight (V,E)) whose product is the logits. A tied embedding is scaled by 1/sqrt(E)."""
+        if self.config.tied:
+            return hidden * self.config.width**-0.5, self.embedding.weight
+        return hidden, self.output.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (...,E) -> logits (...,V) in float32, or in float64 for a float64 model."""
+        logits = F.linear(*self.output_layer(hidden))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0,
+                       forbidden: Tensor | None = None, smoothing: float = 0.0, chunk: int = 0) -> Tensor:
+        """log softmax(logits / temperature)[target]: hidden (N,E), targets (N,) -> (N,), in float32.
+
+        forbidden (V,) bool: tokens of probability 0. smoothing s: (1-s) log p(target) + s mean_v log p(v).
+        chunk: rows whose logits are held at once; 0 picks as many as fit 256 MiB.
+        """
+        if smoothing and forbidden is not None:
+            raise ValueError("label smoothing would ask for the log-probs of forbidden tokens")
+        hidden, weight = self.output_layer(hidden)
+        if temperature != 1.0:
+            hidden = hidden / temperature
+        if torch.is_autocast_enabled(hidden.device.type):  # an autograd.Function is on its own here
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+        if hidden.dtype == torch.float64:  # the exact tests; everything else accumulates in float32
+            return plain_token_logprobs(hidden, weight, targets, forbidden, smoothing)
+        chunk = chunk or max(1, 2**26 // len(weight))
+        return _TokenLogProbs.apply(hidden, weight, targets, forbidden, smoothing, chunk)
+
+
+def plain_token_logprobs(hidden, weight, targets, forbidden=None, smoothing=0.0) -> Tensor:
+    """What `_TokenLogProbs` computes, in three lines that hold all N x V logits; tests hold it to these."""
+    logits = hidden @ weight.T if forbidden is None else (hidden @ weight.T).masked_fill(forbidden, -torch.inf)
+    log_probs = logits.log_softmax(-1)  # (N,V)
+    picked = log_probs.gather(1, targets[:, None]).squeeze(1)  # (N,)
+    return (1 - smoothing) * picked + smoothing * log_probs.mean(-1) if smoothing else picked
+
+
+# ----------------------------------------------------------------------------- decoding
+
+
+@torch.no_grad()
+def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *, samples: int = 1,
+           temperature: float = 1.0, forbidden: Tensor | None = None, stop: int | None = None,
+           fill: int = 0, min_length: int = 0) -> tuple[Tensor, Tensor]:
+    """Write `length` tokens after prefix (B,P): tokens (B,K,length) and their log-probs (B,K,length).
+
+    K = samples independent draws per example; temperature 0 is greedy. No top-k or top-p: a policy gradient
+    is only right if we sample from exactly the distribution that `token_logprobs` scores. After `stop`
+    (barred from the first min_length places) a row holds `fill`, with log-prob 0: it is no longer a choice.
+    """
+    B, P = prefix.shape
+    cache = Cache(model, B, P + length)
+    hidden = model.decode(prefix, memory, cache)[:, -1].repeat_interleave(samples, 0)  # (R,E)
+    cache.select(torch.arange(B, device=prefix.device).repeat_interleave(samples))
+    tokens = prefix.new_full((B * samples, length), fill)  # (R,length)
+    log_probs = torch.zeros(tokens.shape, device=prefix.device)
+    done = torch.zeros(B * samples, dtype=torch.bool, device=prefix.device)  # (R,)
+    for t in range(length):
+        logits = model.logits(hidden) / (temperature or 1.0)  # (R,V)
+        if forbidden is not None:
+            logits = logits.masked_fill_(forbidden, -torch.inf)
+        if stop is not None and t < min_length:
+            logits[:, stop] = -torch.inf
+        exps = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (R,V)
+        if temperature == 0:
+            token, total = exps.argmax(-1, keepdim=True), exps.sum(-1, keepdim=True)  # (R,1) both
+        else:  # invert the cumulative distribution: one random number a row instead of V
+            cdf = exps.cumsum(-1)  # (R,V)
+            total = cdf[:, -1:]
+            u = torch.rand(len(cdf), 1, device=cdf.device, dtype=cdf.dtype) * (1 - 2**-20)  # never all the mass
+            token = torch.searchsorted(cdf, u * total, right=True)  # first token whose cdf exceeds it
+        tokens[:, t] = torch.where(done, fill, token[:, 0])
+        log_probs[:, t] = torch.where(done, 0.0, (exps.gather(1, token) / total).log()[:, 0])
+        if stop is not None:
+            done = done | (tokens[:, t] == stop)
+            if done.all():
+                break
+        if t + 1 < length:
+            hidden = model.decode(tokens[:, t : t + 1], memory, cache)[:, -1]
+    return tokens.view(B, samples, length), log_probs.view(B, samples, length)
+
+
+@torch.no_grad()
+def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *, beams: int = 4,
+                length_penalty: float = 1.0, forbidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `beams` best continuations of prefix (B,P): tokens (B,beams,length), scores (B,beams), best first.
+
+    score = sum of log-probs / (tokens written, </s> included) ** length_penalty. Each step looks at 2*beams
+    candidates, so that beams stay alive when some end. An example stops when its best open beam, at its
+    present length, cannot beat its worst finished one. What is open at `length` counts as finished.
+    """
+    (B, P), n, c = prefix.shape, beams, model.config
+    cache = Cache(model, B, P + length)
+    hidden = model.decode(prefix, memory, cache)[:, -1].repeat_interleave(n, 0)  # (B·n,E)
+    rows = torch.arange(B, device=prefix.device)[:, None] * n  # (B,1): first row of each example
+    cache.select(torch.arange(B, device=prefix.device).repeat_interleave(n))
+    tokens = prefix.new_full((B, n, length), c.pad_id)  # open beams
+    scores = torch.full((B, n), MASKED, device=prefix.device)  # their sums of log-probs
+    scores[:, 0] = 0.0  # all beams are alike at first: let one speak
+    ended, ended_scores = tokens.clone(), torch.full_like(scores, MASKED)
+    running = torch.ones(B, 1, dtype=torch.bool, device=prefix.device)
+    for t in range(length):
+        logits = model.logits(hidden)  # (B·n,V)
+        if forbidden is not None:
+            logits = logits.masked_fill_(forbidden, -torch.inf)
+        top, token = logits.topk(min(2 * n, c.vocab_size), -1)  # (B·n,2n): no other token can be a candidate
+        log_probs = top - logits.logsumexp(-1, keepdim=True)  # (B·n,2n)
+        candidates = (scores.view(-1, 1) + log_probs).view(B, -1)  # (B,n·2n)
+        candidates, index = candidates.topk(min(2 * n, candidates.size(1)), -1)  # (B,2n), best first
+        beam, token = index // top.size(1), token.view(B, -1).gather(1, index)  # (B,2n) both
+        grown = tokens.gather(1, beam[..., None].expand(-1, -1, length))  # (B,2n,length)
+        grown[:, :, t] = token
+        ends = (token == c.eos_id) | (t + 1 == length)
+        # finished: only candidates among the best n, and only while the example runs
+        final = (candidates / (t + 1) ** length_penalty).masked_fill(~ends | ~running, MASKED)[:, :n]
+        ended_scores, best = torch.cat([ended_scores, final], 1).topk(n, -1)
+        ended = torch.cat([ended, grown[:, :n]], 1).gather(1, best[..., None].expand(-1, -1, length))
+        # open: the best n that did not end
+        scores, best = candidates.masked_fill(ends, MASKED).topk(n, -1)
+        tokens = grown.gather(1, best[..., None].expand(-1, -1, length))
+        running = running & (scores[:, :1] / (t + 1) ** length_penalty > ended_scores[:, -1:])
+        if t + 1 == length or not running.any():
+            break
+        cache.select((rows + beam.gather(1, best)).view(-1))
+        hidden = model.decode(tokens[:, :, t].reshape(-1, 1), memory, cache)[:, -1]
+    return ended, ended_scores

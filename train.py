@@ -1,0 +1,416 @@
+"""Train: SFT, then warmups by policy gradient, then SFT again for the same time as the control.
+
+    python train.py --task wmt                  everything on the built-in sample, about 8 minutes
+    python train.py --resume runs/wmt           go on where a run was interrupted
+
+A run folder holds config.json, tokenizer.json, log.jsonl, last.pt (all that --resume needs), the best
+checkpoint of each stage by validation (sft.pt, policy.pt, control.pt), and results.json.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import EOS, PAD, TASKS, Batches, Encoded, Example, UserError, encode, load, shorten, train_tokenizer
+from eval import (FORMAT, Row, load_checkpoint, load_config, load_model, load_tokenizer, pick_device, precision,
+                  print_examples, print_table, score_stage, signatures, validate, warmup_spec)  # fmt: skip
+from model import SIZES, EncoderDecoder, ModelConfig
+from warmup import ESTIMATORS, WarmupSpec, sft_loss, target_tokens, warmup_loss
+
+
+def flag(default, help: str, choices=None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Each field is a flag (--sft-steps for sft_steps); saved as config.json."""
+
+    task: str = flag("wmt", "what to train on", tuple(TASKS))
+    pair: str = flag("de-en", "source-target language codes")
+    data: str = flag("", "folder of parallel text files; default: data/TASK if it exists, else the built-in sample")
+    sample_size: int = flag(20000, "training pairs to generate for the built-in sample")
+    out: str = flag("", "run folder; default: runs/TASK")
+    overwrite: bool = flag(False, "replace an earlier run in the same folder")
+    seed: int = flag(0, "for initial weights, batches, dropout, sampling and the sample")
+    # model
+    size: str = flag("tiny", "model size", tuple(SIZES))
+    vocab_size: int = flag(4000, "tokens in the vocabulary (at most: a small corpus may have fewer)")
+    dropout: float = flag(0.1, "probability of dropping an activation")
+    max_tokens: int = flag(128, "tokens; longer training pairs are left out, longer sources cut, outputs stopped")
+    # optimisation
+    sft_steps: int = flag(600, "updates of the SFT stage")
+    policy_steps: int = flag(150, "updates of the warmup stage; 0: SFT only")
+    control: bool = flag(True, "afterwards continue SFT for the warmup stage's time, the fair comparison")
+    batch_tokens: int = flag(6000, "tokens of source and target, padding included, per SFT micro-batch")
+    policy_batch_tokens: int = flag(3000, "the same for the warmup stage, which holds each target --samples times")
+    accumulate: int = flag(1, "micro-batches per update")
+    lr: float = flag(4e-3, "peak learning rate of SFT")
+    policy_lr: float = flag(5e-4, "peak learning rate of the warmup stage and of its control")
+    lr_rampup_steps: int = flag(200, "updates over which the learning rate rises to its peak; then linearly to 0")
+    weight_decay: float = flag(0.01, "AdamW's decay of weight matrices")
+    clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down")
+    label_smoothing: float = flag(0.1, "share of SFT's target probability that is spread over the vocabulary")
+    # warmups
+    estimator: str = flag("marginal", "policy gradient estimator, see warmup.py", tuple(ESTIMATORS))
+    samples: int = flag(4, "K, warmups sampled per example and update")
+    warmup_len: int = flag(4, "W, tokens in a warmup")
+    warmup_min_len: int = flag(0, "from this many tokens on <sep> may end a warmup; 0: always W tokens")
+    temperature: float = flag(1.0, "softmax temperature of the warmup policy, in sampling and scoring alike")
+    # evaluation
+    eval_every: int = flag(100, "updates between validations; each also saves last.pt")
+    eval_samples: int = flag(4, "warmups per example in the Monte-Carlo estimate of the validation and test NLL")
+    beams: int = flag(4, "beam width for the test table; 1: greedy")
+    length_penalty: float = flag(1.0, "beam score = log-prob / length ** this")
+    # machine
+    device: str = flag("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "of matrix products; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
+    threads: int = flag(0, "CPU threads; 0: torch's choice")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/{self.task}")
+
+
+def parse(argv: list[str]) -> tuple[Config, str]:
+    """The config and the run to resume ("" for a new one). Exits with code 2 on bad usage."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--resume", metavar="RUN", default="", help="run folder to continue, with its own settings")
+    for f in fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"] or " ", **kind)
+    args = vars(parser.parse_args(argv))
+    resume = args.pop("resume")
+    config = Config(**args)
+    if resume and config != Config():
+        parser.error("--resume takes every setting from the run's config.json: give no other flag")
+    at_least = {"sample_size": 1, "vocab_size": 300, "max_tokens": 2, "sft_steps": 1, "policy_steps": 0, "accumulate": 1,
+                "batch_tokens": 16, "policy_batch_tokens": 16, "samples": 1, "warmup_len": 1, "warmup_min_len": 0,
+                "eval_every": 1, "eval_samples": 1, "beams": 1, "lr_rampup_steps": 0, "threads": 0}  # fmt: skip
+    for name, low in at_least.items():
+        if getattr(config, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
+    if not (0 <= config.dropout < 1 and 0 <= config.label_smoothing < 1 and config.temperature > 0):
+        parser.error("--dropout and --label-smoothing must lie in [0, 1), --temperature above 0")
+    if config.warmup_min_len > config.warmup_len:
+        parser.error("--warmup-min-len must not exceed --warmup-len")
+    if config.estimator != "frozen" and config.policy_steps and config.samples < 2:
+        parser.error(f"--estimator {config.estimator} compares warmups with each other: --samples must be at least 2")
+    return config, resume
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, save) -> None:
+    """save(temporary path), then rename: whatever interrupts us, `path` holds the old or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}): free some disk space, then go on with "
+                        f"python train.py --resume {path.parent}") from None  # fmt: skip
+
+
+def write_checkpoint(path: Path, what: str, **content) -> None:
+    write_atomically(path, lambda p: torch.save({"format": FORMAT, "what": what} | content, p))
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+# ----------------------------------------------------------------------------- training
+
+
+@dataclass
+class State:
+    """All that changes while training, and so all that a resumed run must get back."""
+
+    stage: str = "sft"
+    step: int = 0  # updates done in this stage
+    total: int = 0  # updates this stage will do
+    seconds: float = 0.0  # of training in this stage
+    best: float = float("inf")  # lowest validation NLL in this stage
+    spent: dict[str, list] = field(default_factory=dict)  # finished stages: [updates, seconds]
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, after the state was saved."""
+
+
+class Run:
+    """Model, data and state of one training run. `train` is the program; the rest serves it."""
+
+    def __init__(self, config: Config, data: dict[str, Encoded], spec: WarmupSpec, model_config: ModelConfig):
+        self.config, self.data, self.spec, self.folder = config, data, spec, config.folder
+        self.device = pick_device(config.device)
+        self.model = EncoderDecoder(model_config).to(self.device)
+        self.state, self.stop = State(), False
+        self.start_stage("sft")
+
+    def start_stage(self, stage: str) -> None:
+        """Fresh optimizer, batches and counters; the later stages begin at the best SFT weights."""
+        c, sft = self.config, self.state.spent.get("sft")
+        if stage == "sft":
+            total = c.sft_steps
+        elif stage == "policy":
+            total = c.policy_steps
+        else:  # the control: as many SFT updates as fit into the time that the warmup stage took
+            total = max(1, round(self.state.spent["policy"][1] / (sft[1] / sft[0])))
+        self.state = State(stage, total=total, spent=self.state.spent)
+        if stage != "sft":
+            self.model.load_state_dict(load_checkpoint(self.folder / "sft.pt")["model"])
+        tokens = c.policy_batch_tokens if stage == "policy" else c.batch_tokens
+        self.batches = Batches(self.data["train"], tokens, seed=c.seed)
+        self.optimizer = make_optimizer(self.model, c.weight_decay)
+
+    def learning_rate(self) -> float:
+        """Linear up over lr_rampup_steps, then linear down to 0 at the stage's last update."""
+        peak = self.config.lr if self.state.stage == "sft" else self.config.policy_lr
+        ramp, left = min(self.config.lr_rampup_steps, self.state.total // 4), self.state.total - self.state.step
+        return peak * min((self.state.step + 1) / (ramp + 1), left / (self.state.total - ramp))
+
+    def loss(self, batch) -> tuple[torch.Tensor, dict]:
+        """The stage's loss of one micro-batch, a sum over target tokens, and its diagnostics (sums)."""
+        if self.state.stage == "policy":
+            self.model.decoder.eval()  # see warmup_loss: decoder dropout would take the samples off-policy
+            return warmup_loss(self.model, batch, self.spec, self.config.estimator, self.config.samples)
+        loss = sft_loss(self.model, batch, self.config.label_smoothing)
+        return loss, {}
+
+    def train(self) -> None:
+        """One stage, from wherever the state stands: THE training loop."""
+        c, s = self.config, self.state
+        bar = tqdm(total=s.total, initial=s.step, desc=s.stage, unit="step", dynamic_ncols=True, mininterval=1)
+        if s.step == 0 and s.stage != "sft":
+            self.validate_and_save()
+        while s.step < s.total:
+            started = time.perf_counter()
+            self.model.train()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+
+            # -- the step: gradient of the summed loss over all micro-batches / all their target tokens
+            micro_batches = [next(self.batches).to(self.device) for _ in range(c.accumulate)]
+            tokens = sum(target_tokens(self.model, batch) for batch in micro_batches)
+            total_loss, stats = 0.0, {}
+            for batch in micro_batches:
+                with precision(c, self.device):
+                    loss, new = self.loss(batch)
+                (loss / tokens).backward()
+                total_loss += loss.detach()
+                stats = {name: stats.get(name, 0) + value for name, value in new.items()}
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            # -- end of the step
+
+            examples = sum(len(batch.source) for batch in micro_batches)
+            record = {"loss": (total_loss / tokens).item(), "grad_norm": norm.item(), "lr": self.learning_rate()}
+            record |= {name: value.item() / examples for name, value in stats.items()}
+            if not torch.isfinite(norm):
+                raise UserError(f"the gradient became {norm.item()} at {s.stage} update {s.step}: lower --lr or --clip")
+            s.step += 1
+            seconds = time.perf_counter() - started
+            s.seconds += seconds
+            record["tokens_per_second"] = sum((b.source > 0).sum().item() + (b.target > 0).sum().item()
+                                              for b in micro_batches) / seconds  # fmt: skip
+            self.log("train", record)
+            bar.set_postfix(progress(record), refresh=False)
+            bar.update()
+            if s.step % c.eval_every == 0 or s.step == s.total:
+                self.validate_and_save()
+            if self.stop:
+                self.save()
+                raise Interrupted
+        bar.close()
+        s.spent[s.stage] = [s.step, s.seconds]
+        self.finish_stage()
+
+    def validate_and_save(self) -> None:
+        """Validate; keep the weights if they are the stage's best; save the state."""
+        numbers = validate(self.model, self.data["valid"], self.config, self.spec if self.state.stage == "policy" else None)
+        self.log("valid", numbers)
+        if numbers["nll"] < self.state.best:
+            self.state.best = numbers["nll"]
+            self.save_stage(self.state.stage, self.model.state_dict(), self.state.step)
+        self.save()
+
+    def save_stage(self, stage: str, weights: dict, best_step: int) -> None:
+        """STAGE.pt: the weights, and the training behind them, the SFT stage included."""
+        before = self.state.spent.get("sft", [0, 0.0]) if stage != "sft" else [0, 0.0]
+        write_checkpoint(self.folder / f"{stage}.pt", "stage", model=weights, model_config=asdict(self.model.config),
+                         updates=before[0] + self.state.step, seconds=before[1] + self.state.seconds,
+                         best_step=best_step, valid_nll=self.state.best)  # fmt: skip
+
+    def finish_stage(self) -> None:
+        """The best weights stand for the whole stage: note its full cost beside them. Then on to the next."""
+        best = load_checkpoint(self.folder / f"{self.state.stage}.pt")
+        self.save_stage(self.state.stage, best["model"], best["best_step"])
+        order = ["sft", *(["policy"] if self.config.policy_steps else []), *(["control"] if self.has_control else [])]
+        following = order[order.index(self.state.stage) + 1 :]
+        if following:
+            self.start_stage(following[0])
+        else:
+            self.state.stage = "done"
+        self.save()
+
+    @property
+    def has_control(self) -> bool:
+        return self.config.control and self.config.policy_steps > 0
+
+    def log(self, kind: str, numbers: dict) -> None:
+        line = {"kind": kind, "stage": self.state.stage, "step": self.state.step} | numbers
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """last.pt: everything that the next update depends on."""
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        log = self.folder / "log.jsonl"
+        write_checkpoint(self.folder / "last.pt", "state", state=asdict(self.state), model=self.model.state_dict(),
+                         optimizer=self.optimizer.state_dict(), batches=self.batches.state_dict(),
+                         rng=torch.get_rng_state(), cuda_rng=cuda, log_bytes=log.stat().st_size if log.exists() else 0)  # fmt: skip
+
+    def resume(self) -> None:
+        """Take up last.pt: the next update is bit for bit the one that would have followed (on a CPU)."""
+        saved = load_checkpoint(self.folder / "last.pt", "state")
+        self.state = State(**saved["state"])
+        if self.state.stage == "done":
+            return
+        tokens = self.config.policy_batch_tokens if self.state.stage == "policy" else self.config.batch_tokens
+        self.batches = Batches(self.data["train"], tokens, seed=self.config.seed)
+        self.batches.load_state_dict(saved["batches"])
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda_rng"]])
+        os.truncate(self.folder / "log.jsonl", saved["log_bytes"])  # forget what came after the checkpoint
+
+
+def progress(record: dict) -> dict[str, str]:
+    """What the progress bar shows: tqdm adds the time left."""
+    shown = {"loss": f"{record['loss']:.3f}"}
+    if "spread" in record:
+        shown = {"reward": f"{record['reward']:.2f}", "spread": f"{record['spread']:.2f}", "ess": f"{record['ess']:.2f}"}
+    return shown | {"tok/s": f"{record['tokens_per_second']:.0f}"}
+
+
+def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW, fused where torch has it; gains and position biases are not decayed, matrices are."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "biases" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "biases" in name]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=fused)
+
+
+# ----------------------------------------------------------------------------- the program
+
+
+def new_folder(config: Config) -> None:
+    """Make the run folder. An earlier run in it is refused, or with --overwrite removed (our files only)."""
+    folder = config.folder
+    ours = ("config.json", "tokenizer.json", "log.jsonl", "last.pt", "results.json", "sft.pt", "policy.pt", "control.pt")
+    if any((folder / name).exists() for name in ours):
+        if not config.overwrite:
+            raise UserError(f"{folder} holds a run: continue it with --resume {folder}, replace it with --overwrite, "
+                            "or choose another folder with --out")  # fmt: skip
+        for name in ours:
+            (folder / name).unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error}") from None
+
+
+def prepare(config: Config, resume: bool) -> tuple[Run, object, dict[str, list[Example]], str]:
+    """Data, tokenizer and a run that is ready to train (resume: at the point where it stopped)."""
+    examples, origin = load(config.task, config.pair, config.data, config.sample_size, config.seed)
+    if resume:
+        tokenizer = load_tokenizer(config.folder)
+    else:
+        tokenizer = train_tokenizer(examples["train"], config.vocab_size)
+        new_folder(config)
+        write_text(config.folder / "tokenizer.json", tokenizer.to_str())
+        write_text(config.folder / "config.json", json.dumps(asdict(config), indent=1))
+    data = {}
+    for split in ("train", "valid"):
+        data[split], long = shorten(encode(tokenizer, examples[split]), config.max_tokens, drop=split == "train")
+        if long:
+            print(f"data: {long} of {len(examples[split])} {split} examples are longer than --max-tokens "
+                  f"{config.max_tokens}: {'left out' if split == 'train' else 'their source is cut'}")  # fmt: skip
+    if not data["train"].source:
+        raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}: raise it")
+    pad_id, eos_id = tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)
+    model_config = ModelConfig(vocab_size=tokenizer.get_vocab_size(), dropout=config.dropout,
+                               pad_id=pad_id, eos_id=eos_id, **SIZES[config.size])  # fmt: skip
+    torch.manual_seed(config.seed)
+    run = Run(config, data, warmup_spec(config, tokenizer), model_config)
+    if resume:
+        run.resume()
+    else:
+        run.save()
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"model: {config.size}, {parameters / 1e6:.2f} M parameters, vocabulary {model_config.vocab_size}, "
+          f"on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")  # fmt: skip
+    return run, tokenizer, examples, origin
+
+
+def report(run: Run, tokenizer, examples: dict[str, list[Example]], origin: str) -> None:
+    """Decode the test split with each stage's best checkpoint: the table, three examples, results.json."""
+    config, split = run.config, "test" if "test" in examples else "valid"
+    stages = ["sft", *(["control"] if run.has_control else []), *(["policy"] if config.policy_steps else [])]
+    rows: list[Row] = []
+    for stage in tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False):
+        rows.append(score_stage(config.folder, stage, config, tokenizer, examples[split], config.beams, run.device))
+    print_table(rows, config, examples[split], split)
+    print_examples(rows, examples[split])
+    results = {"task": config.task, "pair": config.pair, "data": origin, "split": split,
+               "rows": [row.to_json() for row in rows], "signature": signatures(config, examples[split])}  # fmt: skip
+    write_text(config.folder / "results.json", json.dumps(results, indent=1))
+    print(f"\nsaved {config.folder}/results.json. Score again or translate your own text: python eval.py {config.folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    config, resume = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        if resume:
+            config = Config(**(vars(load_config(Path(resume))) | {"out": resume}))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        run, tokenizer, examples, origin = prepare(config, bool(resume))
+        for number in (signal.SIGINT, signal.SIGTERM):  # finish the update, save, then leave
+            signal.signal(number, lambda *_: setattr(run, "stop", True))
+        while run.state.stage != "done":
+            run.train()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        report(run, tokenizer, examples, origin)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt):
+        print(f"\nstopped; go on with: python train.py --resume {config.folder}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The paper: an encoder-decoder that writes a short latent warmup c before its target y.
+
+    decoder reads   [start] prompt c_1..c_W <sep> y_1..y_{T-1}
+    decoder writes                 c_1..c_W <sep> y_1..y_{T-1} </s>
+
+Nobody labels c. It is sampled from P(c|x), rewarded by R = log P(y|x,c), and improved by policy gradient.
+Reading order = the order of one training step: sample_warmups, score, an estimator, warmup_loss.
+
+Notation (shapes as in model.py): x source, y target, R (B,K) rewards, pi = P(c|x), p = P(y|x,c).
+Absent on purpose: no critic, no KL penalty, no clipping, no reward model. The reward is the model's own
+likelihood and every sample is used once, so the policy that is updated is the policy that sampled.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import EncoderDecoder, Memory, beam_search, sample
+
+
+@dataclass(frozen=True)
+class WarmupSpec:
+    """What a warmup may look like. Sampling and scoring share it, so they agree on the distribution."""
+
+    sep_id: int  # stands between warmup and target
+    forbidden: tuple[int, ...]  # ids a warmup may not contain (pad, </s>, tags), <sep> among them
+    length: int = 8  # W
+    min_length: int = 8  # from here on <sep> may end a warmup early; W: it never may
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if not 1 <= self.min_length <= self.length:
+            raise ValueError(f"need 1 <= min_length <= length, got {self.min_length} and {self.length}")
+        if self.sep_id not in self.forbidden:
+            raise ValueError("<sep> must be forbidden: min_length says where it may end a warmup early")
+
+    def mask(self, vocab_size: int, device, may_stop: bool) -> Tensor:
+        """(V,) bool, True where a warmup token has probability 0."""
+        mask = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        mask[list(self.forbidden)] = True
+        mask[self.sep_id] = not may_stop
+        return mask
+
+
+@dataclass
+class Batch:
+    """B examples. Rows are padded on the right with pad_id; prompts of one batch have one length P."""
+
+    source: Tensor  # (B,S)
+    prompt: Tensor  # (B,P) decoder prefix, read but never scored: a language tag, a question
+    target: Tensor  # (B,T), each row ends in </s>
+
+    def to(self, device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.source, self.prompt, self.target)))
+
+    def index(self, rows) -> "Batch":
+        return Batch(self.source[rows], self.prompt[rows], self.target[rows])
+
+
+def target_tokens(model: EncoderDecoder, batch: Batch) -> Tensor:
+    """How many target tokens a batch holds, </s> included: the unit of every per-token number, a () tensor."""
+    return (batch.target != model.config.pad_id).sum()
+
+
+def with_start(model: EncoderDecoder, prompt: Tensor) -> Tensor:
+    """(R,P) -> (R,1+P): the start token (T5: the pad id) in front of the prompt."""
+    return torch.cat([prompt.new_full((len(prompt), 1), model.config.pad_id), prompt], 1)
+
+
+def masked_logprobs(model, hidden: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """hidden (R,T,E), target (R,T) -> (R,) sums of target log-probs. Padding never reaches the output layer."""
+    real = target != model.config.pad_id  # (R,T)
+    log_probs = model.token_logprobs(hidden[real], target[real], smoothing=smoothing)  # (tokens,)
+    rows = torch.arange(len(target), device=target.device)[:, None].expand_as(target)[real]
+    return log_probs.new_zeros(len(target)).index_add(0, rows, log_probs)
+
+
+# ----------------------------------------------------------------------------- stage 1: SFT
+
+
+def direct_logprobs(model: EncoderDecoder, memory: Memory, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """log P(y|x), no warmup: the decoder reads [start] prompt y. -> (B,) sums over target tokens."""
+    tokens = torch.cat([with_start(model, batch.prompt), batch.target[:, :-1]], 1)  # (B,P+T)
+    hidden = model.decode(tokens, memory)[:, batch.prompt.size(1) :]  # (B,T,E)
+    return masked_logprobs(model, hidden, batch.target, smoothing)
+
+
+def sft_loss(model: EncoderDecoder, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """Supervised fine-tuning: -Σ log P(y|x), a sum over tokens (the caller divides: see train.py)."""
+    return -direct_logprobs(model, model.encode(batch.source), batch, smoothing).sum()
+
+
+# ----------------------------------------------------------------------------- stage 2: warmups
+
+
+def sample_warmups(model: EncoderDecoder, memory: Memory, prompt: Tensor, spec: WarmupSpec, samples: int,
+                   temperature: float | None = None) -> tuple[Tensor, Tensor]:
+    """Draw K = samples warmups per example from P(c|x): c (B,K,W) and log P(c|x) (B,K), without autograd.
+
+    A warmup that stops early is filled up with <sep>. Those are forced, no choice of the policy, and carry
+    no log-prob; in exchange y starts at the same place in every row. temperature=0 takes the likeliest
+    token at each step (for test time).
+    """
+    temperature = spec.temperature if temperature is None else temperature
+    may_stop = spec.min_length < spec.length
+    c, log_probs = sample(
+        model, memory, with_start(model, prompt), spec.length, samples=samples, temperature=temperature,
+        forbidden=spec.mask(model.config.vocab_size, prompt.device, may_stop),
+        stop=spec.sep_id if may_stop else None, fill=spec.sep_id, min_length=spec.min_length,
+    )  # fmt: skip
+    return c, log_probs.sum(-1)
+
+
+def score(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor, target: Tensor,
+          spec: WarmupSpec) -> tuple[Tensor, Tensor]:
+    """One teacher-forced pass over [start, prompt, c, <sep>, y]: log P(c|x) and log P(y|x,c), both (B,K).
+
+    c (B,K,W), target (B,T). Both are sums over tokens. The memory of the B examples serves all K rows.
+    """
+    (B, K, W), P = c.shape, prompt.size(1)
+    prefix = with_start(model, prompt).repeat_interleave(K, 0)  # (R,1+P)
+    c, y = c.reshape(B * K, W), target.repeat_interleave(K, 0)  # (R,W), (R,T)
+    sep = torch.full_like(c[:, :1], spec.sep_id)  # (R,1)
+    hidden = model.decode(torch.cat([prefix, c, sep, y[:, :-1]], 1), memory)  # (R,P+W+1+T,E)
+
+    log_pi = hidden.new_zeros(B * K)
+    stopped = torch.cat([torch.zeros_like(sep), (c == spec.sep_id).int().cumsum(1)[:, :-1]], 1) > 0  # (R,W)
+    for start, end in ((0, spec.min_length), (spec.min_length, W)):  # <sep> is allowed in the second part only
+        if start < end:
+            mask = spec.mask(model.config.vocab_size, c.device, may_stop=start > 0)
+            part = hidden[:, P + start : P + end].flatten(0, 1)  # (R·w,E)
+            log_probs = model.token_logprobs(part, c[:, start:end].flatten(), temperature=spec.temperature,
+                                             forbidden=mask).view(B * K, -1)  # (R,w)  # fmt: skip
+            log_pi = log_pi + log_probs.masked_fill(stopped[:, start:end], 0.0).sum(1)
+    log_p = masked_logprobs(model, hidden[:, P + W + 1 :], y)
+    return log_pi.view(B, K), log_p.view(B, K)
+
+
+def marginal(R: Tensor) -> tuple[Tensor, Tensor]:
+    """a = w - 1/K, b = w with w = softmax(R): our reading of the paper (R (B,K) -> a, b (B,K)).
+
+    ∇ log P(y|x) = E_{c~pi}[ r(c) (∇ log pi + ∇ log p) ],  r(c) = p / P(y|x)                       (1)
+
+    With P(y|x) replaced by the mean of p over the K samples, r(c_k)/K = w_k. That is consistent, with a bias
+    of O(1/K). The -1/K is a control variate: E[∇ log pi] = 0, so it changes no expectation, but without it
+    equal rewards would still push every sampled c to repeat itself.
+    """
+    if R.size(-1) < 2:
+        raise ValueError("estimator 'marginal' compares samples with each other: it needs --samples 2 or more")
+    w = R.softmax(-1)
+    return w - 1 / R.size(-1), w
+
+
+def frozen(R: Tensor) -> tuple[Tensor, Tensor]:
+    """a = 0, b = 1/K: the control without policy gradient. The target learns to read c; c is not improved."""
+    return torch.zeros_like(R), torch.full_like(R, 1 / R.size(-1))
+
+
+ESTIMATORS = {"marginal": marginal, "frozen": frozen}
+
+
+def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
+    """loss = -Σ_k [ sg(a_k) log P(c_k|x) + sg(b_k) log P(y|x,c_k) ]  (2), summed over the batch.
+
+    Its gradient is the estimator; its value means nothing (near 0, and it may rise while all goes well).
+    log_p keeps its graph: without it the target half of (1) would silently vanish.
+    """
+    return -(a.detach() * log_pi + b.detach() * log_p).sum()
+
+
+def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, estimator: str = "marginal",
+                samples: int = 4) -> tuple[Tensor, dict[str, Tensor]]:
+    """One policy update's loss (a sum, as sft_loss) and diagnostics (() tensors, sums over the batch).
+
+    The encoder runs once; its dropout, if on, is drawn once and shared by sampling and scoring. The
+    decoder must be in eval mode: dropout would make us score another distribution than we sampled from.
+    """
+    if model.decoder.training:
+        raise ValueError("call model.decoder.eval() first: decoder dropout would take the samples off-policy")
+    memory = model.encode(batch.source)
+    c, _ = sample_warmups(model, memory.detach(), batch.prompt, spec, samples)  # (B,K,W)
+    log_pi, log_p = score(model, memory, batch.prompt, c, batch.target, spec)  # (B,K) both
+    R = log_p.detach()
+    a, b = ESTIMATORS[estimator](R)
+    return surrogate(a, b, log_pi, log_p), diagnostics(R, log_pi.detach(), c)
+
+
+# ----------------------------------------------------------------------------- is it working?
+
+
+def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor) -> dict[str, Tensor]:
+    """What to watch instead of the surrogate loss. R, log_pi (B,K), c (B,K,W) -> sums over the batch.
+
+    marginal_nll  -log mean_k P(y|x,c_k), nats: an upper bound on -log P(y|x) in expectation
+    reward        mean of R over an example's warmups, nats
+    spread        standard deviation of R within an example, nats: 0 means that no c is better than another
+    ess           effective sample size 1/Σw², from 1 (one sample takes all) to K (all alike)
+    entropy       -log P(c|x) of the sampled c, nats: its mean is the policy's entropy
+    distinct      distinct warmups / K
+    """
+    K, w = R.size(1), R.softmax(1)
+    same = (c[:, :, None] == c[:, None]).all(-1)  # (B,K,K)
+    first = ~same.tril(-1).any(-1)  # (B,K): no earlier sample equals it
+    return {
+        "marginal_nll": (math.log(K) - R.logsumexp(1)).sum(),
+        "reward": R.mean(1).sum(),
+        "spread": R.std(1, correction=0).sum(),
+        "ess": (1 / w.pow(2).sum(1)).sum(),
+        "entropy": -log_pi.mean(1).sum(),
+        "distinct": first.float().mean(1).sum(),
+    }
+
+
+@torch.no_grad()
+def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, samples: int) -> dict[str, Tensor]:
+    """`diagnostics` on held-out data, and two that need more passes (all sums over the batch, nats):
+
+    swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example): 0 means that c is ignored
+    over_empty  mean_k log P(y|x,c_k) - log P(y|x): what a sampled warmup gains over writing y at once
+    """
+    memory = model.encode(batch.source)
+    c, log_pi = sample_warmups(model, memory, batch.prompt, spec, samples)
+    _, log_p = score(model, memory, batch.prompt, c, batch.target, spec)
+    _, swapped = score(model, memory, batch.prompt, c.roll(1, 0), batch.target, spec)  # the neighbour's c
+    direct = direct_logprobs(model, memory, batch)
+    return diagnostics(log_p, log_pi, c) | {
+        "swap_gap": (log_p - swapped).mean(1).sum(),
+        "over_empty": (log_p.mean(1) - direct).sum(),
+    }
+
+
+# ----------------------------------------------------------------------------- test time
+
+
+@torch.no_grad()
+def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, length: int, *, beams: int = 1,
+             length_penalty: float = 1.0, warmup_temperature: float = 0.0,
+             temperature: float = 0.0) -> tuple[Tensor | None, Tensor]:
+    """Write the warmup, then the target: c (B,W) or None, y (B,length) padded after </s>.
+
+    spec None: no warmup, as after SFT. warmup_temperature 0: greedy c; 1: a sampled c. beams > 1: beam
+    search over y; beams 1: greedy, or sampled at `temperature` > 0. batch.target is not read.
+    """
+    memory, prefix, c = model.encode(batch.source), with_start(model, batch.prompt), None
+    if spec is not None:
+        c = sample_warmups(model, memory, batch.prompt, spec, 1, warmup_temperature)[0][:, 0]  # (B,W)
+        prefix = torch.cat([prefix, c, torch.full_like(c[:, :1], spec.sep_id)], 1)  # (B,1+P+W+1)
+    forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=prefix.device)
+    forbidden[model.config.pad_id] = True
+    if spec is not None:
+        forbidden[spec.sep_id] = True
+    if beams > 1:
+        y = beam_search(model, memory, prefix, length, beams=beams, length_penalty=length_penalty,
+                        forbidden=forbidden)[0][:, 0]  # fmt: skip
+    else:
+        y = sample(model, memory, prefix, length, temperature=temperature, forbidden=forbidden,
+                   stop=model.config.eos_id, fill=model.config.pad_id)[0][:, 0]  # fmt: skip
+    return c, y  # (B,W), (B,length)
