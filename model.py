@@ -91,13 +91,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     sqrt(D): its initial query weights are that much smaller instead. Attention weights are not dropped
     out (our choice: the fused CPU kernel cannot, and the other dropouts suffice).
     """
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: that kernel's backward is 5x slower
+        return plain_attention(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """The same in three lines of algebra; the tests hold `attention` to it, forward and backward."""
     scores = q @ k.transpose(-1, -2) + bias  # (B,H,L,S)
-    return scores.softmax(-1) @ v
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class SelfAttention(nn.Module):
