@@ -209,7 +209,92 @@ def print_significance(rows: list[Row], config, examples: list[Example]) -> None
     metrics = METRICS[TASKS[config.task].metrics](config)
     _, scores = PairedTest(systems, metrics, [[e.target for e in examples]], test_type="bs", n_samples=1000)()
     print(f"\npaired bootstrap against {rows[0].name!r}, 1000 resamples")
-    for name in metrics:
-        for row, result in zip(rows, scores[next(key for key in scores if key.lower() == name.lower())]):
+    for name, results in zip(metrics, (scores[key] for key in scores if key != "System")):
+        for row, result in zip(rows, results):
             p = "" if result.p_value is None else f"  p = {result.p_value:.4f}"
             print(f"  {name:7} {row.name:20} {result.score:6.2f}  mean {result.mean:6.2f} ± {result.ci:.2f}{p}")
+
+
+# ----------------------------------------------------------------------------- new text
+
+
+def translate(folder: Path, stage: str, lines: list[str], config, tokenizer, args, device) -> None:
+    """Print one output line per input line. UserError names the first line that is empty or too long."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UserError(f"line {number} of --input is empty: one sentence a line, please")
+    model, _ = load_model(folder / f"{stage}.pt", device)
+    prompt = f"<2{config.pair.split('-')[1]}>"
+    data = encode(tokenizer, [Example(line.strip(), prompt, "") for line in lines])
+    for number, ids in enumerate(data.source, 1):
+        if len(ids) > config.max_tokens:
+            raise UserError(f"line {number} of --input has {len(ids)} tokens, but this model was trained on at most "
+                            f"{config.max_tokens}: split the line")  # fmt: skip
+        if not len(ids):
+            raise UserError(f"line {number} of --input holds no text")
+    spec = warmup_spec(config, tokenizer) if stage == "policy" else None
+    hypotheses, warmups = decode_split(model, tokenizer, data, config, spec, args.beams or config.beams)
+    for text, warmup in zip(hypotheses, warmups):
+        print(f"{warmup or ''}\t{text}" if args.show_warmup else text)
+
+
+# ----------------------------------------------------------------------------- the program
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="a run folder that train.py made")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    parser.add_argument("--stage", choices=tuple(STAGES), help="default: every stage that was trained; for --input policy, else sft")
+    parser.add_argument("--beams", type=int, default=0, help="beam width, 1: greedy; default: the run's --beams")
+    parser.add_argument("--input", metavar="FILE", help="translate this file (-: standard input), one line in, one line out")
+    parser.add_argument("--show-warmup", action="store_true", help="with --input: the warmup and a tab before each line")
+    parser.add_argument("--data", default="", help="folder of the data, if it has moved since training")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    args = parser.parse_args(argv)
+    if args.beams < 0:
+        parser.error("--beams must be at least 1")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    config, tokenizer, device = load_config(args.run), load_tokenizer(args.run), pick_device(args.device)
+    trained = [stage for stage in STAGES if (args.run / f"{stage}.pt").exists()]
+    stages = [args.stage] if args.stage else trained
+    if not stages:
+        raise UserError(f"{args.run} holds no trained stage yet: python train.py --resume {args.run}")
+    if args.input:
+        try:
+            text = sys.stdin.read() if args.input == "-" else Path(args.input).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read --input {args.input}: {error}") from None
+        stage = args.stage or ("policy" if "policy" in trained else "sft")
+        return translate(args.run, stage, text.removesuffix("\n").split("\n"), config, tokenizer, args, device)
+    splits, _ = load(config.task, config.pair, args.data or config.data, config.sample_size, config.seed)
+    split = args.split if args.split in splits else "valid"
+    rows = []
+    for stage in stages:
+        row = score_stage(args.run, stage, config, tokenizer, splits[split], args.beams or config.beams, device)
+        rows.append(row)
+        path = args.run / f"{split}.{stage}.txt"
+        path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
+        print(f"wrote {path}")
+    print_table(rows, config, splits[split], split)
+    print_examples(rows, splits[split])
+    if len(rows) > 1:
+        print_significance(rows, config, splits[split])
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

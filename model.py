@@ -254,25 +254,25 @@ class Cache:
 
     def __init__(self, model: "EncoderDecoder", rows: int, room: int):
         self.biases = model.decoder.position_biases(room)  # once, then sliced at every step
-        self.kv: list[Tensor | None] = [None] * len(model.decoder.blocks)  # each (2,R,H,room,D), on first use
+        self.kv: list[Tensor | None] = [None] * len(model.decoder.blocks)  # each (R,2,H,room,D), on first use
+        self.spare: list[Tensor | None] = [None] * len(model.decoder.blocks)  # `select` copies there, then swaps
         self.rows, self.room, self.length = rows, room, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write L new positions, give back all so far: (R,H,L,D) x2 -> (R,H,length+L,D) x2."""
         R, H, L, D = k.shape
         if self.kv[layer] is None:
-            self.kv[layer] = k.new_empty(2, R, H, self.room, D)
+            self.kv[layer] = k.new_empty(R, 2, H, self.room, D)
         kv, end = self.kv[layer], self.length + L
-        kv[0, :, :, self.length : end], kv[1, :, :, self.length : end] = k, v
-        return kv[0, :, :, :end], kv[1, :, :, :end]
+        kv[:, 0, :, self.length : end], kv[:, 1, :, self.length : end] = k, v
+        return kv[:, 0, :, :end], kv[:, 1, :, :end]
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows in this order: expands B rows to B*K, or follows the surviving beams."""
         for layer, kv in enumerate(self.kv):
-            past = kv[:, :, :, : self.length].index_select(1, rows)
-            if len(rows) != self.rows:
-                self.kv[layer] = kv.new_empty(2, len(rows), *kv.shape[2:])
-            self.kv[layer][:, :, :, : self.length] = past
+            if self.spare[layer] is None or len(self.spare[layer]) != len(rows):
+                self.spare[layer] = kv.new_empty(len(rows), *kv.shape[1:])
+            self.kv[layer], self.spare[layer] = torch.index_select(kv, 0, rows, out=self.spare[layer]), kv
         self.rows = len(rows)
 
 
@@ -312,7 +312,7 @@ class _TokenLogProbs(torch.autograd.Function):
             d.scatter_add_(1, targets[rows, None], (1 - s) * g)
             d = (d.add_(g * (s / len(weight))) if s else d).to(weight.dtype)
             grad_hidden[rows] = d @ weight  # (n,E)
-            grad_weight += d.T @ hidden[rows]  # (V,E)
+            grad_weight.addmm_(d.T, hidden[rows])  # (V,E)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -320,7 +320,7 @@ def _chunk(hidden, weight, targets, forbidden, smoothing):
     """n rows: their smoothed log-probs (n,), exp(logits - max) (n,V), and its row sums (n,1)."""
     logits = (hidden @ weight.T).float()  # (n,V)
     if forbidden is not None:
-        logits.masked_fill_(forbidden, -torch.inf)
+        logits.index_fill_(1, forbidden, -torch.inf)
     top = logits.amax(-1, keepdim=True)
     picked = logits.gather(1, targets[:, None])
     if smoothing:
@@ -405,7 +405,7 @@ class EncoderDecoder(nn.Module):
                        forbidden: Tensor | None = None, smoothing: float = 0.0, chunk: int = 0) -> Tensor:
         """log softmax(logits / temperature)[target]: hidden (N,E), targets (N,) -> (N,), in float32.
 
-        forbidden (V,) bool: tokens of probability 0. smoothing s: (1-s) log p(target) + s mean_v log p(v).
+        forbidden: ids of tokens of probability 0. smoothing s: (1-s) log p(target) + s mean_v log p(v).
         chunk: rows whose logits are held at once; 0 picks as many as fit 256 MiB.
         """
         if smoothing and forbidden is not None:
@@ -423,8 +423,9 @@ class EncoderDecoder(nn.Module):
 
 
 def plain_token_logprobs(hidden, weight, targets, forbidden=None, smoothing=0.0) -> Tensor:
-    """What `_TokenLogProbs` computes, in three lines that hold all N x V logits; tests hold it to these."""
-    logits = hidden @ weight.T if forbidden is None else (hidden @ weight.T).masked_fill(forbidden, -torch.inf)
+    """What `_TokenLogProbs` computes, in five lines that hold all N x V logits; tests hold it to these."""
+    logits = hidden @ weight.T  # (N,V)
+    logits = logits if forbidden is None else logits.index_fill(1, forbidden, -torch.inf)
     log_probs = logits.log_softmax(-1)  # (N,V)
     picked = log_probs.gather(1, targets[:, None]).squeeze(1)  # (N,)
     return (1 - smoothing) * picked + smoothing * log_probs.mean(-1) if smoothing else picked
@@ -451,9 +452,9 @@ def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *
     log_probs = torch.zeros(tokens.shape, device=prefix.device)
     done = torch.zeros(B * samples, dtype=torch.bool, device=prefix.device)  # (R,)
     for t in range(length):
-        logits = model.logits(hidden) / (temperature or 1.0)  # (R,V)
+        logits = model.logits(hidden if temperature in (0, 1) else hidden / temperature)  # (R,V)
         if forbidden is not None:
-            logits = logits.masked_fill_(forbidden, -torch.inf)
+            logits.index_fill_(1, forbidden, -torch.inf)
         if stop is not None and t < min_length:
             logits[:, stop] = -torch.inf
         exps = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (R,V)
@@ -497,7 +498,7 @@ def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: i
     for t in range(length):
         logits = model.logits(hidden)  # (B·n,V)
         if forbidden is not None:
-            logits = logits.masked_fill_(forbidden, -torch.inf)
+            logits.index_fill_(1, forbidden, -torch.inf)
         top, token = logits.topk(min(2 * n, c.vocab_size), -1)  # (B·n,2n): no other token can be a candidate
         log_probs = top - logits.logsumexp(-1, keepdim=True)  # (B·n,2n)
         candidates = (scores.view(-1, 1) + log_probs).view(B, -1)  # (B,n·2n)

@@ -36,12 +36,9 @@ class WarmupSpec:
         if self.sep_id not in self.forbidden:
             raise ValueError("<sep> must be forbidden: min_length says where it may end a warmup early")
 
-    def mask(self, vocab_size: int, device, may_stop: bool) -> Tensor:
-        """(V,) bool, True where a warmup token has probability 0."""
-        mask = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        mask[list(self.forbidden)] = True
-        mask[self.sep_id] = not may_stop
-        return mask
+    def barred(self, device, may_stop: bool) -> Tensor:
+        """Ids of probability 0 in a warmup; <sep> is one of them wherever the warmup may not stop."""
+        return torch.tensor([i for i in self.forbidden if not (may_stop and i == self.sep_id)], device=device)
 
 
 @dataclass
@@ -107,7 +104,7 @@ def sample_warmups(model: EncoderDecoder, memory: Memory, prompt: Tensor, spec: 
     may_stop = spec.min_length < spec.length
     c, log_probs = sample(
         model, memory, with_start(model, prompt), spec.length, samples=samples, temperature=temperature,
-        forbidden=spec.mask(model.config.vocab_size, prompt.device, may_stop),
+        forbidden=spec.barred(prompt.device, may_stop),
         stop=spec.sep_id if may_stop else None, fill=spec.sep_id, min_length=spec.min_length,
     )  # fmt: skip
     return c, log_probs.sum(-1)
@@ -129,10 +126,9 @@ def score(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor, targ
     stopped = torch.cat([torch.zeros_like(sep), (c == spec.sep_id).int().cumsum(1)[:, :-1]], 1) > 0  # (R,W)
     for start, end in ((0, spec.min_length), (spec.min_length, W)):  # <sep> is allowed in the second part only
         if start < end:
-            mask = spec.mask(model.config.vocab_size, c.device, may_stop=start > 0)
             part = hidden[:, P + start : P + end].flatten(0, 1)  # (R·w,E)
             log_probs = model.token_logprobs(part, c[:, start:end].flatten(), temperature=spec.temperature,
-                                             forbidden=mask).view(B * K, -1)  # (R,w)  # fmt: skip
+                                             forbidden=spec.barred(c.device, start > 0)).view(B * K, -1)  # (R,w)  # fmt: skip
             log_pi = log_pi + log_probs.masked_fill(stopped[:, start:end], 0.0).sum(1)
     log_p = masked_logprobs(model, hidden[:, P + W + 1 :], y)
     return log_pi.view(B, K), log_p.view(B, K)
@@ -247,10 +243,7 @@ def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, lengt
     if spec is not None:
         c = sample_warmups(model, memory, batch.prompt, spec, 1, warmup_temperature)[0][:, 0]  # (B,W)
         prefix = torch.cat([prefix, c, torch.full_like(c[:, :1], spec.sep_id)], 1)  # (B,1+P+W+1)
-    forbidden = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=prefix.device)
-    forbidden[model.config.pad_id] = True
-    if spec is not None:
-        forbidden[spec.sep_id] = True
+    forbidden = torch.tensor([model.config.pad_id, *([spec.sep_id] if spec else [])], device=prefix.device)
     if beams > 1:
         y = beam_search(model, memory, prefix, length, beams=beams, length_penalty=length_penalty,
                         forbidden=forbidden)[0][:, 0]  # fmt: skip
