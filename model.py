@@ -346,26 +346,27 @@ class EncoderDecoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """T5's initial scales: every product has unit variance, queries make up for the missing 1/sqrt(D).
+        """T5's initial scales for queries, keys, values and `up`; the rest is ours, for training from scratch.
 
-        Two changes (ours), so that training from scratch starts near ln V: the output layer begins small,
-        and a tied embedding, which is also the output layer, gets a small final norm for the same end.
+        T5's embedding of standard deviation 1 hardly moves under AdamW. Ours starts at 1/sqrt(E), as do the
+        layers' additions to it (times 0.3: RMSNorm takes care of the scale). The output layer starts small:
+        the first loss is near ln V, where T5's is far above (the decoder's input token would dominate).
         """
-        c = self.config
-        std = {"qkv": c.width**-0.5, "q": (c.width * c.head_size) ** -0.5, "kv": c.width**-0.5}
-        std |= {"out": (c.heads * c.head_size) ** -0.5, "up": c.width**-0.5, "down": c.ff**-0.5}
+        c, small = self.config, 0.3 * self.config.width**-0.5
+        std = {"qkv": c.width**-0.5, "q": (c.width * c.head_size) ** -0.5, "kv": c.width**-0.5, "up": c.width**-0.5}
+        std |= {"out": small * (c.heads * c.head_size) ** -0.5, "down": small * c.ff**-0.5}
         for name, p in self.named_parameters():
             layer = name.split(".")[-2]
             if layer in std:
                 nn.init.normal_(p, std=std[layer])
-            if layer == "qkv":
+            if layer == "qkv":  # queries make up for the missing 1/sqrt(D)
                 with torch.no_grad():
-                    p[: c.heads * c.head_size] *= c.head_size**-0.5  # the query third
-        nn.init.normal_(self.embedding.weight, std=1.0)
-        if c.tied:
-            nn.init.constant_(self.decoder.norm.weight, 0.1)
+                    p[: c.heads * c.head_size] *= c.head_size**-0.5
+        nn.init.normal_(self.embedding.weight, std=c.width**-0.5)
+        if c.tied:  # cancels the output's 1/sqrt(E): logits begin with a standard deviation near 0.3
+            nn.init.constant_(self.decoder.norm.weight, 0.3 * c.width**0.5)
         else:
-            nn.init.normal_(self.output.weight, std=0.1 * c.width**-0.5)
+            nn.init.normal_(self.output.weight, std=small)
 
     def encode(self, source: Tensor) -> Memory:
         """source (B,S), padded on the right with pad_id -> Memory. Every row needs one real token."""
