@@ -163,14 +163,15 @@ def sentence(r: random.Random) -> tuple[str, str]:
 
 
 def translation_sample(pair: str, size: int, seed: int) -> dict[str, list[Example]]:
-    """size training pairs and 500 each for validation and test, from the grammar above; pair de-en or en-de.
+    """size training pairs and 500 each (at most size/4) for validation and test; pair de-en or en-de.
 
     Which split a sentence belongs to is a hash of its English side, so no seed's training data ever holds
     another seed's test item. (English determines German and the reverse: disjoint on one side is disjoint.)
     """
     if pair not in ("de-en", "en-de"):
         raise UserError(f"the built-in sample is German-English: use --pair de-en or en-de, not {pair}, or --data DIR")
-    r, wanted = random.Random(f"{seed}"), {"train": size, "valid": 500, "test": 500}
+    held_out = min(500, max(1, size // 4))
+    r, wanted = random.Random(f"{seed}"), {"train": size, "valid": held_out, "test": held_out}
     splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no pair twice
     while any(len(splits[split]) < n for split, n in wanted.items()):
         en, de = sentence(r)

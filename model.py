@@ -7,7 +7,7 @@ Nothing here knows of warmups, tasks or training. One shape alphabet for the who
     E model width      L any decoder length                  R = B*K decoder rows, K of an example adjacent
 
 T5's oddities, each marked where it happens: RMSNorm without mean or bias, no biases in any linear
-layer, positions only as a learned bias on attention scores, no 1/sqrt(D), the pad id as decoder start.
+layer, positions only as a learned bias on attention scores, the pad id as decoder start.
 """
 
 import math
@@ -36,9 +36,14 @@ class ModelConfig:
     shared_bias: bool = True  # one position bias per stack; False: one per layer (umT5)
     buckets: int = 32  # relative distances fall into this many buckets
     max_distance: int = 128  # distances from here on share the last bucket
+    scaled: bool = True  # divide attention scores by sqrt(D); False: T5, whose query weights are smaller instead
     dropout: float = 0.1
     pad_id: int = 0  # also the decoder's start token: T5 has no other
     eos_id: int = 1
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_size**-0.5 if self.scaled else 1.0
 
 
 SIZES = {
@@ -84,28 +89,28 @@ class Dropout(nn.Module):
         return x * keep.mul_(256 / (256 - drop))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
     """softmax(q kᵀ + bias) v by torch's fused kernel: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D).
 
-    bias (broadcast to (B,H,L,S)) holds position bias and masks. scale=1.0 because T5 does not divide by
-    sqrt(D): its initial query weights are that much smaller instead. Attention weights are not dropped
-    out (our choice: the fused CPU kernel cannot, and the other dropouts suffice).
+    bias (broadcast to (B,H,L,S)) holds position bias and masks. scale multiplies q kᵀ: 1 for T5, see
+    ModelConfig.scaled. Attention weights are not dropped out (our choice: the fused CPU kernel cannot, and
+    the other dropouts suffice).
     """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: that kernel's backward is 5x slower
-        return plain_attention(q, k, v, bias)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        return plain_attention(q, k, v, bias, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
     """The same in three lines of algebra; the tests hold `attention` to it, forward and backward."""
-    scores = q @ k.transpose(-1, -2) + bias  # (B,H,L,S)
+    scores = scale * (q @ k.transpose(-1, -2)) + bias  # (B,H,L,S)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
 class SelfAttention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.heads, inner = c.heads, c.heads * c.head_size
+        self.heads, self.scale, inner = c.heads, c.attention_scale, c.heads * c.head_size
         self.qkv = nn.Linear(c.width, 3 * inner, bias=False)  # one product instead of three
         self.out = nn.Linear(inner, c.width, bias=False)
 
@@ -114,7 +119,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(R, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (R,H,L,D)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (R,H,past+L,D)
-        return self.out(attention(q, k, v, bias).transpose(1, 2).reshape(R, L, -1))  # (R,L,E)
+        return self.out(attention(q, k, v, bias, self.scale).transpose(1, 2).reshape(R, L, -1))  # (R,L,E)
 
 
 class CrossAttention(nn.Module):
@@ -126,7 +131,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.heads, inner = c.heads, c.heads * c.head_size
+        self.heads, self.scale, inner = c.heads, c.attention_scale, c.heads * c.head_size
         self.q = nn.Linear(c.width, inner, bias=False)
         self.kv = nn.Linear(c.width, 2 * inner, bias=False)
         self.out = nn.Linear(inner, c.width, bias=False)
@@ -139,7 +144,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
         (R, L, _), B = x.shape, kv[0].size(0)
         q = self.q(x).view(B, R // B * L, self.heads, -1).transpose(1, 2)  # (B,H,K·L,D)
-        return self.out(attention(q, *kv, bias).transpose(1, 2).reshape(R, L, -1))  # (R,L,E)
+        return self.out(attention(q, *kv, bias, self.scale).transpose(1, 2).reshape(R, L, -1))  # (R,L,E)
 
 
 class FeedForward(nn.Module):
@@ -348,20 +353,23 @@ class EncoderDecoder(nn.Module):
     def init_weights(self) -> None:
         """T5's initial scales for queries, keys, values and `up`; the rest is ours, for training from scratch.
 
-        T5's embedding of standard deviation 1 hardly moves under AdamW. Ours starts at 1/sqrt(E), as do the
-        layers' additions to it (times 0.3: RMSNorm takes care of the scale). The output layer starts small:
-        the first loss is near ln V, where T5's is far above (the decoder's input token would dominate).
+        T5's tiny query weights and large embeddings want Adafactor, whose step grows with the weight. Under
+        AdamW the former jump and the latter hardly move. So `scaled` attention, and an embedding that starts at
+        1/sqrt(E), as do the layers' additions to it (times 0.3: RMSNorm takes care of the scale). The output
+        layer starts small, so that the first loss is near ln V; with T5's scales a small vocabulary starts well above (the decoder's
+        own input token would dominate the tied output).
         """
         c, small = self.config, 0.3 * self.config.width**-0.5
-        std = {"qkv": c.width**-0.5, "q": (c.width * c.head_size) ** -0.5, "kv": c.width**-0.5, "up": c.width**-0.5}
+        shrink = c.head_size**-0.5 / c.attention_scale  # of queries: 1, or T5's 1/sqrt(D)
+        std = {"qkv": c.width**-0.5, "q": shrink * c.width**-0.5, "kv": c.width**-0.5, "up": c.width**-0.5}
         std |= {"out": small * (c.heads * c.head_size) ** -0.5, "down": small * c.ff**-0.5}
         for name, p in self.named_parameters():
             layer = name.split(".")[-2]
             if layer in std:
                 nn.init.normal_(p, std=std[layer])
-            if layer == "qkv":  # queries make up for the missing 1/sqrt(D)
+            if layer == "qkv":
                 with torch.no_grad():
-                    p[: c.heads * c.head_size] *= c.head_size**-0.5
+                    p[: c.heads * c.head_size] *= shrink
         nn.init.normal_(self.embedding.weight, std=c.width**-0.5)
         if c.tied:  # cancels the output's 1/sqrt(E): logits begin with a standard deviation near 0.3
             nn.init.constant_(self.decoder.norm.weight, 0.3 * c.width**0.5)

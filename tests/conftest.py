@@ -1,0 +1,24 @@
+"""Shared by the tests: tiny settings, one finished tiny run."""
+
+import pytest
+import torch
+
+import train
+
+TINY = ["--size", "nano", "--sample-size", "300", "--vocab-size", "300", "--sft-steps", "4", "--policy-steps", "3",
+        "--eval-every", "2", "--batch-tokens", "800", "--policy-batch-tokens", "400", "--beams", "2", "--threads", "1",
+        "--warmup-len", "2", "--samples", "2", "--eval-samples", "2", "--max-tokens", "40"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small products gain nothing from threads, and two test processes would spin against each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A run folder with all three stages. Read it, do not change it: the whole session shares it."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    assert train.main(["--task", "wmt", *TINY, "--out", str(folder)]) == 0
+    return folder

@@ -1,0 +1,546 @@
+"""data.py: the sample against an independent translator, the readers, the tokenizer, the batches."""
+
+import gzip
+import random
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import (EOS, PAD, PEOPLE, SEP, THINGS, UNK, VERBS, Batches, Encoded, Example, UserError, clause, encode,
+                  in_order, load, noun_phrase, parallel_files, read_parallel, sentence, shorten, special_ids,
+                  train_tokenizer, translation_sample)  # fmt: skip
+
+MULTI30K = Path(__file__).parents[2] / "shared/data/multi30k"
+
+# ------------------------------------------------------- full forms, written by hand and not taken from data.py
+
+
+def table(text: str) -> list[list[str]]:
+    return [[word.replace("_", " ") for word in row.split()] for row in text.replace("\n", ", ").split(", ")]
+
+
+NOUNS = table("""man men Mann Männer Männern m, woman women Frau Frauen Frauen f, child children Kind Kinder Kindern n
+girl girls Mädchen Mädchen Mädchen n, friend friends Freund Freunde Freunden m, dog dogs Hund Hunde Hunden m
+sister sisters Schwester Schwestern Schwestern f, teacher teachers Lehrer Lehrer Lehrern m
+doctor doctors Arzt Ärzte Ärzten m, cat cats Katze Katzen Katzen f, horse horses Pferd Pferde Pferden n
+house houses Haus Häuser Häusern n, book books Buch Bücher Büchern n, letter letters Brief Briefe Briefen m
+door doors Tür Türen Türen f, window windows Fenster Fenster Fenstern n, table tables Tisch Tische Tischen m
+lamp lamps Lampe Lampen Lampen f, car cars Auto Autos Autos n, picture pictures Bild Bilder Bildern n
+key keys Schlüssel Schlüssel Schlüsseln m, bag bags Tasche Taschen Taschen f, coat coats Mantel Mäntel Mänteln m""")
+NOUN = {row[number]: (row, bool(number)) for row in NOUNS for number in (0, 1)}
+ADJECTIVE = dict(table("""young jung, friendly freundlich, old alt, small klein, big groß, new neu, beautiful schön
+strange seltsam, red rot, green grün, cheap billig, heavy schwer"""))
+NUMBER = dict(table("two zwei, three drei, four vier, five fünf, twelve zwölf"))
+DETERMINER = {  # article-ending of the adjective: m f n plural
+    ("the", "nom"): "der-e die-e das-e die-en", ("a", "nom"): "ein-er eine-e ein-es",
+    ("the", "acc"): "den-en die-e das-e die-en", ("a", "acc"): "einen-en eine-e ein-es",
+    ("the", "dat"): "dem-en der-en dem-en den-en", ("a", "dat"): "einem-en einer-en einem-en",
+    ("my", "nom"): "mein-er meine-e mein-es meine-en", ("my", "acc"): "meinen-en meine-e mein-es meine-en",
+    ("my", "dat"): "meinem-en meiner-en meinem-en meinen-en"}  # fmt: skip
+# English base, 3rd person, past; German singular, plural, prefix, participle, auxiliary
+VERB = table("""see sees saw sieht sehen - gesehen hat, look_at looks_at looked_at sieht sehen an angesehen hat
+find finds found findet finden - gefunden hat, look_for looks_for looked_for sucht suchen - gesucht hat
+fetch fetches fetched holt holen ab abgeholt hat, forget forgets forgot vergisst vergessen - vergessen hat
+need needs needed braucht brauchen - gebraucht hat, paint paints painted malt malen - gemalt hat
+buy buys bought kauft kaufen - gekauft hat, sell sells sold verkauft verkaufen - verkauft hat
+choose chooses chose sucht suchen aus ausgesucht hat, carry carries carried trägt tragen - getragen hat
+open opens opened macht machen auf aufgemacht hat, close closes closed macht machen zu zugemacht hat
+sleep sleeps slept schläft schlafen - geschlafen hat, work works worked arbeitet arbeiten - gearbeitet hat
+stay stays stayed bleibt bleiben - geblieben ist, arrive arrives arrived kommt kommen an angekommen ist
+wake_up wakes_up woke_up wacht wachen auf aufgewacht ist, travel travels travelled reist reisen - gereist ist""")
+ADVERB = dict(table("""today heute, every_day jeden_Tag, on_Monday am_Montag, now jetzt, yesterday gestern
+last_week letzte_Woche, in_the_garden im_Garten, at_the_station am_Bahnhof, in_London in_London, at_home zu_Hause"""))
+JOIN = dict(table("because weil, although obwohl, if wenn"))
+SAY = dict(table("says sagt, say sagen, knows weiß, know wissen, hopes hofft, hope hoffen"))
+NAME = "Anna|Peter|Maria|Paul|Lena|Karl|Sophie|Jonas"
+
+NP = (rf"(?:{NAME}|(?:the|an?|my|\d\d|{'|'.join(NUMBER)}) (?:(?:{'|'.join(ADJECTIVE)}) )?"
+      rf"(?:{'|'.join(sorted(NOUN, reverse=True))})\b)")  # fmt: skip
+TIME = r"today|every day|on Monday|now|yesterday|last week|in \d{4}"
+PLACE = "in the garden|at the station|in London|at home"
+CLAUSE = re.compile(
+    rf"(?:(?P<front>{TIME}|{PLACE}|with {NP}) )?(?P<s>{NP}) (?:(?P<do>did|does|do) not )?"
+    rf"(?P<verb>{'|'.join(form for verb in VERB for form in verb[2::-1])})\b"
+    rf"(?: (?P<o>{NP}))?(?: (?P<place>{PLACE}|with {NP}))?(?: (?P<time>{TIME}))?"
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------- a translator that shares no code with data.py
+
+
+def line(*words: str) -> str:
+    return " ".join(filter(None, words))
+
+
+def is_plural(phrase: str) -> bool:
+    return NOUN[phrase.split()[-1]][1] if " " in phrase else False
+
+
+def german(phrase: str, case: str) -> str:
+    """The German of an English noun phrase."""
+    determiner, *adjectives, noun = phrase.split() if " " in phrase else ("", phrase)
+    if not determiner:
+        return phrase  # a name
+    (_, _, singular, plural, dative, gender), many = NOUN[noun]
+    if ("a" if determiner == "an" else determiner, case) in DETERMINER:
+        forms = DETERMINER["a" if determiner == "an" else determiner, case].split()
+        article, ending = forms[3 if many else "mfn".index(gender)].split("-")
+    else:
+        assert many, phrase
+        article, ending = NUMBER.get(determiner, determiner), "en" if case == "dat" else "e"
+    head = singular if not many else dative if case == "dat" else plural
+    return line(article, *(ADJECTIVE[adjective] + ending for adjective in adjectives), head)
+
+
+def adverbial(text: str | None) -> str:
+    if not text:
+        return ""
+    if text.startswith("with "):
+        return "mit " + german(text.removeprefix("with "), "dat")
+    return ADVERB[text] if text in ADVERB else re.sub(r"^in (\d{4})$", r"im Jahr \1", text)
+
+
+def verb_forms(verb: list[str], past: bool, plural: bool) -> tuple[str, str, str]:
+    """Finite verb, what closes a main clause, what closes a subordinate one."""
+    _, _, _, singular, many, prefix, participle, auxiliary = verb
+    if past:
+        finite = {"hat": "haben", "ist": "sind"}[auxiliary] if plural else auxiliary
+        return finite, participle, f"{participle} {finite}"
+    finite, prefix = many if plural else singular, prefix.strip("-")
+    return finite, prefix, prefix + finite
+
+
+def translate_clause(en: str, order: str) -> str:
+    """order: main, sub (finite verb last) or inv (subject after the verb). English agreement is checked too."""
+    m = CLAUSE.fullmatch(en)
+    assert m, en
+    plural = is_plural(m["s"])
+    verb = next(row for row in VERB if m["verb"] in row[:3])
+    past = m["do"] == "did" or (not m["do"] and m["verb"] == verb[2])
+    if m["do"]:
+        assert (m["do"], m["verb"]) == ("did" if past else "do" if plural else "does", verb[0]), en
+    else:
+        assert m["verb"] == verb[2 if past else 0 if plural else 1], en
+    assert not m["time"] or past == bool(re.match(r"yesterday|last week|in \d", m["time"])), en
+    finite, end, last = verb_forms(verb, past, plural)
+    subject, o, no = german(m["s"], "nom"), german(m["o"], "acc") if m["o"] else "", "nicht" if m["do"] else ""
+    if no and o.startswith("ein"):
+        o, no = "k" + o, ""
+    rest = (adverbial(m["time"]), o, no, adverbial(m["place"]))
+    if order == "sub":
+        return line(subject, *rest, last)
+    if order == "inv" or m["front"]:
+        return line(adverbial(m["front"]), finite, subject, *rest, end)
+    return line(subject, finite, *rest, end)
+
+
+def translate(en: str) -> str:
+    """The German of a whole English sentence."""
+    text = en.removesuffix(".")
+    text = text if re.match(NAME, text) else text[0].lower() + text[1:]
+    if m := re.fullmatch(rf"({NP}) ({'|'.join(SAY)}) that (.+)", text):
+        assert m[2].endswith("s") != is_plural(m[1]), en
+        de = f"{german(m[1], 'nom')} {SAY[m[2]]}, dass {translate_clause(m[3], 'sub')}"
+    elif m := re.fullmatch(r"(because|although|if) (.+), (.+)", text):
+        de = f"{JOIN[m[1]]} {translate_clause(m[2], 'sub')}, {translate_clause(m[3], 'inv')}"
+    elif m := re.fullmatch(r"(.+) (because|although|if) (.+)", text):
+        de = f"{translate_clause(m[1], 'main')}, {JOIN[m[2]]} {translate_clause(m[3], 'sub')}"
+    else:
+        de = translate_clause(text, "main")
+    return de[0].upper() + de[1:] + "."
+
+
+GOLDEN = """The old man opens the door. | Der alte Mann macht die Tür auf.
+Today Anna opens a red door. | Heute macht Anna eine rote Tür auf.
+The old man did not see a small dog. | Der alte Mann hat keinen kleinen Hund gesehen.
+Maria does not see the small dogs at home. | Maria sieht die kleinen Hunde nicht zu Hause.
+Last week Paul arrived at the station. | Letzte Woche ist Paul am Bahnhof angekommen.
+With the old men two women travel. | Mit den alten Männern reisen zwei Frauen.
+Three old houses slept. | Drei alte Häuser haben geschlafen.
+Because Lena wakes up, Karl sleeps. | Weil Lena aufwacht, schläft Karl.
+My sister fetches a dog because Karl woke up in 1950. | Meine Schwester holt einen Hund ab, weil Karl im Jahr 1950 aufgewacht ist.
+Two children know that a new teacher fetches the horse today. | Zwei Kinder wissen, dass ein neuer Lehrer heute das Pferd abholt."""
+
+
+@pytest.mark.parametrize("en, de", [row.split(" | ") for row in GOLDEN.split("\n")])
+def test_the_independent_translator_knows_german(en, de):
+    assert translate(en) == de
+
+
+# ------------------------------------------------------------------------------------------ the sample's grammar
+
+
+def draws(count: int, seed: int = 1):
+    r = random.Random(seed)
+    return [sentence(r) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def phrases():
+    """Many noun phrases: {(case, English): German}."""
+    r = random.Random(2)
+    return {(case, en): de for case in ("nom", "acc", "dat") for nouns in (PEOPLE, THINGS)
+            for en, de, _ in (noun_phrase(r, case, nouns) for _ in range(15000))}  # fmt: skip
+
+
+PHRASES = """nom the old man | der alte Mann, nom a new teacher | ein neuer Lehrer, nom my small child | mein kleines Kind
+acc the old man | den alten Mann, acc a friendly woman | eine freundliche Frau, acc an old house | ein altes Haus
+dat the old men | den alten Männern, dat my sister | meiner Schwester, dat a small girl | einem kleinen Mädchen
+dat the children | den Kindern, dat the girls | den Mädchen, acc my cars | meine Autos, nom the doctors | die Ärzte
+dat two dogs | zwei Hunden, acc three keys | drei Schlüssel, dat the cars | den Autos, nom Anna | Anna"""
+
+
+@pytest.mark.parametrize("golden", PHRASES.replace("\n", ", ").split(", "))
+def test_noun_phrase_agrees_in_gender_number_and_case(phrases, golden):
+    case, english = golden.split(" | ")[0].split(" ", 1)
+    assert phrases[case, english] == golden.split(" | ")[1]
+
+
+def test_every_noun_phrase_agrees(phrases):
+    for (case, en), de in phrases.items():
+        assert re.fullmatch(NP, en) and de == german(en, case), (case, en, de)
+
+
+def test_negated_indefinite_is_kein_and_nothing_else_is():
+    r = random.Random(3)
+    for _ in range(3000):
+        en, de, _ = noun_phrase(r, "acc", THINGS, negated=True)
+        expected = german(en, "acc")
+        assert de == ("k" + expected if expected.startswith("ein") else expected)
+
+
+def test_english_says_an_before_a_vowel_only():
+    articles = [pair for en, _ in draws(5000) for pair in pairwise(en.lower().split()) if pair[0] in ("a", "an")]
+    assert {article for article, _ in articles} == {"a", "an"}
+    assert all((article == "an") == (word[0] in "aeiou") for article, word in articles)
+
+
+def test_every_sentence_is_what_the_independent_translator_says():
+    for en, de in draws(10000):
+        assert translate(en) == de, en
+
+
+class Steered(random.Random):
+    """Draws what holds a wanted word wherever there is such a choice: golden clauses turn up soon."""
+
+    def choice(self, options):
+        wanted = [option for option in options if set(re.findall(r"\w+", str(option))) & self.words]
+        return super().choice(wanted or options)
+
+    def randrange(self, start, *more):
+        verbs = [i for i, verb in enumerate(VERBS) if verb[0] in self.words]
+        return super().randrange(start, *more) if more else verbs[0]
+
+
+def find_clause(english: str, words: str) -> dict[str, str]:
+    """The clause of the grammar with this English."""
+    r = Steered(4)
+    r.words = set(words.split())
+    return next(found for found in (clause(r) for _ in range(30_000)) if found["en"] == english)
+
+
+def test_separable_verb_in_the_present():
+    found = find_clause("Anna opens the old door today", "open Anna the old door today")
+    assert found == {"en": "Anna opens the old door today", "de": "Anna macht heute die alte Tür auf",
+                     "en front": "today Anna opens the old door", "de front": "heute macht Anna die alte Tür auf",
+                     "de sub": "Anna heute die alte Tür aufmacht", "de inv": "macht Anna heute die alte Tür auf"}  # fmt: skip
+
+
+def test_perfect_with_haben():
+    found = find_clause("the man fetched a dog yesterday", "fetch the a man dog yesterday")
+    assert found["de front"] == "gestern hat der Mann einen Hund abgeholt"
+    assert found["de sub"] == "der Mann gestern einen Hund abgeholt hat"
+
+
+def test_perfect_with_sein_and_a_place():
+    found = find_clause("two women arrived at home", "arrive number two woman home")
+    assert found["de"] == "zwei Frauen sind zu Hause angekommen"
+    assert found["de front"] == "zu Hause sind zwei Frauen angekommen"
+    assert found["de sub"] == "zwei Frauen zu Hause angekommen sind"
+
+
+def test_negation_by_kein_or_nicht():
+    assert find_clause("Paul does not buy a coat", "buy Paul a coat")["de"] == "Paul kauft keinen Mantel"
+    assert find_clause("Paul does not buy the coat", "buy Paul the coat")["de sub"] == "Paul den Mantel nicht kauft"
+    found = find_clause("Karl did not sleep with the children", "sleep Karl the child with")
+    assert found["de"] == "Karl hat nicht mit den Kindern geschlafen"
+
+
+def test_english_and_german_determine_each_other():
+    pairs = set(draws(30000))
+    assert len({en for en, _ in pairs}) == len(pairs) == len({de for _, de in pairs})
+
+
+def test_there_are_at_least_ten_million_pairs():
+    """A lower bound: subject x object x the 14 verbs that take a thing x 2 tenses, all drawn independently."""
+    r = random.Random(5)
+    subjects = {noun_phrase(r, "nom", PEOPLE)[:2] for _ in range(10000)}  # those seen: there are more
+    objects = {noun_phrase(r, "acc", THINGS)[:2] for _ in range(10000)}
+    assert len(VERBS) == 20 and len({tuple(verb[:3]) for verb in VERBS[:14]}) == 14
+    assert len(subjects) * len(objects) * 14 * 2 >= 10**7
+    assert len(set(draws(20000))) > 0.97 * 20000  # and few short sentences are drawn over and over
+
+
+# ------------------------------------------------------------------------------------------ the sample's splits
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return {seed: translation_sample("en-de", 3000, seed) for seed in range(4)}
+
+
+def test_same_seed_same_pairs_and_another_seed_others(samples):
+    assert translation_sample("en-de", 3000, 0) == samples[0]
+    shared = set(samples[0]["train"]) & set(samples[1]["train"])
+    assert len(shared) < 0.1 * 3000
+
+
+def test_splits_have_the_asked_sizes_and_no_pair_twice(samples):
+    assert {split: len(set(rows)) for split, rows in samples[0].items()} == {"train": 3000, "valid": 500, "test": 500}
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_splits_are_disjoint_on_each_side_within_and_across_seeds(samples, side):
+    texts = {(seed, split): {getattr(row, side) for row in rows}
+             for seed, splits in samples.items() for split, rows in splits.items()}  # fmt: skip
+    for seed in range(4):
+        assert not texts[0, "test"] & (texts[seed, "train"] | texts[seed, "valid"])
+        assert not texts[0, "valid"] & texts[seed, "train"]
+
+
+def test_the_reversed_pair_swaps_the_sides_and_the_tag(samples):
+    for there, back in zip(samples[0]["test"], translation_sample("de-en", 3000, 0)["test"]):
+        assert back == (there.target, "<2en>", there.source) and there.prompt == "<2de>"
+
+
+# ------------------------------------------------------------------------------------------ parallel line files
+
+
+def write(folder: Path, **files: str) -> Path:
+    """train__de="a b" becomes train.de; "_gz" at the end compresses; each word is a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, words in files.items():
+        path, content = folder / name.replace("__", "."), "".join(word + "\n" for word in words.split()).encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return folder
+
+
+def texts(rows: list[Example]) -> list[tuple[str, str]]:
+    return [(row.source, row.target) for row in rows]
+
+
+PLAIN = dict(train__de="a b", train__en="A B", valid__de="c", valid__en="C", test__de="d", test__en="D")
+LAYOUTS = {
+    "plain": PLAIN,
+    "pair": {name.replace("__", "__de-en__"): words for name, words in PLAIN.items()},
+    "reversed pair": {name.replace("__", "__en-de__"): words for name, words in PLAIN.items()},
+    "gz": {name + "__gz": words for name, words in PLAIN.items()},
+    "gz on one side": {name + "__gz" * name.endswith("de"): words for name, words in PLAIN.items()},
+    "val": {name.replace("valid", "val"): words for name, words in PLAIN.items()},
+    "dev": {name.replace("valid", "dev"): words for name, words in PLAIN.items()},
+    "named test": {name.replace("test", "test_2016_x"): words for name, words in PLAIN.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reader_knows_the_usual_file_names(tmp_path, layout):
+    splits = read_parallel("de-en", write(tmp_path, **LAYOUTS[layout]))
+    assert {split: texts(rows) for split, rows in splits.items()} == {
+        "train": [("a", "A"), ("b", "B")], "valid": [("c", "C")], "test": [("d", "D")]}  # fmt: skip
+    assert {row.prompt for rows in splits.values() for row in rows} == {"<2en>"}
+    assert texts(read_parallel("en-de", tmp_path)["test"]) == [("D", "d")]
+
+
+def test_several_test_sets_the_first_with_both_sides_counts(tmp_path):
+    write(tmp_path, test_2016__de="x", test_2017__de="y", test_2017__en="Y", test_2018__de="z", test_2018__en="Z")
+    assert [path.name for path in parallel_files(tmp_path, "de-en", "test*")] == ["test_2017.de", "test_2017.en"]
+
+
+def test_files_of_another_pair_are_not_taken(tmp_path):
+    write(tmp_path, **{"test__fr-de__de": "x", "test__fr-de__fr": "X", "test__en": "Y",
+                       "test__de-en__de": "z", "test__de-en__en": "Z"})  # fmt: skip
+    assert [path.name for path in parallel_files(tmp_path, "de-en", "test*")] == ["test.de-en.de", "test.de-en.en"]
+
+
+def test_without_a_test_split_there_is_no_key(tmp_path, capsys):
+    write(tmp_path, **{name: words for name, words in PLAIN.items() if "test" not in name})
+    splits, origin = load("wmt", "de-en", str(tmp_path), 1, 0)
+    assert set(splits) == {"train", "valid"} and origin == str(tmp_path)
+    assert "no test split" in capsys.readouterr().out
+
+
+def test_the_default_folder_is_taken_before_the_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data/wmt", **PLAIN)
+    assert texts(load("wmt", "de-en", "", 1, 0)[0]["train"]) == [("a", "A"), ("b", "B")]
+
+
+def test_windows_line_ends_are_no_part_of_the_text(tmp_path):
+    write(tmp_path, **PLAIN)
+    (tmp_path / "test.de").write_bytes("eins zwei\r\ndrei\r\n".encode())
+    (tmp_path / "test.en").write_bytes(b"one two\nthree\n")
+    assert texts(read_parallel("de-en", tmp_path)["test"]) == [("eins zwei", "one two"), ("drei", "three")]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_only_newlines_split_lines(tmp_path, character, end):
+    write(tmp_path, **{name: words for name, words in PLAIN.items() if name != "test__de"})
+    content = f"one{character}line\n".encode()
+    (tmp_path / f"test.de{end}").write_bytes(gzip.compress(content) if end else content)
+    assert texts(read_parallel("de-en", tmp_path)["test"]) == [(f"one{character}line", "D")]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    write(tmp_path, **PLAIN)
+    (tmp_path / "test.de").write_bytes(b"\xef\xbb\xbf" + "über\n".encode())
+    assert texts(read_parallel("de-en", tmp_path)["test"]) == [("über", "D")]
+
+
+def test_empty_training_lines_are_left_out_and_counted(tmp_path, capsys):
+    write(tmp_path, **PLAIN)
+    (tmp_path / "train.de").write_text("a\n\nb\n")
+    (tmp_path / "train.en").write_text("A\nX\nB\n")
+    assert texts(read_parallel("de-en", tmp_path)["train"]) == [("a", "A"), ("b", "B")]
+    assert "left out 1 pair" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not MULTI30K.is_dir(), reason=f"real data is not here: {MULTI30K}")
+def test_multi30k():
+    splits, _ = load("multi30k", "en-de", str(MULTI30K), 1, 0)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 29000, "valid": 1014, "test": 1000}
+    assert splits["test"][0] == ("A man in an orange hat starring at something.", "<2de>",
+                                 "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt.")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(samples):
+    return train_tokenizer(samples[0]["train"][:1000], 600)
+
+
+def test_special_tokens_come_first_and_tags_follow(tokenizer):
+    assert [tokenizer.id_to_token(i) for i in range(5)] == [PAD, EOS, UNK, SEP, "<2de>"]
+    both = [Example("a b", "<2en>", "c"), Example("c", "<2de> <ask>", "a b")]
+    assert [train_tokenizer(both, 300).id_to_token(i) for i in range(4, 7)] == ["<2de>", "<2en>", "<ask>"]
+    assert special_ids(tokenizer) == (0, 1, 2, 3, 4)
+    assert tokenizer.get_vocab_size() == 600
+
+
+def test_text_survives_encoding_and_decoding(tokenizer, samples):
+    for row in samples[1]["test"]:
+        for text in (row.source, row.target):
+            assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_encoded_rows_hold_no_unknown_or_special_token_but_the_end(tokenizer, samples):
+    encoded = encode(tokenizer, samples[0]["test"])
+    assert all(row.min() > 4 for row in encoded.source)
+    assert all(row[-1] == 1 and (row[:-1] > 4).all() for row in encoded.target)
+    assert all(row.tolist() == [4] for row in encoded.prompt)
+
+
+def test_digits_are_tokens_of_their_own(tokenizer):
+    assert tokenizer.encode("in 1957").tokens[-4:] == list("1957")
+
+
+def test_shorten_drops_training_pairs_and_cuts_sources_elsewhere():
+    def lengths(rows):
+        return [[len(row) for row in column] for column in rows]
+
+    rows = Encoded(*([np.arange(n) for n in column] for column in ([3, 9, 2], [1, 1, 1], [4, 2, 8])))
+    dropped, count = shorten(rows, 5, drop=True)
+    assert count == 2 and lengths(dropped) == [[3], [1], [4]]
+    cut, count = shorten(rows, 5, drop=False)
+    assert count == 1 and lengths(cut) == [[3, 5, 2], [1, 1, 1], [4, 2, 8]]
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+def numbered(count: int = 300, longest: int = 30) -> Encoded:
+    """Example i has source i+2, i+2, ... and a target of the same number, closed by 1: rows tell who they are."""
+    rng = np.random.default_rng(6)
+    lengths = rng.integers(1, longest, (2, count))
+    source, target = ([np.full(n, i + 2, dtype=np.int32) for i, n in enumerate(row)] for row in lengths)
+    return Encoded(source, [np.array([4], dtype=np.int32)] * count, [np.append(row, 1) for row in target])
+
+
+def epoch(batches: Batches) -> list[torch.Tensor]:
+    return [next(batches).source for _ in range(len(batches.order))]
+
+
+def who(sources: list[torch.Tensor]) -> list[int]:
+    return [row[0].item() - 2 for source in sources for row in source]
+
+
+def test_every_example_once_per_epoch():
+    batches = Batches(numbered(), 400, seed=0)
+    for number in range(3):
+        assert sorted(who(epoch(batches))) == list(range(300)) and batches.epoch == number
+
+
+def test_batches_keep_the_token_limit_and_come_close_to_it():
+    data = numbered()
+    data.source[7] = np.full(500, 9, dtype=np.int32)  # too long for any batch: alone in its own
+    batches = Batches(data, 400, seed=0)
+    made = [next(batches) for _ in range(len(batches.order))]
+    sizes = [batch.source.numel() + batch.target.numel() for batch in made]
+    assert all(size <= 400 or len(batch.source) == 1 for size, batch in zip(sizes, made)) and max(sizes) > 400
+    assert len(made) < 2 * sum(len(row) for row in data.source + data.target) / 400
+
+
+def test_rows_are_padded_on_the_right_and_unchanged():
+    data = numbered()
+    batches = Batches(data, 400, seed=0)
+    for _ in range(len(batches.order)):
+        batch = next(batches)
+        for source, target in zip(batch.source, batch.target):
+            i = source[0].item() - 2
+            for row, original in ((source, data.source[i]), (target, data.target[i])):
+                assert row[: len(original)].tolist() == original.tolist() and not row[len(original) :].any()
+        assert batch.source.dtype == torch.int64 and (batch.prompt == 4).all()
+
+
+def test_seed_and_epoch_determine_the_batches():
+    first, again, other = (epoch(Batches(numbered(), 400, seed)) for seed in (0, 0, 1))
+    assert all(map(torch.equal, first, again))
+    assert who(first) != who(other)
+
+
+def test_epochs_differ_in_order_and_in_neighbours():
+    batches = Batches(numbered(longest=4), 100, seed=0)  # few lengths: many ways to group
+    one, two = epoch(batches), epoch(batches)
+    assert who(one) != who(two)
+    assert {frozenset(who([batch])) for batch in one} != {frozenset(who([batch])) for batch in two}
+
+
+@pytest.mark.parametrize("done", [0, 7, "one epoch", "beyond"])
+def test_a_restored_state_continues_identically(done):
+    running = Batches(numbered(), 400, seed=0)
+    done = {"one epoch": len(running.order), "beyond": len(running.order) + 5}.get(done, done)
+    for _ in range(done):
+        next(running)
+    restored = Batches(numbered(), 400, seed=0)
+    restored.load_state_dict(running.state_dict())
+    for _ in range(len(running.order) + 10):  # past the end of an epoch
+        assert torch.equal(next(running).source, next(restored).source)
+
+
+def test_in_order_covers_everything_once_longest_first():
+    data, seen, lengths = numbered(), [], []
+    for index, batch in in_order(data, 400):
+        assert who([batch.source]) == index.tolist()
+        seen, lengths = seen + index.tolist(), lengths + [batch.source.size(1)]
+    assert sorted(seen) == list(range(300)) and lengths == sorted(lengths, reverse=True)
+
+
+def test_a_pair_of_unknown_languages_has_no_sample():
+    with pytest.raises(UserError, match="German-English"):
+        translation_sample("fr-en", 10, 0)

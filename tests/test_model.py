@@ -1,0 +1,300 @@
+"""model.py: every fast path equals the plain one beside it; decoding equals exhaustive search on toys."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from model import (SIZES, Cache, Dropout, EncoderDecoder, ModelConfig, PositionBias, attention, beam_search,
+                   plain_attention, plain_token_logprobs, sample)  # fmt: skip
+
+
+def tiny_model(seed=0, **changes):
+    """A float64 model in eval mode, weights large enough to make its distributions uneven."""
+    torch.manual_seed(seed)
+    config = dict(vocab_size=11, width=16, heads=2, head_size=8, ff=32, encoder_layers=2, decoder_layers=2, dropout=0.0)
+    model = EncoderDecoder(ModelConfig(**config | changes)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+SOURCE = torch.tensor([[4, 5, 6, 7], [8, 9, 0, 0]])  # the second is padded
+
+
+# ----------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_fused_attention_equals_plain_with_padding_and_bias_forward_and_backward(shared):
+    q, k, v = (torch.randn(3, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7))
+    padding = torch.zeros(3, 1, 1, 7, dtype=torch.float64)
+    padding[1, ..., 4:] = padding[2, ..., 1:] = -1e9
+    bias = torch.randn(1 if shared else 3, 2, 5, 7, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 5, 8, dtype=torch.float64)
+    outcomes = []
+    for function in (attention, plain_attention):
+        out = function(q, k, v, bias + padding, 0.35)
+        outcomes.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v, bias))])
+    for fused, plain in zip(*outcomes):
+        torch.testing.assert_close(fused, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_t5s_attention_does_not_divide_by_sqrt_d():
+    assert ModelConfig(scaled=False).attention_scale == 1.0 and ModelConfig(head_size=64).attention_scale == 1 / 8
+    q = torch.tensor([[[[2.0, 0.0]]]])
+    k = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+    out = attention(q, k, torch.eye(2)[None, None], torch.zeros(1, 1, 1, 2))
+    torch.testing.assert_close(out.flatten(), torch.tensor([2.0, 0.0]).softmax(0))
+
+
+def test_folded_cross_attention_equals_repeated():
+    """K rows that share a memory compute what K rows with K copies of it do, forward and gradient."""
+    model, K = tiny_model(), 3
+    tokens = torch.randint(2, 11, (2 * K, 5))
+    weight = torch.randn(2 * K, 5, 16, dtype=torch.float64)
+    outcomes = []
+    for source in (SOURCE, SOURCE.repeat_interleave(K, 0)):
+        hidden = model.decode(tokens, model.encode(source))
+        outcomes.append([hidden, *torch.autograd.grad((hidden * weight).sum(), list(model.parameters()))])
+    for folded, repeated in zip(*outcomes):
+        torch.testing.assert_close(folded, repeated, rtol=1e-9, atol=1e-9)
+
+
+def test_decode_refuses_rows_that_do_not_fit_the_examples():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="multiple"):
+        model.decode(torch.zeros(3, 2, dtype=torch.long), model.encode(SOURCE))
+
+
+def test_position_buckets_are_t5s():
+    """Reference values of T5: 32 buckets, max distance 128 (worked out by hand from the paper's rule)."""
+    c = ModelConfig(heads=1)
+    two_way, causal = PositionBias(c, True), PositionBias(c, False)
+    distance = torch.tensor([0, -1, -7, -8, -15, -127, -1000, 1, 7, 8, 1000])
+    assert two_way.bucket(distance).tolist() == [0, 1, 7, 8, 9, 15, 15, 17, 23, 24, 31]
+    assert causal.bucket(distance).tolist() == [0, 1, 7, 8, 15, 31, 31, 0, 0, 0, 0]
+
+
+# ----------------------------------------------------------------------------- the whole model
+
+
+def test_padding_changes_nothing():
+    """A row alone equals the row in a padded batch, in the encoder and in the decoder."""
+    model, tokens = tiny_model(), torch.tensor([[0, 3, 4, 5, 6], [0, 7, 8, 0, 0]])
+    together = model.decode(tokens, model.encode(SOURCE))[1, :3]
+    alone = model.decode(tokens[1:, :3], model.encode(SOURCE[1:, :2]))[0]
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_decoder_cannot_see_the_future():
+    model, tokens = tiny_model(), torch.tensor([[0, 3, 4, 5]])
+    memory = model.encode(SOURCE[:1])
+    changed = tokens.clone()
+    changed[0, 3] = 9
+    before, after = model.decode(tokens, memory)[0], model.decode(changed, memory)[0]
+    assert torch.equal(before[:3], after[:3]) and not torch.allclose(before[3], after[3])
+
+
+@pytest.mark.parametrize("shared_bias", [True, False])
+def test_cached_decoding_equals_uncached(shared_bias):
+    """One token at a time, then reordered and expanded rows, give what one pass over all tokens gives."""
+    model = tiny_model(shared_bias=shared_bias)
+    with torch.no_grad():
+        memory, tokens = model.encode(SOURCE), torch.randint(2, 11, (2, 6))
+        cache = Cache(model, 2, 6)
+        steps = [model.decode(tokens[:, :2], memory, cache)]
+        steps += [model.decode(tokens[:, t : t + 1], memory, cache) for t in (2, 3)]
+        torch.testing.assert_close(torch.cat(steps, 1), model.decode(tokens[:, :4], memory), rtol=1e-10, atol=1e-10)
+        cache.select(torch.tensor([0, 0, 1, 1]))  # two rows per example
+        cache.select(torch.tensor([1, 0, 2, 2]))  # as beams do
+        more = torch.randint(2, 11, (4, 2))
+        stepped = torch.cat([model.decode(more[:, t : t + 1], memory, cache) for t in (0, 1)], 1)
+        full = torch.cat([tokens[[0, 0, 1, 1], :4], more], 1)
+        torch.testing.assert_close(stepped, model.decode(full, memory)[:, 4:], rtol=1e-10, atol=1e-10)
+
+
+def test_zero_encoder_layers_and_gated_untied_variants_run():
+    for changes in (dict(encoder_layers=0), dict(gated=True, tied=False), dict(scaled=False)):
+        model = tiny_model(**changes)
+        hidden = model.decode(torch.tensor([[0, 3], [0, 4]]), model.encode(SOURCE))
+        assert model.logits(hidden).shape == (2, 2, 11) and hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab_size", [100, 8000])
+def test_initial_loss_is_near_ln_v(tied, vocab_size):
+    torch.manual_seed(0)
+    model = EncoderDecoder(ModelConfig(vocab_size=vocab_size, tied=tied, **SIZES["tiny"])).eval()
+    source, target = torch.randint(2, vocab_size, (2, 16, 10))
+    with torch.no_grad():
+        hidden = model.decode(target.roll(1, 1), model.encode(source))
+        loss = -model.token_logprobs(hidden.flatten(0, 1), target.flatten()).mean().item()
+    assert abs(loss - math.log(vocab_size)) < 0.4  # T5's own initial weights are off by 0.5 (V=8000) and 1.8 (V=100)
+
+
+def test_tied_output_is_the_embedding_scaled():
+    model, hidden = tiny_model(), torch.randn(3, 16, dtype=torch.float64)
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.embedding.weight.T / 4)  # sqrt(E) = 4
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.25), torch.ones(999, 1001)
+    out = dropout(x)
+    assert sorted(out.unique().tolist()) == pytest.approx([0, 4 / 3])
+    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=2e-3)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_dropout_gradient_uses_the_same_mask():
+    x = torch.randn(64, 65, requires_grad=True)
+    out = Dropout(0.5)(x)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad * x, out)
+
+
+# ----------------------------------------------------------------------------- log-probs
+
+
+@pytest.mark.parametrize("smoothing, forbidden", [(0.0, None), (0.1, None), (0.0, [0, 3])])
+@pytest.mark.parametrize("chunk", [5, 7, 64])
+def test_chunked_logprobs_equal_plain_forward_and_gradient(smoothing, forbidden, chunk):
+    """Whatever the chunk (a divisor, not a divisor, more than all rows): same numbers, same gradients."""
+    torch.manual_seed(0)
+    model = EncoderDecoder(ModelConfig(vocab_size=50, **SIZES["nano"]))
+    hidden = torch.randn(20, 64, requires_grad=True)
+    targets, weight = torch.randint(4, 50, (20,)), torch.randn(20)
+    barred = None if forbidden is None else torch.tensor(forbidden)
+    fast = model.token_logprobs(hidden, targets, temperature=0.7, smoothing=smoothing, forbidden=barred, chunk=chunk)
+    plain = plain_token_logprobs(hidden / 8 / 0.7, model.embedding.weight, targets, barred, smoothing)  # 8 = sqrt(E)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (hidden, model.embedding.weight)) for x in (fast, plain))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_logprobs_survive_a_second_backward():
+    """Regression guard: the kept buffer is overwritten by the first backward and must not be used again."""
+    torch.manual_seed(0)
+    model, hidden = EncoderDecoder(ModelConfig(vocab_size=50, **SIZES["nano"])), torch.randn(4, 64, requires_grad=True)
+    out = model.token_logprobs(hidden, torch.tensor([1, 2, 3, 4])).sum()
+    first, second = (torch.autograd.grad(out, hidden, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+
+
+def test_smoothed_loss_is_torchs():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(6, 8), torch.randn(9, 8), torch.randint(9, (6,))
+    ours = -plain_token_logprobs(hidden, weight, targets, smoothing=0.1).mean()
+    torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(hidden @ weight.T, targets, label_smoothing=0.1))
+
+
+# ----------------------------------------------------------------------------- decoding
+
+
+def teacher_forced(model, memory, prefix, tokens):
+    """log-probs of tokens (R,L) after prefix (R,P), one at a time from the full softmax: (R,L)."""
+    hidden = model.decode(torch.cat([prefix, tokens], 1), memory)[:, prefix.size(1) - 1 : -1]
+    return model.logits(hidden).log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
+
+
+def test_sampler_reports_the_logprobs_that_teacher_forcing_gives():
+    model, prefix = tiny_model(), torch.tensor([[0, 2], [0, 3]])
+    with torch.no_grad():
+        memory = model.encode(SOURCE)
+        tokens, log_probs = sample(model, memory, prefix, 5, samples=3)
+        forced = teacher_forced(model, memory, prefix.repeat_interleave(3, 0), tokens.view(6, 5))
+    torch.testing.assert_close(log_probs.view(6, 5).double(), forced, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_follow_the_distribution():
+    """20,000 draws of one token: every frequency within 4 standard errors; forbidden tokens never appear."""
+    model, n = tiny_model(), 20_000
+    torch.manual_seed(1)
+    with torch.no_grad():
+        memory = model.encode(SOURCE[:1])
+        tokens, _ = sample(model, memory, torch.tensor([[0]]), 1, samples=n, forbidden=torch.tensor([3]), temperature=0.8)
+        logits = model.logits(model.decode(torch.tensor([[0]]), memory))[0, -1] / 0.8
+    logits[3] = -torch.inf
+    p, seen = logits.softmax(0), torch.bincount(tokens.flatten(), minlength=11) / n
+    assert seen[3] == 0
+    assert ((seen - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+
+
+def test_rows_end_at_stop_and_are_filled():
+    model = tiny_model()
+    with torch.no_grad():
+        tokens, log_probs = sample(model, model.encode(SOURCE), torch.tensor([[0], [0]]), 12, samples=50, stop=5, fill=7,
+                                   min_length=2)  # fmt: skip
+    rows = tokens.view(-1, 12)
+    assert not (rows[:, :2] == 5).any()
+    ended = [(row, lp) for row, lp in zip(rows.tolist(), log_probs.view(-1, 12)) if 5 in row]
+    assert len(ended) > 10
+    for row, lp in ended:
+        at = row.index(5)
+        assert set(row[at + 1 :]) <= {7} and (lp[at + 1 :] == 0).all() and (lp[: at + 1] < 0).all()
+
+
+def test_greedy_takes_the_likeliest_token():
+    model, prefix = tiny_model(), torch.tensor([[0], [0]])
+    with torch.no_grad():
+        memory = model.encode(SOURCE)
+        tokens = sample(model, memory, prefix, 4, temperature=0)[0][:, 0]
+        hidden = model.decode(torch.cat([prefix, tokens], 1), memory)[:, :-1]
+        assert torch.equal(model.logits(hidden).argmax(-1), tokens)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_wide_beam_equals_exhaustive_search(length_penalty):
+    """With V**T beams nothing is pruned: the best of all sequences, those that end early included, wins."""
+    V, T, eos = 5, 3, 1
+    for seed in range(4):
+        model, prefix = tiny_model(seed, vocab_size=V), torch.tensor([[0], [0]])
+        source = torch.tensor([[2, 3, 4], [4, 2, 0]])
+        complete = [s for n in range(1, T + 1) for s in itertools.product(range(V), repeat=n)
+                    if eos not in s[:-1] and (s[-1] == eos or n == T)]  # fmt: skip
+        with torch.no_grad():
+            memory = model.encode(source)
+            tokens, scores = beam_search(model, memory, prefix, T, beams=V**T, length_penalty=length_penalty)
+            for row in range(2):
+                one = model.encode(source[row : row + 1])
+                expected = {s: teacher_forced(model, one, prefix[:1], torch.tensor([s])).sum().item()
+                            / len(s) ** length_penalty for s in complete}  # fmt: skip
+                best = max(expected, key=expected.get)
+                assert tokens[row, 0].tolist() == [*best, *[0] * (T - len(best))]
+                assert scores[row, 0].item() == pytest.approx(expected[best], abs=1e-5)
+
+
+def test_beams_do_not_mix_examples():
+    """A batch decodes to what its rows decode to alone."""
+    model, prefix = tiny_model(3), torch.tensor([[0], [0]])
+    with torch.no_grad():
+        together, _ = beam_search(model, model.encode(SOURCE), prefix, 6, beams=3)
+        alone, _ = beam_search(model, model.encode(SOURCE[1:, :2]), prefix[1:], 6, beams=3)
+    assert torch.equal(together[1], alone[0])
+
+
+def test_one_beam_is_greedy():
+    model, prefix = tiny_model(5), torch.tensor([[0], [0]])
+    with torch.no_grad():
+        memory = model.encode(SOURCE)
+        beam = beam_search(model, memory, prefix, 6, beams=1)[0][:, 0]
+        greedy = sample(model, memory, prefix, 6, temperature=0, stop=1, fill=0)[0][:, 0]
+    assert torch.equal(beam, greedy)
+
+
+def test_overfits_one_batch():
+    """100 updates on 8 pairs bring the loss from ln V to almost nothing: the gradient reaches everything."""
+    torch.manual_seed(0)
+    model = EncoderDecoder(ModelConfig(vocab_size=40, dropout=0.0, **SIZES["nano"]))
+    source, target = torch.randint(2, 40, (2, 8, 6))
+    inputs = torch.cat([torch.zeros(8, 1, dtype=torch.long), target[:, :-1]], 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(100):
+        loss = -model.token_logprobs(model.decode(inputs, model.encode(source)).flatten(0, 1), target.flatten()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
