@@ -32,17 +32,19 @@ class ModelConfig:
     encoder_layers: int = 4  # 0: the decoder attends to the normalised source embeddings
     decoder_layers: int = 4
     gated: bool = False  # False: ReLU (T5 v1.0); True: gated GELU (T5 v1.1, mT5)
-    tied: bool = True  # the output layer is the embedding, scaled by 1/sqrt(E) (T5 v1.0)
+    tied: bool = True  # the output layer is the embedding (T5 v1.0)
     shared_bias: bool = True  # one position bias per stack; False: one per layer (umT5)
     buckets: int = 32  # relative distances fall into this many buckets
     max_distance: int = 128  # distances from here on share the last bucket
-    scaled: bool = True  # divide attention scores by sqrt(D); False: T5, whose query weights are smaller instead
+    scaled: bool = True  # False: T5's weights. True: the same functions with weights that suit AdamW (see `embed`)
+    absolute: bool = True  # add sinusoidal positions to the embeddings; False: T5, which has relative ones only
     dropout: float = 0.1
     pad_id: int = 0  # also the decoder's start token: T5 has no other
     eos_id: int = 1
 
     @property
     def attention_scale(self) -> float:
+        """T5 does not divide attention scores by sqrt(D): its query weights are that much smaller instead."""
         return self.head_size**-0.5 if self.scaled else 1.0
 
 
@@ -211,6 +213,13 @@ class PositionBias(nn.Module):
         return bias.permute(2, 0, 1).unsqueeze(0)  # (1,H,L,L)
 
 
+def sinusoids(length: int, width: int, device) -> Tensor:
+    """(length,width): sin and cos of the position at wavelengths from 2π to 20,000π (Vaswani et al. 2017, §3.5)."""
+    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))  # (width/2,)
+    angle = torch.arange(length, device=device)[:, None] * rate  # (length,width/2)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
 class Stack(nn.Module):
     """All blocks of the encoder or the decoder, with the biases they share and a final norm."""
 
@@ -351,15 +360,12 @@ class EncoderDecoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """T5's initial scales for queries, keys, values and `up`; the rest is ours, for training from scratch.
+        """Unit-variance products (1/sqrt(fan-in)), as T5; its query weights are smaller where scores are unscaled.
 
-        T5's tiny query weights and large embeddings want Adafactor, whose step grows with the weight. Under
-        AdamW the former jump and the latter hardly move. So `scaled` attention, and an embedding that starts at
-        1/sqrt(E), as do the layers' additions to it (times 0.3: RMSNorm takes care of the scale). The output
-        layer starts small, so that the first loss is near ln V; with T5's scales a small vocabulary starts well above (the decoder's
-        own input token would dominate the tied output).
+        Ours: what layers add to the residual stream starts at 0.3 of that, and so do the logits, so that the
+        first loss is near ln V. (At full scale the decoder's own input token dominates a tied output.)
         """
-        c, small = self.config, 0.3 * self.config.width**-0.5
+        c, small = self.config, 0.3
         shrink = c.head_size**-0.5 / c.attention_scale  # of queries: 1, or T5's 1/sqrt(D)
         std = {"qkv": c.width**-0.5, "q": shrink * c.width**-0.5, "kv": c.width**-0.5, "up": c.width**-0.5}
         std |= {"out": small * (c.heads * c.head_size) ** -0.5, "down": small * c.ff**-0.5}
@@ -370,17 +376,33 @@ class EncoderDecoder(nn.Module):
             if layer == "qkv":
                 with torch.no_grad():
                     p[: c.heads * c.head_size] *= shrink
-        nn.init.normal_(self.embedding.weight, std=c.width**-0.5)
-        if c.tied:  # cancels the output's 1/sqrt(E): logits begin with a standard deviation near 0.3
-            nn.init.constant_(self.decoder.norm.weight, 0.3 * c.width**0.5)
+        nn.init.normal_(self.embedding.weight, std=c.width**-0.5 if c.scaled else 1.0)
+        if c.tied:
+            nn.init.constant_(self.decoder.norm.weight, small)
         else:
-            nn.init.normal_(self.output.weight, std=small)
+            nn.init.normal_(self.output.weight, std=small * c.width**-0.5)
+
+    def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
+        """tokens (R,L) at positions past.. -> (R,L,E).
+
+        T5's embeddings are sqrt(E) larger and its queries sqrt(D) smaller than `scaled` ones. Its optimizer,
+        Adafactor, takes steps in proportion to a weight's size. AdamW's steps are all alike: it would leave
+        T5's embeddings behind and make its attention scores jump. So when we train from scratch, a factor
+        here and in `attention_scale` takes the place of the weights' sizes; what can be computed is the same.
+        """
+        x = self.embedding(tokens)
+        if self.config.scaled:
+            x = x * self.config.width**0.5
+        if self.config.absolute:
+            positions = sinusoids(past + tokens.size(1), self.config.width, tokens.device)[past:]  # (L,E)
+            x = x + positions.to(x.dtype)
+        return x
 
     def encode(self, source: Tensor) -> Memory:
         """source (B,S), padded on the right with pad_id -> Memory. Every row needs one real token."""
         padding = (source == self.config.pad_id)[:, None, None, :] * MASKED  # (B,1,1,S)
         biases = [bias + padding for bias in self.encoder.position_biases(source.size(1))]  # (B,H,S,S)
-        states = self.encoder(self.embedding(source), biases)  # (B,S,E)
+        states = self.encoder(self.embed(source), biases)  # (B,S,E)
         return Memory([block.cross_attention.project(states) for block in self.decoder.blocks], padding)
 
     def decode(self, tokens: Tensor, memory: Memory, cache: Cache | None = None) -> Tensor:
@@ -394,16 +416,18 @@ class EncoderDecoder(nn.Module):
             raise ValueError(f"{tokens.size(0)} decoder rows are not a multiple of {len(memory.bias)} examples")
         biases = cache.biases if cache else self.decoder.position_biases(L)
         biases = [bias[:, :, past : past + L, : past + L] for bias in biases]  # (1,H,L,past+L)
-        hidden = self.decoder(self.embedding(tokens), biases, memory, cache)  # (R,L,E)
+        hidden = self.decoder(self.embed(tokens, past), biases, memory, cache)  # (R,L,E)
         if cache:
             cache.length += L
         return hidden
 
     def output_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(hidden, weight (V,E)) whose product is the logits. A tied embedding is scaled by 1/sqrt(E)."""
-        if self.config.tied:
-            return hidden * self.config.width**-0.5, self.embedding.weight
-        return hidden, self.output.weight
+        """(hidden, weight (V,E)) whose product is the logits."""
+        if not self.config.tied:
+            return hidden, self.output.weight
+        if not self.config.scaled:  # T5 v1.0 scales its large embeddings down where they are the output layer
+            hidden = hidden * self.config.width**-0.5
+        return hidden, self.embedding.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (...,E) -> logits (...,V) in float32, or in float64 for a float64 model."""

@@ -161,9 +161,9 @@ Maria does not see the small dogs at home. | Maria sieht die kleinen Hunde nicht
 Last week Paul arrived at the station. | Letzte Woche ist Paul am Bahnhof angekommen.
 With the old men two women travel. | Mit den alten Männern reisen zwei Frauen.
 Three old houses slept. | Drei alte Häuser haben geschlafen.
-Because Lena wakes up, Karl sleeps. | Weil Lena aufwacht, schläft Karl.
-My sister fetches a dog because Karl woke up in 1950. | Meine Schwester holt einen Hund ab, weil Karl im Jahr 1950 aufgewacht ist.
-Two children know that a new teacher fetches the horse today. | Zwei Kinder wissen, dass ein neuer Lehrer heute das Pferd abholt."""
+Because Lena wakes up, Karl slept in 1950. | Weil Lena aufwacht, hat Karl im Jahr 1950 geschlafen.
+Two men fetch a dog if my sister woke up. | Zwei Männer holen einen Hund ab, wenn meine Schwester aufgewacht ist.
+Two children know that a teacher fetches Anna today. | Zwei Kinder wissen, dass ein Lehrer heute Anna abholt."""
 
 
 @pytest.mark.parametrize("en, de", [row.split(" | ") for row in GOLDEN.split("\n")])
@@ -187,7 +187,7 @@ def phrases():
             for en, de, _ in (noun_phrase(r, case, nouns) for _ in range(15000))}  # fmt: skip
 
 
-PHRASES = """nom the old man | der alte Mann, nom a new teacher | ein neuer Lehrer, nom my small child | mein kleines Kind
+PHRASES = """nom the old man | der alte Mann, nom a new teacher | ein neuer Lehrer, nom my child | mein Kind
 acc the old man | den alten Mann, acc a friendly woman | eine freundliche Frau, acc an old house | ein altes Haus
 dat the old men | den alten Männern, dat my sister | meiner Schwester, dat a small girl | einem kleinen Mädchen
 dat the children | den Kindern, dat the girls | den Mädchen, acc my cars | meine Autos, nom the doctors | die Ärzte
@@ -244,10 +244,14 @@ def find_clause(english: str, words: str) -> dict[str, str]:
 
 
 def test_separable_verb_in_the_present():
-    found = find_clause("Anna opens the old door today", "open Anna the old door today")
-    assert found == {"en": "Anna opens the old door today", "de": "Anna macht heute die alte Tür auf",
-                     "en front": "today Anna opens the old door", "de front": "heute macht Anna die alte Tür auf",
-                     "de sub": "Anna heute die alte Tür aufmacht", "de inv": "macht Anna heute die alte Tür auf"}  # fmt: skip
+    assert find_clause("Anna opens the old door today", "open Anna the old door today") == {
+        "en": "Anna opens the old door today",
+        "en front": "today Anna opens the old door",
+        "de": "Anna macht heute die alte Tür auf",
+        "de front": "heute macht Anna die alte Tür auf",
+        "de sub": "Anna heute die alte Tür aufmacht",
+        "de inv": "macht Anna heute die alte Tür auf",
+    }
 
 
 def test_perfect_with_haben():
@@ -301,6 +305,8 @@ def test_same_seed_same_pairs_and_another_seed_others(samples):
 
 def test_splits_have_the_asked_sizes_and_no_pair_twice(samples):
     assert {split: len(set(rows)) for split, rows in samples[0].items()} == {"train": 3000, "valid": 500, "test": 500}
+    assert {split: len(rows) for split, rows in translation_sample("de-en", 40, 0).items()} == {
+        "train": 40, "valid": 10, "test": 10}  # fmt: skip
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

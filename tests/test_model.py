@@ -135,9 +135,20 @@ def test_initial_loss_is_near_ln_v(tied, vocab_size):
     assert abs(loss - math.log(vocab_size)) < 0.4  # T5's own initial weights are off by 0.5 (V=8000) and 1.8 (V=100)
 
 
-def test_tied_output_is_the_embedding_scaled():
-    model, hidden = tiny_model(), torch.randn(3, 16, dtype=torch.float64)
-    torch.testing.assert_close(model.logits(hidden), hidden @ model.embedding.weight.T / 4)  # sqrt(E) = 4
+def test_scaled_weights_compute_what_t5s_do():
+    """`scaled` is another way to write T5's function: embeddings / sqrt(E), queries * sqrt(D), same logits."""
+    t5, ours = tiny_model(scaled=False, absolute=False), tiny_model(scaled=True, absolute=False)
+    weights = {name: p.clone() for name, p in t5.state_dict().items()}
+    weights["embedding.weight"] /= 16**0.5
+    for name in weights:
+        if name.endswith("qkv.weight"):
+            weights[name][:16] *= 8**0.5
+        if name.endswith(".q.weight"):
+            weights[name] *= 8**0.5
+    ours.load_state_dict(weights)
+    tokens = torch.tensor([[0, 3, 4], [0, 5, 6]])
+    a, b = (model.logits(model.decode(tokens, model.encode(SOURCE))) for model in (t5, ours))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
@@ -169,7 +180,7 @@ def test_chunked_logprobs_equal_plain_forward_and_gradient(smoothing, forbidden,
     targets, weight = torch.randint(4, 50, (20,)), torch.randn(20)
     barred = None if forbidden is None else torch.tensor(forbidden)
     fast = model.token_logprobs(hidden, targets, temperature=0.7, smoothing=smoothing, forbidden=barred, chunk=chunk)
-    plain = plain_token_logprobs(hidden / 8 / 0.7, model.embedding.weight, targets, barred, smoothing)  # 8 = sqrt(E)
+    plain = plain_token_logprobs(hidden / 0.7, model.embedding.weight, targets, barred, smoothing)
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (hidden, model.embedding.weight)) for x in (fast, plain))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

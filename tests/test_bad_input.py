@@ -1,0 +1,464 @@
+"""Whatever goes wrong, the user reads one line that says so, never a traceback, and no good file is lost."""
+
+import errno
+import gzip
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--size", "nano", "--sample-size", "200", "--sft-steps", "2", "--policy-steps", "0", "--vocab-size", "300",
+        "--eval-every", "1", "--beams", "1", "--threads", "1", "--max-tokens", "60"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test works in an empty folder, and leaves the handlers of signals as it found them."""
+    monkeypatch.chdir(tmp_path)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run. Shared: tests copy it before they break it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert train.main([*TINY, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def half_run(tmp_path, monkeypatch, capsys):
+    """A tiny run interrupted after its first update."""
+    folder = tmp_path / "half"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "validate_and_save", lambda run: setattr(run, "stop", True))
+        assert train.main([*TINY, "--out", str(folder)]) == 1
+    assert state_of(folder)["step"] == 1
+    capsys.readouterr()
+    return folder
+
+
+def state_of(folder: Path) -> dict:
+    return evaluation.load_checkpoint(folder / "last.pt", "state")["state"]
+
+
+def call(program, *argv) -> int:
+    try:
+        return program.main([str(word) for word in argv])
+    except SystemExit as leaving:  # argparse
+        return leaving.code
+
+
+def complaint(capsys, program, *argv, bars: bool = False) -> str:
+    """Run it; exit code 1 and one line on stderr, `error: ...`, given back. bars: progress bars may precede it."""
+    capsys.readouterr()
+    code, lines = call(program, *argv), capsys.readouterr().err.rstrip("\n").split("\n")
+    assert code == 1, (code, lines)
+    assert lines[-1].startswith("error: ") and not any("Traceback" in text for text in lines), lines
+    assert len(lines) == 1 or bars, lines
+    return lines[-1]
+
+
+def misuse(capsys, program, *argv) -> str:
+    """Run it; exit code 2, argparse's usage and one line `prog: error: ...`, which is returned."""
+    capsys.readouterr()
+    code, lines = call(program, *argv), capsys.readouterr().err.rstrip("\n").split("\n")
+    assert code == 2, (code, lines)
+    assert lines[0].startswith("usage: ") and ": error: " in lines[-1], lines
+    assert sum("error" in text for text in lines) == 1 and not any("Traceback" in text for text in lines)
+    return lines[-1]
+
+
+def parallel(folder: Path, **files) -> Path:
+    """A folder of three good splits, de-en, with some files replaced: train_de=b"..."."""
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        for lang, text in (("de", "ein Hund\neine Katze\n"), ("en", "a dog\na cat\n")):
+            (folder / f"{split}.{lang}").write_bytes(files.pop(f"{split}_{lang}", text.encode()))
+    assert not files
+    return folder
+
+
+# ----------------------------------------------------------------------------- usage: exit code 2
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--no-such-flag", "--no-such-flag"), ("--sft-step 5", "--sft-step"), ("--task poems", "poems"),
+    ("--estimator magic", "magic"), ("--size huge", "huge"), ("--dtype float8", "float8"), ("--samples two", "two"),
+    ("--lr fast", "fast"), ("--samples", "expected one argument"), ("--sft-steps 0", "--sft-steps"),
+    ("--policy-steps -1", "--policy-steps"), ("--batch-tokens 3", "--batch-tokens"), ("--beams 0", "--beams"),
+    ("--vocab-size 20", "--vocab-size"), ("--dropout 1", "--dropout"), ("--dropout nan", "--dropout"),
+    ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"), ("--samples 1", "--samples"),
+    ("--estimator marginal --samples 1", "--samples"), ("--warmup-min-len 5 --warmup-len 4", "--warmup-min-len"),
+    ("--warmup-len 0", "--warmup-len"), ("--seed -1", "--seed"), ("--lr nan", "--lr"), ("--clip -1", "--clip"),
+    ("--resume run --samples 8", "--resume"), ("--resume run --seed 0", "--resume"), ("--resume", "--resume"),
+])  # fmt: skip
+def test_training_refuses_bad_usage(flags, named, capsys, monkeypatch):
+    for function in ("prepare", "load_config"):
+        monkeypatch.setattr(train, function, lambda *_: pytest.fail("accepted"))
+    assert named in misuse(capsys, train, *flags.split())
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("", "run"), ("run --no-such-flag", "--no-such-flag"), ("run --split dev", "dev"), ("run --stage rl", "rl"),
+    ("run --beams many", "many"), ("run --beams -1", "--beams"), ("run --beams 0", "--beams"),
+    ("run --device tpu", "tpu"), ("run --input", "--input"),
+])  # fmt: skip
+def test_scoring_refuses_bad_usage(flags, named, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "run", lambda *_: pytest.fail("accepted"))
+    assert named in misuse(capsys, evaluation, *flags.split())
+
+
+def test_one_sample_is_enough_where_samples_are_not_compared():
+    for flags in ("--estimator frozen --samples 1", "--policy-steps 0 --samples 1"):
+        assert train.parse(flags.split())[0].samples == 1
+
+
+# ----------------------------------------------------------------------------- data
+
+
+def test_data_folder_is_missing(capsys):
+    assert "nowhere" in complaint(capsys, train, *TINY, "--data", "nowhere")
+
+
+def test_data_folder_is_a_file(capsys, tmp_path):
+    (tmp_path / "text").write_text("a dog\n")
+    assert "text is not a folder" in complaint(capsys, train, *TINY, "--data", "text")
+
+
+def test_data_folder_holds_no_files_says_which_are_expected(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = complaint(capsys, train, *TINY, "--data", "empty")
+    assert "no train split" in said and "train.de" in said and "train.en" in said
+
+
+def test_no_validation_split(capsys, tmp_path):
+    (parallel(tmp_path / "text") / "valid.de").unlink()
+    assert "no valid split" in complaint(capsys, train, *TINY, "--data", "text")
+
+
+def test_line_counts_differ_names_both_counts(capsys, tmp_path):
+    parallel(tmp_path / "text", train_en=b"a dog\na cat\na horse\n")
+    said = complaint(capsys, train, *TINY, "--data", "text")
+    assert "2 lines" in said and "has 3" in said and "train.de" in said and "train.en" in said
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_empty_line_in_a_scored_split_is_named(split, capsys, tmp_path):
+    parallel(tmp_path / "text", **{f"{split}_en": b"a dog\n \n"})
+    said = complaint(capsys, train, *TINY, "--data", "text")
+    assert "line 2" in said and f"{split}.en" in said and "empty" in said
+
+
+@pytest.mark.parametrize("files", [
+    dict(train_de=b"", train_en=b""), dict(train_de=b"\n\n"), dict(test_de=b"", test_en=b"")])  # fmt: skip
+def test_a_split_without_text(files, capsys, tmp_path):
+    parallel(tmp_path / "text", **files)
+    assert f"{list(files)[0].replace('_', '.')}" in complaint(capsys, train, *TINY, "--data", "text")
+
+
+def test_not_utf8(capsys, tmp_path):
+    parallel(tmp_path / "text", train_de="für\nüber\n".encode("latin-1"))
+    said = complaint(capsys, train, *TINY, "--data", "text")
+    assert "train.de" in said and "utf-8" in said
+
+
+def damage(how: str) -> bytes:
+    content = gzip.compress(b" ".join(b"%d" % (n * n) for n in range(1000)) + b"\n")
+    flipped = content[:900] + bytes(255 - byte for byte in content[900:920]) + content[920:]
+    return {"no gzip": b"ein Hund\n", "truncated": content[:-200], "flipped": flipped}[how]
+
+
+@pytest.mark.parametrize("how", ["no gzip", "truncated", "flipped"])
+def test_broken_gz(how, capsys, tmp_path):
+    (parallel(tmp_path / "text") / "train.de").unlink()
+    (tmp_path / "text/train.de.gz").write_bytes(damage(how))
+    assert "cannot read text/train.de.gz" in complaint(capsys, train, *TINY, "--data", "text")
+
+
+def test_the_sample_has_two_languages_only(capsys):
+    said = complaint(capsys, train, *TINY, "--pair", "fr-en")
+    assert "fr-en" in said and "--data" in said
+
+
+@pytest.mark.parametrize("pair", ["german", "de-", "-en", "de_en", "de-en-fr", "d3-en"])
+def test_pair_is_not_two_codes(pair, capsys):
+    assert "--pair takes two language codes" in complaint(capsys, train, *TINY, f"--pair={pair}")
+
+
+def test_task_without_sample_and_without_data_says_where_to_put_it(capsys):
+    said = complaint(capsys, train, *TINY, "--task", "multi30k")
+    assert "data/multi30k" in said and "--data" in said
+
+
+def test_every_training_pair_too_long(capsys, tmp_path):
+    parallel(tmp_path / "text", train_de=b"Hund " * 50 + b"\nKatze\n", train_en=b"dog\n" + b"cat " * 50 + b"\n")
+    assert "--max-tokens 4" in complaint(capsys, train, *TINY, "--data", "text", "--max-tokens", "4")
+
+
+# ----------------------------------------------------------------------------- run folders
+
+
+def test_folder_already_holds_a_run(capsys, run):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    said = complaint(capsys, train, *TINY, "--out", run)
+    assert "--resume" in said and "--overwrite" in said and "--out" in said
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_run_folder_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot make the run folder file/run" in complaint(capsys, train, *TINY, "--out", "file/run")
+
+
+@pytest.mark.parametrize("program, flags", [(train, ["--resume", "nowhere"]), (evaluation, ["nowhere"])])
+def test_run_folder_is_missing(program, flags, capsys, tmp_path):
+    assert "nowhere" in complaint(capsys, program, *flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["{not json", "[1, 2]", "7", "", "{}", '{"colour": "red"}', '{"pair": 5}'])
+def test_config_is_not_what_training_wrote(text, capsys, run):
+    (run / "config.json").write_text(text)
+    assert "config.json" in complaint(capsys, train, "--resume", run)
+    assert "config.json" in complaint(capsys, evaluation, run)
+
+
+def test_tokenizer_is_damaged(capsys, run):
+    (run / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in complaint(capsys, train, "--resume", run)
+    assert "tokenizer.json" in complaint(capsys, evaluation, run)
+
+
+def test_nothing_trained_yet(capsys, run):
+    (run / "sft.pt").unlink()
+    assert "holds no trained stage" in complaint(capsys, evaluation, run)
+
+
+def test_that_stage_is_not_trained(capsys, run):
+    assert "policy.pt" in complaint(capsys, evaluation, run, "--stage", "policy")
+
+
+def test_data_has_moved_since_training(capsys, run):
+    settings = json.loads((run / "config.json").read_text()) | {"data": "gone"}
+    (run / "config.json").write_text(json.dumps(settings))
+    assert "gone" in complaint(capsys, evaluation, run)
+    assert "gone" in complaint(capsys, train, "--resume", run)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_this_machine_has_no_such_device(device, capsys, run):
+    if {"cuda": torch.cuda, "mps": torch.backends.mps}[device].is_available():
+        pytest.skip(f"this machine has {device}")
+    assert device in complaint(capsys, train, *TINY, "--device", device, "--out", "new")
+    assert device in complaint(capsys, evaluation, run, "--device", device)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+class Bomb:
+    """Unpickling one leaves a file behind."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+FOREIGN = {
+    "truncated": truncated,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a checkpoint\n"),
+    "another program's": lambda path: torch.save({"model": {"weight": torch.ones(2)}}, path),
+    "a tensor": lambda path: torch.save(torch.ones(2), path),
+    "torch bomb": lambda path: torch.save(Bomb(), path),
+    "pickle bomb": lambda path: path.write_bytes(pickle.dumps(Bomb(), protocol=2)),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("name", ["last.pt", "sft.pt"])
+def test_damaged_or_foreign_checkpoint(name, kind, capsys, run, tmp_path):
+    FOREIGN[kind](run / name)
+    argv = (train, "--resume", run) if name == "last.pt" else (evaluation, run)
+    assert name in complaint(capsys, *argv)
+    assert not (tmp_path / "exploded").exists(), "loading ran code from the file"
+
+
+def test_the_bombs_are_live(tmp_path):
+    """Otherwise the test above would prove nothing."""
+    FOREIGN["torch bomb"](tmp_path / "bomb.pt")
+    torch.load(tmp_path / "bomb.pt", weights_only=False)
+    assert (tmp_path / "exploded").exists()
+
+
+def test_a_stage_is_not_a_state(capsys, run):
+    shutil.copy(run / "sft.pt", run / "last.pt")
+    assert "last.pt is not a state checkpoint" in complaint(capsys, train, "--resume", run)
+
+
+def test_checkpoint_of_another_size(capsys, run, half_run):
+    settings = json.loads((half_run / "config.json").read_text()) | {"size": "tiny"}
+    (half_run / "config.json").write_text(json.dumps(settings))
+    assert "last.pt" in complaint(capsys, train, "--resume", half_run)
+
+
+# ----------------------------------------------------------------------------- text to translate
+
+
+@pytest.mark.parametrize("content, says", [
+    (None, "cannot read --input text"), (b"\xff\xfe\n", "cannot read --input text"),
+    (b"ein Hund\n\nein Pferd\n", "line 2"), (b"", "line 1"), (b"ein Hund\n   \n", "line 2"),
+    (b"ein Hund\nein Pferd\n" + b"Hund " * 200 + b"\n", "line 3"),
+])  # fmt: skip
+def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_path):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    assert says in complaint(capsys, evaluation, finished, "--input", "text")
+
+
+def test_one_line_out_per_line_in(capsys, finished, tmp_path):
+    (tmp_path / "text").write_bytes("ein Hund\r\neine\u2028Katze\r\n\u732b \U0001f600\n".encode())
+    capsys.readouterr()
+    assert call(evaluation, finished, "--input", "text") == 0
+    assert capsys.readouterr().out.count("\n") == 3
+
+
+# ----------------------------------------------------------------------------- disks, kills and Ctrl-C
+
+
+def whole_disk(content, path):
+    """What torch.save does on a full disk: half a file, then an error."""
+    Path(path).write_bytes(b"half a checkpoint")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def torn_archive(content, path):
+    Path(path).write_bytes(b"half a checkpoint")
+    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+
+
+@pytest.mark.parametrize("save", [whole_disk, torn_archive])
+def test_full_disk_keeps_the_old_checkpoint(save, capsys, half_run, monkeypatch):
+    before = (half_run / "last.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        said = complaint(capsys, train, "--resume", half_run, bars=True)
+    assert "disk space" in said and f"--resume {half_run}" in said
+    assert (half_run / "last.pt").read_bytes() == before and not list(half_run.glob("*.tmp"))
+    assert train.main(["--resume", str(half_run)]) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_a_device_that_is_really_full(capsys, half_run):
+    before = (half_run / "last.pt").read_bytes()
+    os.symlink("/dev/full", half_run / "last.pt.tmp")
+    said = complaint(capsys, train, "--resume", half_run, bars=True)
+    assert "last.pt" in said and "disk space" in said
+    assert (half_run / "last.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_full_disk_while_writing_the_log(capsys, half_run, monkeypatch):
+    (half_run / "log.jsonl").unlink()
+    os.symlink("/dev/full", half_run / "log.jsonl")
+    monkeypatch.setattr(os, "truncate", lambda *_: None)  # a device has no length to cut
+    said = complaint(capsys, train, "--resume", half_run, bars=True)
+    assert "log.jsonl" in said and "disk space" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+def test_full_disk_while_writing_translations(capsys, run):
+    os.symlink("/dev/full", run / "test.sft.txt")
+    assert "test.sft.txt" in complaint(capsys, evaluation, run, bars=True)
+
+
+def subprocess_env() -> dict:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+KILLED = """
+import os, signal, sys, torch, train
+real, saves = torch.save, []
+def save(content, path):
+    real(content, path)
+    saves.append(path)
+    if len(saves) == 4:  # the state of step 0, the best weights and state of step 1, the best weights of step 2
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+train.main(sys.argv[1:])
+"""
+
+
+def test_killed_in_the_middle_of_a_save(capsys, tmp_path):
+    command = [sys.executable, "-c", KILLED, *TINY, "--out", "run"]
+    killed = subprocess.run(command, env=subprocess_env(), capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "run"
+    assert [path.name for path in run.glob("*.tmp")] == ["sft.pt.tmp"]
+    assert state_of(run)["step"] == 1
+    assert evaluation.load_checkpoint(run / "sft.pt")["best_step"] == 1
+    assert train.main(["--resume", "run"]) == 0
+    assert state_of(run)["stage"] == "done" and not list(run.glob("*.tmp"))
+
+
+def test_stopped_before_the_first_update(monkeypatch, capsys, tmp_path):
+    """There is a first checkpoint but no log yet."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "sft_loss", interrupt)
+        assert train.main([*TINY, "--out", "run"]) == 1
+    assert "--resume run" in capsys.readouterr().err and not (tmp_path / "run/log.jsonl").exists()
+    assert train.main(["--resume", "run"]) == 0
+
+
+def log_steps(folder: Path) -> list[int]:
+    """Training updates in the log. A line still being written is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
+
+
+def test_ctrl_c_saves_and_resume_finishes(capsys, tmp_path):
+    steps, run = 200, tmp_path / "run"
+    flags = [*TINY, "--sft-steps", str(steps), "--eval-every", str(steps), "--batch-tokens", "200", "--out", "run"]
+    with open("stderr", "w") as file:
+        training = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], env=subprocess_env(), stderr=file)
+    deadline = time.time() + 60
+    while training.poll() is None and not log_steps(run) and time.time() < deadline:
+        time.sleep(0.02)
+    training.send_signal(signal.SIGINT)
+    assert training.wait(60) == 1
+    said = Path("stderr").read_text()
+    assert said.endswith("\nstopped; go on with: python train.py --resume run\n") and "Traceback" not in said
+    done = state_of(run)["step"]
+    assert 1 <= done < steps and log_steps(run) == list(range(1, done + 1))
+    assert train.main(["--resume", "run"]) == 0
+    assert log_steps(run) == list(range(1, steps + 1)) and (run / "results.json").exists()
