@@ -192,7 +192,8 @@ def translation(pair: str, source: str, target: str) -> Example:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file, plain or .gz, stripped. UserError if it is missing, broken or not UTF-8."""
     try:
-        with (gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")) as f:
+        how = dict(mode="rt", encoding="utf-8-sig", newline="\n")  # -sig: Windows editors begin files with a mark
+        with gzip.open(path, **how) if path.suffix == ".gz" else open(path, **how) as f:
             return [line.strip() for line in f]  # split at newlines only: U+2028 and the like are text
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -210,10 +211,9 @@ def parallel_files(folder: Path, pair: str, split: str) -> tuple[Path, Path] | N
     for stem in stems:
         for a in sorted(p for end in ("", ".gz") for p in folder.glob(f"{split}{stem}.{source}{end}")):
             base = a.name.removesuffix(".gz").removesuffix(f"{stem}.{source}")
-            if "." not in base:  # test*.de must not take test.fr-de.de for a stem-less file
-                for b in (folder / f"{base}{stem}.{target}", folder / f"{base}{stem}.{target}.gz"):
-                    if b.exists():
-                        return a, b
+            for b in (folder / f"{base}{stem}.{target}", folder / f"{base}{stem}.{target}.gz"):
+                if b.exists():
+                    return a, b
     return None
 
 

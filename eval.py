@@ -43,9 +43,16 @@ def load_checkpoint(path: Path, what: str = "stage") -> dict:
 
 def load_config(folder: Path) -> SimpleNamespace:
     """The settings of a run, from its config.json."""
+    from train import Config  # here, because train imports us
+
     path = folder / "config.json"
     try:
-        return SimpleNamespace(**json.loads(path.read_text(encoding="utf-8")))
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        types = {f.name: (f.type, int) if f.type is float else f.type for f in fields(Config)}
+        wrong = sorted(types.keys() ^ dict(settings)) or [n for n in types if not isinstance(settings[n], types[n])]
+        if wrong:
+            raise ValueError(f"settings missing, unknown or of the wrong type: {', '.join(wrong)}")
+        return SimpleNamespace(**settings)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {folder} is not a run folder") from None
     except (ValueError, TypeError, UnicodeDecodeError) as error:
@@ -75,11 +82,11 @@ def warmup_spec(config, tokenizer: Tokenizer) -> WarmupSpec:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's mps, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    mps = torch.backends.mps.is_available()
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    """auto: CUDA, else Apple's mps, else the CPU. UserError for a device that is not here."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not here.get(name, True):
+        raise UserError(f"torch finds no {name} device here: choose another with --device")
+    return torch.device(name if name != "auto" else next(device for device in here if here[device]))
 
 
 @contextmanager
@@ -246,13 +253,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a run folder that train.py made")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument("--stage", choices=tuple(STAGES), help="default: every stage that was trained; for --input policy, else sft")
-    parser.add_argument("--beams", type=int, default=0, help="beam width, 1: greedy; default: the run's --beams")
+    parser.add_argument("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
     parser.add_argument("--input", metavar="FILE", help="translate this file (-: standard input), one line in, one line out")
     parser.add_argument("--show-warmup", action="store_true", help="with --input: the warmup and a tab before each line")
     parser.add_argument("--data", default="", help="folder of the data, if it has moved since training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     args = parser.parse_args(argv)
-    if args.beams < 0:
+    if args.beams is not None and args.beams < 1:
         parser.error("--beams must be at least 1")
     return args
 
@@ -265,7 +272,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.run} holds no trained stage yet: python train.py --resume {args.run}")
     if args.input:
         try:
-            text = sys.stdin.read() if args.input == "-" else Path(args.input).read_text(encoding="utf-8")
+            text = sys.stdin.read() if args.input == "-" else Path(args.input).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --input {args.input}: {error}") from None
         stage = args.stage or ("policy" if "policy" in trained else "sft")
@@ -277,7 +284,10 @@ def run(args: argparse.Namespace) -> None:
         row = score_stage(args.run, stage, config, tokenizer, splits[split], args.beams or config.beams, device)
         rows.append(row)
         path = args.run / f"{split}.{stage}.txt"
-        path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
+        try:
+            path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}") from None
         print(f"wrote {path}")
     print_table(rows, config, splits[split], split)
     print_examples(rows, splits[split])

@@ -9,6 +9,7 @@ checkpoint of each stage by validation (sft.pt, policy.pt, control.pt), and resu
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -47,15 +48,15 @@ class Config:
     dropout: float = flag(0.1, "probability of dropping an activation")
     max_tokens: int = flag(128, "tokens; longer training pairs are left out, longer sources cut, outputs stopped")
     # optimisation
-    sft_steps: int = flag(600, "updates of the SFT stage")
-    policy_steps: int = flag(150, "updates of the warmup stage; 0: SFT only")
+    sft_steps: int = flag(300, "updates of the SFT stage")
+    policy_steps: int = flag(80, "updates of the warmup stage; 0: SFT only")
     control: bool = flag(True, "afterwards continue SFT for the warmup stage's time, the fair comparison")
-    batch_tokens: int = flag(6000, "tokens of source and target, padding included, per SFT micro-batch")
-    policy_batch_tokens: int = flag(3000, "the same for the warmup stage, which holds each target --samples times")
+    batch_tokens: int = flag(3000, "tokens of source and target, padding included, per SFT micro-batch")
+    policy_batch_tokens: int = flag(1500, "the same for the warmup stage, which holds each target --samples times")
     accumulate: int = flag(1, "micro-batches per update")
-    lr: float = flag(4e-3, "peak learning rate of SFT")
-    policy_lr: float = flag(5e-4, "peak learning rate of the warmup stage and of its control")
-    lr_rampup_steps: int = flag(200, "updates over which the learning rate rises to its peak; then linearly to 0")
+    lr: float = flag(3e-3, "peak learning rate of SFT")
+    policy_lr: float = flag(1e-3, "peak learning rate of the warmup stage and of its control")
+    lr_rampup_steps: int = flag(100, "updates over which the learning rate rises to its peak; then linearly to 0")
     weight_decay: float = flag(0.01, "AdamW's decay of weight matrices")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down")
     label_smoothing: float = flag(0.1, "share of SFT's target probability that is spread over the vocabulary")
@@ -93,16 +94,20 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     args = vars(parser.parse_args(argv))
     resume = args.pop("resume")
     config = Config(**args)
-    if resume and config != Config():
+    if resume and any(word.startswith("--") and word.split("=")[0] != "--resume" for word in argv):
         parser.error("--resume takes every setting from the run's config.json: give no other flag")
-    at_least = {"sample_size": 1, "vocab_size": 300, "max_tokens": 2, "sft_steps": 1, "policy_steps": 0, "accumulate": 1,
-                "batch_tokens": 16, "policy_batch_tokens": 16, "samples": 1, "warmup_len": 1, "warmup_min_len": 0,
-                "eval_every": 1, "eval_samples": 1, "beams": 1, "lr_rampup_steps": 0, "threads": 0}  # fmt: skip
+    at_least = {"seed": 0, "sample_size": 1, "vocab_size": 300, "max_tokens": 2, "sft_steps": 1, "policy_steps": 0,
+                "accumulate": 1, "batch_tokens": 16, "policy_batch_tokens": 16, "samples": 1, "warmup_len": 1,
+                "warmup_min_len": 0, "eval_every": 1, "eval_samples": 1, "beams": 1, "weight_decay": 0,
+                "lr_rampup_steps": 0, "threads": 0}  # fmt: skip
     for name, low in at_least.items():
-        if getattr(config, name) < low:
+        if not getattr(config, name) >= low:  # not <: nan is no setting either
             parser.error(f"--{name.replace('_', '-')} must be at least {low}")
-    if not (0 <= config.dropout < 1 and 0 <= config.label_smoothing < 1 and config.temperature > 0):
-        parser.error("--dropout and --label-smoothing must lie in [0, 1), --temperature above 0")
+    for name in ("lr", "policy_lr", "clip", "temperature"):
+        if not 0 < getattr(config, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be above 0 and finite")
+    if not (0 <= config.dropout < 1 and 0 <= config.label_smoothing < 1):
+        parser.error("--dropout and --label-smoothing must lie in [0, 1)")
     if config.warmup_min_len > config.warmup_len:
         parser.error("--warmup-min-len must not exceed --warmup-len")
     if config.estimator != "frozen" and config.policy_steps and config.samples < 2:
@@ -197,49 +202,49 @@ class Run:
     def train(self) -> None:
         """One stage, from wherever the state stands: THE training loop."""
         c, s = self.config, self.state
-        bar = tqdm(total=s.total, initial=s.step, desc=s.stage, unit="step", dynamic_ncols=True, mininterval=1)
-        if s.step == 0 and s.stage != "sft":
-            self.validate_and_save()
-        while s.step < s.total:
-            started = time.perf_counter()
-            self.model.train()
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-
-            # -- the step: gradient of the summed loss over all micro-batches / all their target tokens
-            micro_batches = [next(self.batches).to(self.device) for _ in range(c.accumulate)]
-            tokens = sum(target_tokens(self.model, batch) for batch in micro_batches)
-            total_loss, stats = 0.0, {}
-            for batch in micro_batches:
-                with precision(c, self.device):
-                    loss, new = self.loss(batch)
-                (loss / tokens).backward()
-                total_loss += loss.detach()
-                stats = {name: stats.get(name, 0) + value for name, value in new.items()}
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            # -- end of the step
-
-            examples = sum(len(batch.source) for batch in micro_batches)
-            record = {"loss": (total_loss / tokens).item(), "grad_norm": norm.item(), "lr": self.learning_rate()}
-            record |= {name: value.item() / examples for name, value in stats.items()}
-            if not torch.isfinite(norm):
-                raise UserError(f"the gradient became {norm.item()} at {s.stage} update {s.step}: lower --lr or --clip")
-            s.step += 1
-            seconds = time.perf_counter() - started
-            s.seconds += seconds
-            record["tokens_per_second"] = sum((b.source > 0).sum().item() + (b.target > 0).sum().item()
-                                              for b in micro_batches) / seconds  # fmt: skip
-            self.log("train", record)
-            bar.set_postfix(progress(record), refresh=False)
-            bar.update()
-            if s.step % c.eval_every == 0 or s.step == s.total:
+        with tqdm(total=s.total, initial=s.step, desc=s.stage, unit="step", dynamic_ncols=True, mininterval=1) as bar:
+            if s.step == 0 and s.stage != "sft":
                 self.validate_and_save()
-            if self.stop:
-                self.save()
-                raise Interrupted
-        bar.close()
+            while s.step < s.total:
+                started = time.perf_counter()
+                self.model.train()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate()
+
+                # -- the step: gradient of the summed loss over all micro-batches / all their target tokens
+                micro_batches = [next(self.batches).to(self.device) for _ in range(c.accumulate)]
+                tokens = sum(target_tokens(self.model, batch) for batch in micro_batches)
+                total_loss, stats = 0.0, {}
+                for batch in micro_batches:
+                    with precision(c, self.device):
+                        loss, new = self.loss(batch)
+                    (loss / tokens).backward()
+                    total_loss += loss.detach()
+                    stats = {name: stats.get(name, 0) + value for name, value in new.items()}
+                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+                if not torch.isfinite(norm):
+                    raise UserError(f"the gradient became {norm.item()} in {s.stage} update {s.step + 1}: lower the "
+                                    f"learning rate. The last checkpoint in {self.folder} is intact")  # fmt: skip
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                # -- end of the step
+
+                examples = sum(len(batch.source) for batch in micro_batches)
+                record = {"loss": (total_loss / tokens).item(), "grad_norm": norm.item(), "lr": self.learning_rate()}
+                record |= {name: value.item() / examples for name, value in stats.items()}
+                s.step += 1
+                seconds = time.perf_counter() - started
+                s.seconds += seconds
+                record["tokens_per_second"] = sum((b.source > 0).sum().item() + (b.target > 0).sum().item()
+                                                  for b in micro_batches) / seconds  # fmt: skip
+                self.log("train", record)
+                bar.set_postfix(progress(record), refresh=False)
+                bar.update()
+                if s.step % c.eval_every == 0 or s.step == s.total:
+                    self.validate_and_save()
+                if self.stop:
+                    self.save()
+                    raise Interrupted
         s.spent[s.stage] = [s.step, s.seconds]
         self.finish_stage()
 
@@ -277,8 +282,12 @@ class Run:
 
     def log(self, kind: str, numbers: dict) -> None:
         line = {"kind": kind, "stage": self.state.stage, "step": self.state.step} | numbers
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder / 'log.jsonl'} ({error}): free some disk space, then go on with "
+                            f"python train.py --resume {self.folder}") from None  # fmt: skip
 
     def save(self) -> None:
         """last.pt: everything that the next update depends on."""
@@ -297,12 +306,16 @@ class Run:
         tokens = self.config.policy_batch_tokens if self.state.stage == "policy" else self.config.batch_tokens
         self.batches = Batches(self.data["train"], tokens, seed=self.config.seed)
         self.batches.load_state_dict(saved["batches"])
-        self.model.load_state_dict(saved["model"])
+        try:
+            self.model.load_state_dict(saved["model"])
+        except RuntimeError:  # torch lists every weight: a page
+            raise UserError(f"{self.folder / 'last.pt'} does not fit the model of {self.folder / 'config.json'}") from None
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:
             torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda_rng"]])
-        os.truncate(self.folder / "log.jsonl", saved["log_bytes"])  # forget what came after the checkpoint
+        if (self.folder / "log.jsonl").exists():
+            os.truncate(self.folder / "log.jsonl", saved["log_bytes"])  # forget what came after the checkpoint
 
 
 def progress(record: dict) -> dict[str, str]:
@@ -379,8 +392,9 @@ def report(run: Run, tokenizer, examples: dict[str, list[Example]], origin: str)
     config, split = run.config, "test" if "test" in examples else "valid"
     stages = ["sft", *(["control"] if run.has_control else []), *(["policy"] if config.policy_steps else [])]
     rows: list[Row] = []
-    for stage in tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False):
-        rows.append(score_stage(config.folder, stage, config, tokenizer, examples[split], config.beams, run.device))
+    with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False) as bar:
+        for stage in bar:
+            rows.append(score_stage(config.folder, stage, config, tokenizer, examples[split], config.beams, run.device))
     print_table(rows, config, examples[split], split)
     print_examples(rows, examples[split])
     results = {"task": config.task, "pair": config.pair, "data": origin, "split": split,
@@ -401,7 +415,8 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, lambda *_: setattr(run, "stop", True))
         while run.state.stage != "done":
             run.train()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: leave at once
+            signal.signal(number, signal.default_int_handler)
         report(run, tokenizer, examples, origin)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

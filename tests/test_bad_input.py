@@ -396,6 +396,13 @@ def test_full_disk_while_writing_translations(capsys, run):
     assert "test.sft.txt" in complaint(capsys, evaluation, run, bars=True)
 
 
+def log_steps(folder: Path) -> list[int]:
+    """Training updates in the log. A line still being written is left out."""
+    path = folder / "log.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
+
+
 def subprocess_env() -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -424,6 +431,7 @@ def test_killed_in_the_middle_of_a_save(capsys, tmp_path):
     assert evaluation.load_checkpoint(run / "sft.pt")["best_step"] == 1
     assert train.main(["--resume", "run"]) == 0
     assert state_of(run)["stage"] == "done" and not list(run.glob("*.tmp"))
+    assert log_steps(run) == [1, 2]  # what was logged after the last save was cut off, then written again
 
 
 def test_stopped_before_the_first_update(monkeypatch, capsys, tmp_path):
@@ -437,13 +445,6 @@ def test_stopped_before_the_first_update(monkeypatch, capsys, tmp_path):
         assert train.main([*TINY, "--out", "run"]) == 1
     assert "--resume run" in capsys.readouterr().err and not (tmp_path / "run/log.jsonl").exists()
     assert train.main(["--resume", "run"]) == 0
-
-
-def log_steps(folder: Path) -> list[int]:
-    """Training updates in the log. A line still being written is left out."""
-    path = folder / "log.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
 
 
 def test_ctrl_c_saves_and_resume_finishes(capsys, tmp_path):
