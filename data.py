@@ -34,22 +34,25 @@ class Example(NamedTuple):
 
 # ----------------------------------------------------------------------------- built-in sample: English-German
 
-# Each noun: English singular, plural, German singular, plural, gender.
-PEOPLE = """man men Mann Männer m|woman women Frau Frauen f|child children Kind Kinder n|girl girls Mädchen Mädchen n
-friend friends Freund Freunde m|teacher teachers Lehrer Lehrer m|sister sisters Schwester Schwestern f
-doctor doctors Arzt Ärzte m|dog dogs Hund Hunde m|cat cats Katze Katzen f|horse horses Pferd Pferde n"""
-THINGS = """house houses Haus Häuser n|book books Buch Bücher n|letter letters Brief Briefe m|door doors Tür Türen f
+def table(text: str) -> list[list[str]]:
+    """Rows end at | or a new line, words at a space; _ is a space within a word."""
+    return [[word.replace("_", " ") for word in row.split()] for row in text.replace("\n", "|").split("|")]
+
+
+# Nouns: English singular, plural, German singular, plural, gender.
+PEOPLE = table("""man men Mann Männer m|woman women Frau Frauen f|child children Kind Kinder n|cat cats Katze Katzen f
+girl girls Mädchen Mädchen n|friend friends Freund Freunde m|teacher teachers Lehrer Lehrer m|dog dogs Hund Hunde m
+sister sisters Schwester Schwestern f|doctor doctors Arzt Ärzte m|horse horses Pferd Pferde n""")
+THINGS = table("""house houses Haus Häuser n|book books Buch Bücher n|letter letters Brief Briefe m|door doors Tür Türen f
 window windows Fenster Fenster n|table tables Tisch Tische m|lamp lamps Lampe Lampen f|car cars Auto Autos n
-picture pictures Bild Bilder n|key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f|coat coats Mantel Mäntel m"""
-PEOPLE, THINGS = ([noun.split() for noun in text.replace("\n", "|").split("|")] for text in (PEOPLE, THINGS))
+picture pictures Bild Bilder n|key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f|coat coats Mantel Mäntel m""")
 NAMES = "Anna Peter Maria Paul Lena Karl Sophie Jonas".split()
-ADJECTIVES = """young jung|friendly freundlich|old alt|small klein|big groß|new neu|beautiful schön|strange seltsam
-red rot|green grün|cheap billig|heavy schwer"""  # people take the first eight, things the last ten
-ADJECTIVES = [pair.split() for pair in ADJECTIVES.replace("\n", "|").split("|")]
-NUMBERS = [pair.split() for pair in "two zwei|three drei|four vier|five fünf|twelve zwölf".split("|")]
-# English base, 3rd person, past; German 3rd person singular, plural, participle, separable prefix, auxiliary.
+ADJECTIVES = table("""young jung|friendly freundlich|old alt|small klein|big groß|new neu|beautiful schön
+strange seltsam|red rot|green grün|cheap billig|heavy schwer""")  # people take the first eight, things the last ten
+NUMBERS = table("two zwei|three drei|four vier|five fünf|twelve zwölf")
+# Verbs: English base, 3rd person, past; German 3rd person singular, plural, participle, separable prefix, auxiliary.
 # The first eight take people or things as object, the next six things only, the last six no object.
-VERBS = """see sees saw sieht sehen gesehen - hat|look_at looks_at looked_at sieht sehen gesehen an hat
+VERBS = table("""see sees saw sieht sehen gesehen - hat|look_at looks_at looked_at sieht sehen gesehen an hat
 find finds found findet finden gefunden - hat|look_for looks_for looked_for sucht suchen gesucht - hat
 fetch fetches fetched holt holen geholt ab hat|forget forgets forgot vergisst vergessen vergessen - hat
 need needs needed braucht brauchen gebraucht - hat|paint paints painted malt malen gemalt - hat
@@ -58,107 +61,93 @@ choose chooses chose sucht suchen gesucht aus hat|carry carries carried trägt t
 open opens opened macht machen gemacht auf hat|close closes closed macht machen gemacht zu hat
 sleep sleeps slept schläft schlafen geschlafen - hat|work works worked arbeitet arbeiten gearbeitet - hat
 stay stays stayed bleibt bleiben geblieben - ist|arrive arrives arrived kommt kommen gekommen an ist
-wake_up wakes_up woke_up wacht wachen gewacht auf ist|travel travels travelled reist reisen gereist - ist"""
-VERBS = [[word.replace("_", " ") for word in verb.split()] for verb in VERBS.replace("\n", "|").split("|")]
-TIMES = {False: [("today", "heute"), ("every day", "jeden Tag"), ("on Monday", "am Montag"), ("now", "jetzt")],
-         True: [("yesterday", "gestern"), ("last week", "letzte Woche"), ("in {y}", "im Jahr {y}")]}  # fmt: skip
-PLACES = [("in the garden", "im Garten"), ("at the station", "am Bahnhof"), ("in London", "in London"),
-          ("at home", "zu Hause"), ("with {en}", "mit {de}")]  # fmt: skip
-JOINS = [("because", "weil"), ("although", "obwohl"), ("if", "wenn")]
-SAYS = [("says", "sagt", "say", "sagen"), ("knows", "weiß", "know", "wissen"), ("hopes", "hofft", "hope", "hoffen")]
-# Endings by case, in the order m f n plural: the article "der", "ein-" words, adjectives after each, after a number.
-ENDINGS = {
-    "nom": ("der die das die", ["", "e", "", "e"], "e e e en", "er e es en", "e"),
-    "acc": ("den die das die", ["en", "e", "", "e"], "en e e en", "en e es en", "e"),
-    "dat": ("dem der dem den", ["em", "er", "em", "en"], "en en en en", "en en en en", "en"),
-}
+wake_up wakes_up woke_up wacht wachen gewacht auf ist|travel travels travelled reist reisen gereist - ist""")
+TIMES = (table("today heute|every_day jeden_Tag|on_Monday am_Montag|now jetzt"),
+         table("yesterday gestern|last_week letzte_Woche|in_{year} im_Jahr_{year}"))  # present, past  # fmt: skip
+PLACES = table("in_the_garden im_Garten|at_the_station am_Bahnhof|in_London in_London|at_home zu_Hause|with_{en} mit_{de}")
+JOINS = table("because weil|although obwohl|if wenn")
+SAYS = table("says sagt say sagen|knows weiß know wissen|hopes hofft hope hoffen")
+# Endings for m f n plural, by case: "der", "ein-" (. is none), adjectives after either, adjectives after a number.
+ENDINGS = {"nom": table("der die das die|. e . e|e e e en|er e es en|. . . e"),
+           "acc": table("den die das die|en e . e|en e e en|en e es en|. . . e"),
+           "dat": table("dem der dem den|em er em en|en en en en|en en en en|. . . en")}  # fmt: skip
 
 
 def noun_phrase(r: random.Random, case: str, nouns: list, negated: bool = False) -> tuple[str, str, bool]:
     """English, German, plural? Article, adjective and noun agree in gender, number and case."""
-    if r.random() < 0.15 and nouns is PEOPLE:
+    if nouns is PEOPLE and r.random() < 0.15:
         name = r.choice(NAMES)
         return name, name, False
-    en, ens, de, des, gender = r.choice(nouns)
+    en, en_plural, de, de_plural, gender = r.choice(nouns)
     kind = r.choice(["the", "the", "a", "my", "number"])
     plural = kind == "number" or (kind != "a" and r.random() < 0.3)
-    column, (definite, indefinite, weak, mixed, strong) = 3 if plural else "mfn".index(gender), ENDINGS[case]
+    definite, indefinite, weak, mixed, strong = (row["mfn".index(gender) if not plural else 3] for row in ENDINGS[case])
     if kind == "number":
-        n_en, n_de = r.choice(NUMBERS) if r.random() < 0.7 else [str(r.randint(13, 99))] * 2
-        parts, ending = (n_en, n_de), strong
+        (word_en, word_de), ending = r.choice(NUMBERS) if r.random() < 0.7 else [str(r.randint(13, 99))] * 2, strong
     elif kind == "the":
-        parts, ending = ("the", definite.split()[column]), weak.split()[column]
+        word_en, word_de, ending = "the", definite, weak
     else:
         stem = "mein" if kind == "my" else "kein" if negated else "ein"
-        parts, ending = (kind, stem + indefinite[column]), mixed.split()[column]
-    words = [parts]
+        word_en, word_de, ending = kind, stem + indefinite.strip("."), mixed
+    if plural:  # dative plural: den Kindern
+        en, de = en_plural, de_plural + ("n" if case == "dat" and de_plural[-1] not in "ns" else "")
     if r.random() < 0.4:
         adjective_en, adjective_de = r.choice(ADJECTIVES[:8] if nouns is PEOPLE else ADJECTIVES[2:])
-        words.append((adjective_en, adjective_de + ending))
-    if plural:
-        en, de = ens, des + ("n" if case == "dat" and des[-1] not in "ns" else "")  # dative plural: den Kindern
-    if words[0][0] == "a" and (words[1][0] if len(words) > 1 else en)[0] in "aeiou":
-        words[0] = ("an", words[0][1])
-    words.append((en, de))
-    return " ".join(w[0] for w in words), " ".join(w[1] for w in words), plural
+        en, de = f"{adjective_en} {en}", f"{adjective_de}{ending} {de}"
+    word_en = "an" if word_en == "a" and en[0] in "aeiou" else word_en
+    return f"{word_en} {en}", f"{word_de} {de}", plural
 
 
-def clause(r: random.Random) -> dict[str, str]:
-    """One clause: en and de with the subject first, en/de "front" with an adverbial first, de "sub" and "inv".
+def clause(r: random.Random, order: str) -> tuple[str, str]:
+    """One clause in English and German. order: of the German words, "main", "front", "sub" or "inv".
 
-    German: the finite verb is second in a main clause (so the subject moves behind it when something is
-    fronted), last in a subordinate one; separable prefixes and participles close the clause.
+    The finite verb is second in a main clause, so the subject moves behind it when an adverbial ("front") or
+    another clause ("inv") comes first; in a subordinate clause ("sub") it is last. Separable prefixes and
+    participles close the clause.
     """
-    which = r.randrange(len(VERBS))
-    base, third, past, de_sg, de_pl, participle, prefix, auxiliary = VERBS[which]
-    prefix, is_past, negated = prefix.strip("-"), r.random() < 0.5, r.random() < 0.2
+    which, past, negated = r.randrange(len(VERBS)), r.random() < 0.5, r.random() < 0.2
+    base, third, simple_past, singular, many, participle, prefix, auxiliary = VERBS[which]
     s_en, s_de, plural = noun_phrase(r, "nom", PEOPLE)
-    o_en = o_de = ""
+    o_en = o_de = place_en = place_de = time_en = time_de = ""
     if which < 14:
         o_en, o_de, _ = noun_phrase(r, "acc", r.choice([PEOPLE, THINGS]) if which < 8 else THINGS, negated)
-    time, place = ("", ""), ("", "")
-    if r.random() < 0.5:
+    if order == "front" or r.random() < 0.5:
         year = r.randint(1900, 1999)
-        time = tuple(text.format(y=year) for text in r.choice(TIMES[is_past]))
+        time_en, time_de = (text.format(year=year) for text in r.choice(TIMES[past]))
     if r.random() < 0.35:
-        w_en, w_de, _ = noun_phrase(r, "dat", PEOPLE)
-        place = tuple(text.format(en=w_en, de=w_de) for text in r.choice(PLACES))
+        en, de, _ = noun_phrase(r, "dat", PEOPLE)
+        place_en, place_de = (text.format(en=en, de=de) for text in r.choice(PLACES))
+    v_en = simple_past if past else base if plural else third
     if negated:
-        v_en = ("did not " if is_past else "do not " if plural else "does not ") + base
-    else:
-        v_en = past if is_past else base if plural else third
-    finite, end = (de_pl if plural else de_sg), prefix
-    if is_past:  # English simple past, German perfect: hat ... aufgemacht, ist ... angekommen
-        finite, end = {"hat": ("hat", "haben"), "ist": ("ist", "sind")}[auxiliary][plural], prefix + participle
+        v_en = ("did not " if past else "do not " if plural else "does not ") + base
     no = "nicht" if negated and not o_de.startswith("kein") else ""
-    final = f"{end} {finite}" if is_past else prefix + finite
-    line = lambda *words: " ".join(word for word in words if word)  # noqa: E731
-    first, rest_time, rest_place = (time, "", place[1]) if time[0] else (place, time[1], "")
-    return {
-        "en": line(s_en, v_en, o_en, place[0], time[0]),
-        "de": line(s_de, finite, time[1], o_de, no, place[1], end),
-        "en front": line(first[0], s_en, v_en, o_en, place[0] if time[0] else ""),
-        "de front": line(first[1], finite, s_de, rest_time, o_de, no, rest_place, end) if first[0] else
-                    line(s_de, finite, o_de, no, end),
-        "de sub": line(s_de, time[1], o_de, no, place[1], final),
-        "de inv": line(finite, s_de, time[1], o_de, no, place[1], end),
-    }  # fmt: skip
+    finite, end = many if plural else singular, prefix.strip("-")
+    last = end + finite  # separable verbs are one word at the end of a subordinate clause
+    if past:  # English simple past, German perfect: hat ... aufgemacht, ist ... angekommen
+        finite, end = {"hat": ("hat", "haben"), "ist": ("ist", "sind")}[auxiliary][plural], end + participle
+        last = f"{end} {finite}"
+    middle = [o_de, no, place_de]
+    german = {"main": [s_de, finite, time_de, *middle, end], "front": [time_de, finite, s_de, *middle, end],
+              "sub": [s_de, time_de, *middle, last], "inv": [finite, s_de, time_de, *middle, end]}  # fmt: skip
+    english = [s_en, v_en, o_en, place_en]
+    english = [time_en, *english] if order == "front" else [*english, time_en]
+    return " ".join(filter(None, english)), " ".join(filter(None, german[order]))
 
 
 def sentence(r: random.Random) -> tuple[str, str]:
     """One sentence of the sample as (English, German)."""
-    main, sub, (join_en, join_de), kind = clause(r), clause(r), r.choice(JOINS), r.random()
-    if kind < 0.25:
-        en, de = main["en"], main["de"]
-    elif kind < 0.55:
-        en, de = main["en front"], main["de front"]
+    kind, (join_en, join_de) = r.random(), r.choice(JOINS)
+    if kind < 0.55:
+        en, de = clause(r, "front" if kind < 0.25 else "main")
     elif kind < 0.7:
-        en, de = f"{main['en']} {join_en} {sub['en']}", f"{main['de']}, {join_de} {sub['de sub']}"
+        (en, de), (because_en, because_de) = clause(r, "main"), clause(r, "sub")
+        en, de = f"{en} {join_en} {because_en}", f"{de}, {join_de} {because_de}"
     elif kind < 0.85:
-        en, de = f"{join_en} {sub['en']}, {main['en']}", f"{join_de} {sub['de sub']}, {main['de inv']}"
+        (because_en, because_de), (en, de) = clause(r, "sub"), clause(r, "inv")
+        en, de = f"{join_en} {because_en}, {en}", f"{join_de} {because_de}, {de}"
     else:
-        (who_en, who_de, plural), say = noun_phrase(r, "nom", PEOPLE), r.choice(SAYS)
-        en, de = f"{who_en} {say[2 * plural]} that {sub['en']}", f"{who_de} {say[1 + 2 * plural]}, dass {sub['de sub']}"
+        (who_en, who_de, plural), say, (en, de) = noun_phrase(r, "nom", PEOPLE), r.choice(SAYS), clause(r, "sub")
+        en, de = f"{who_en} {say[2 * plural]} that {en}", f"{who_de} {say[2 * plural + 1]}, dass {de}"
     return en[0].upper() + en[1:] + ".", de[0].upper() + de[1:] + "."
 
 
