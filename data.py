@@ -40,12 +40,13 @@ def table(text: str) -> list[list[str]]:
 
 
 # Nouns: English singular, plural, German singular, plural, gender.
-PEOPLE = table("""man men Mann Männer m|woman women Frau Frauen f|child children Kind Kinder n|cat cats Katze Katzen f
-girl girls Mädchen Mädchen n|friend friends Freund Freunde m|teacher teachers Lehrer Lehrer m|dog dogs Hund Hunde m
-sister sisters Schwester Schwestern f|doctor doctors Arzt Ärzte m|horse horses Pferd Pferde n""")
-THINGS = table("""house houses Haus Häuser n|book books Buch Bücher n|letter letters Brief Briefe m|door doors Tür Türen f
-window windows Fenster Fenster n|table tables Tisch Tische m|lamp lamps Lampe Lampen f|car cars Auto Autos n
-picture pictures Bild Bilder n|key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f|coat coats Mantel Mäntel m""")
+PEOPLE = table("""man men Mann Männer m|woman women Frau Frauen f|child children Kind Kinder n
+girl girls Mädchen Mädchen n|friend friends Freund Freunde m|teacher teachers Lehrer Lehrer m
+dog dogs Hund Hunde m|cat cats Katze Katzen f|sister sisters Schwester Schwestern f|doctor doctors Arzt Ärzte m|horse horses Pferd Pferde n""")
+THINGS = table("""house houses Haus Häuser n|book books Buch Bücher n|letter letters Brief Briefe m
+door doors Tür Türen f|window windows Fenster Fenster n|table tables Tisch Tische m|lamp lamps Lampe Lampen f|car cars Auto Autos n
+picture pictures Bild Bilder n|key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f
+coat coats Mantel Mäntel m""")
 NAMES = "Anna Peter Maria Paul Lena Karl Sophie Jonas".split()
 ADJECTIVES = table("""young jung|friendly freundlich|old alt|small klein|big groß|new neu|beautiful schön
 strange seltsam|red rot|green grün|cheap billig|heavy schwer""")  # people take the first eight, things the last ten
@@ -63,14 +64,15 @@ sleep sleeps slept schläft schlafen geschlafen - hat|work works worked arbeitet
 stay stays stayed bleibt bleiben geblieben - ist|arrive arrives arrived kommt kommen gekommen an ist
 wake_up wakes_up woke_up wacht wachen gewacht auf ist|travel travels travelled reist reisen gereist - ist""")
 TIMES = (table("today heute|every_day jeden_Tag|on_Monday am_Montag|now jetzt"),
-         table("yesterday gestern|last_week letzte_Woche|in_{year} im_Jahr_{year}"))  # present, past  # fmt: skip
-PLACES = table("in_the_garden im_Garten|at_the_station am_Bahnhof|in_London in_London|at_home zu_Hause|with_{en} mit_{de}")
+         table("yesterday gestern|last_week letzte_Woche|in_{year} im_Jahr_{year}"))  # present, past
+PLACES = table("""in_the_garden im_Garten|at_the_station am_Bahnhof|in_London in_London|at_home zu_Hause
+with_{en} mit_{de}""")
 JOINS = table("because weil|although obwohl|if wenn")
 SAYS = table("says sagt say sagen|knows weiß know wissen|hopes hofft hope hoffen")
 # Endings for m f n plural, by case: "der", "ein-" (. is none), adjectives after either, adjectives after a number.
 ENDINGS = {"nom": table("der die das die|. e . e|e e e en|er e es en|. . . e"),
            "acc": table("den die das die|en e . e|en e e en|en e es en|. . . e"),
-           "dat": table("dem der dem den|em er em en|en en en en|en en en en|. . . en")}  # fmt: skip
+           "dat": table("dem der dem den|em er em en|en en en en|en en en en|. . . en")}
 
 
 def noun_phrase(r: random.Random, case: str, nouns: list, negated: bool = False) -> tuple[str, str, bool]:
@@ -128,7 +130,7 @@ def clause(r: random.Random, order: str) -> tuple[str, str]:
         last = f"{end} {finite}"
     middle = [o_de, no, place_de]
     german = {"main": [s_de, finite, time_de, *middle, end], "front": [time_de, finite, s_de, *middle, end],
-              "sub": [s_de, time_de, *middle, last], "inv": [finite, s_de, time_de, *middle, end]}  # fmt: skip
+              "sub": [s_de, time_de, *middle, last], "inv": [finite, s_de, time_de, *middle, end]}
     english = [s_en, v_en, o_en, place_en]
     english = [time_en, *english] if order == "front" else [*english, time_en]
     return " ".join(filter(None, english)), " ".join(filter(None, german[order]))
@@ -218,11 +220,11 @@ def read_parallel(pair: str, folder: Path) -> dict[str, list[Example]]:
                 continue
             langs = pair.split("-")
             raise UserError(f"no {split} split for {pair} in {folder}: expected {globs[0]}.{langs[0]} and "
-                            f"{globs[0]}.{langs[1]}, or {globs[0]}.{pair}.{langs[0]} and so on, plain or .gz")  # fmt: skip
+                            f"{globs[0]}.{langs[1]}, or {globs[0]}.{pair}.{langs[0]} and so on, plain or .gz")
         source, target = read_lines(files[0]), read_lines(files[1])
         if len(source) != len(target):
             raise UserError(f"{files[0]} has {len(source)} lines but {files[1]} has {len(target)}: "
-                            "line i of one must translate line i of the other")  # fmt: skip
+                            "line i of one must translate line i of the other")
         rows = [(number, s, t) for number, (s, t) in enumerate(zip(source, target), 1)]
         empty = [number for number, s, t in rows if not s or not t]
         if empty and split != "train":  # dropping test lines would change the score: refuse
@@ -262,11 +264,11 @@ def load(task: str, pair: str, data: str, sample_size: int, seed: int) -> tuple[
         splits, origin = TASKS[task].read(pair, folder), str(folder)
     elif TASKS[task].sample is None:
         raise UserError(f"task {task} has no built-in sample: put train.LANG, valid.LANG and test.LANG for the two "
-                        f"languages of {pair} into {folder}/, or name their folder with --data DIR")  # fmt: skip
+                        f"languages of {pair} into {folder}/, or name their folder with --data DIR")
     else:
         splits, origin = TASKS[task].sample(pair, sample_size, seed), "sample"
         print(f"data: built-in sample, {pair}. For real text: --data DIR, a folder with train.LANG, valid.LANG "
-              "and test.LANG, one sentence a line (see README, Your own text)")  # fmt: skip
+              "and test.LANG, one sentence a line (see README, Your own text)")
     if origin != "sample":
         print(f"data: {origin}, {pair}")
     if "test" not in splits:
@@ -287,7 +289,7 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, EOS, UNK, SEP, *tags],
-                                  show_progress=False, limit_alphabet=vocab_size // 2)  # fmt: skip
+                                  show_progress=False, limit_alphabet=vocab_size // 2)
     tokenizer.train_from_iterator((text for e in examples for text in (e.source, e.target)), trainer)
     return tokenizer
 

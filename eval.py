@@ -35,7 +35,7 @@ def load_checkpoint(path: Path, what: str = "stage") -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: that stage has not been trained here") from None
     except Exception as error:  # torch raises a zoo of types for broken and for unsafe files
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): train that stage again") from None
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__}): train it again") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT or checkpoint.get("what") != what:
         raise UserError(f"{path} is not a {what} checkpoint of this program ({FORMAT!r})")
     return checkpoint
@@ -78,7 +78,7 @@ def load_model(path: Path, device) -> tuple[EncoderDecoder, dict]:
 def warmup_spec(config, tokenizer: Tokenizer) -> WarmupSpec:
     length = config.warmup_len
     return WarmupSpec(tokenizer.token_to_id(SEP), special_ids(tokenizer), length,
-                      config.warmup_min_len or length, config.temperature)  # fmt: skip
+                      config.warmup_min_len or length, config.temperature)
 
 
 def pick_device(name: str) -> torch.device:
@@ -176,7 +176,8 @@ def score_stage(folder: Path, stage: str, config, tokenizer, examples: list[Exam
     metrics = METRICS[TASKS[config.task].metrics](config)
     scores = {name: round(m.corpus_score(hypotheses, references).score, 2) for name, m in metrics.items()}
     nll = round(validate(model, data, config, spec)["nll"], 4)
-    return Row(stage, STAGES[stage], scores, nll, checkpoint["updates"], round(checkpoint["seconds"], 1), hypotheses, warmups)
+    seconds = round(checkpoint["seconds"], 1)
+    return Row(stage, STAGES[stage], scores, nll, checkpoint["updates"], seconds, hypotheses, warmups)
 
 
 def signatures(config, examples: list[Example]) -> dict[str, str]:
@@ -194,7 +195,7 @@ def print_table(rows: list[Row], config, examples: list[Example], split: str) ->
     print(f"{'':20}" + "".join(f"{name:>9}" for name in names) + f"{'NLL/token':>11}{'updates':>9}{'seconds':>9}")
     for row in rows:
         print(f"{row.name:20}" + "".join(f"{row.metrics[name]:9.2f}" for name in names)
-              + f"{row.nll:11.3f}{row.updates:9}{row.seconds:9.0f}")  # fmt: skip
+              + f"{row.nll:11.3f}{row.updates:9}{row.seconds:9.0f}")
     for name, signature in signatures(config, examples).items():
         print(f"{name}: {signature}")
 
@@ -236,7 +237,7 @@ def translate(folder: Path, stage: str, lines: list[str], config, tokenizer, arg
     for number, ids in enumerate(data.source, 1):
         if len(ids) > config.max_tokens:
             raise UserError(f"line {number} of --input has {len(ids)} tokens, but this model was trained on at most "
-                            f"{config.max_tokens}: split the line")  # fmt: skip
+                            f"{config.max_tokens}: split the line")
         if not len(ids):
             raise UserError(f"line {number} of --input holds no text")
     spec = warmup_spec(config, tokenizer) if stage == "policy" else None
@@ -252,10 +253,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, help="a run folder that train.py made")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
-    parser.add_argument("--stage", choices=tuple(STAGES), help="default: every stage that was trained; for --input policy, else sft")
+    parser.add_argument("--stage", choices=tuple(STAGES), help="default: all that were trained; for --input policy or sft")
     parser.add_argument("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
-    parser.add_argument("--input", metavar="FILE", help="translate this file (-: standard input), one line in, one line out")
-    parser.add_argument("--show-warmup", action="store_true", help="with --input: the warmup and a tab before each line")
+    parser.add_argument("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
+    parser.add_argument("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     parser.add_argument("--data", default="", help="folder of the data, if it has moved since training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     args = parser.parse_args(argv)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import EOS, PAD, TASKS, Batches, Encoded, Example, UserError, encode, load, shorten, train_tokenizer
 from eval import (FORMAT, Row, load_checkpoint, load_config, load_model, load_tokenizer, pick_device, precision,
-                  print_examples, print_table, score_stage, signatures, validate, warmup_spec)  # fmt: skip
+                  print_examples, print_table, score_stage, signatures, validate, warmup_spec)
 from model import SIZES, EncoderDecoder, ModelConfig
 from warmup import ESTIMATORS, WarmupSpec, sft_loss, target_tokens, warmup_loss
 
@@ -99,7 +99,7 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     at_least = {"seed": 0, "sample_size": 1, "vocab_size": 300, "max_tokens": 2, "sft_steps": 1, "policy_steps": 0,
                 "accumulate": 1, "batch_tokens": 16, "policy_batch_tokens": 16, "samples": 1, "warmup_len": 1,
                 "warmup_min_len": 0, "eval_every": 1, "eval_samples": 1, "beams": 1, "weight_decay": 0,
-                "lr_rampup_steps": 0, "threads": 0}  # fmt: skip
+                "lr_rampup_steps": 0, "threads": 0}
     for name, low in at_least.items():
         if not getattr(config, name) >= low:  # not <: nan is no setting either
             parser.error(f"--{name.replace('_', '-')} must be at least {low}")
@@ -129,7 +129,7 @@ def write_atomically(path: Path, save) -> None:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}): free some disk space, then go on with "
-                        f"python train.py --resume {path.parent}") from None  # fmt: skip
+                        f"python train.py --resume {path.parent}") from None
 
 
 def write_checkpoint(path: Path, what: str, **content) -> None:
@@ -224,7 +224,7 @@ class Run:
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
                 if not torch.isfinite(norm):
                     raise UserError(f"the gradient became {norm.item()} in {s.stage} update {s.step + 1}: lower the "
-                                    f"learning rate. The last checkpoint in {self.folder} is intact")  # fmt: skip
+                                    f"learning rate. The last checkpoint in {self.folder} is intact")
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 # -- end of the step
@@ -236,7 +236,7 @@ class Run:
                 seconds = time.perf_counter() - started
                 s.seconds += seconds
                 record["tokens_per_second"] = sum((b.source > 0).sum().item() + (b.target > 0).sum().item()
-                                                  for b in micro_batches) / seconds  # fmt: skip
+                                                  for b in micro_batches) / seconds
                 self.log("train", record)
                 bar.set_postfix(progress(record), refresh=False)
                 bar.update()
@@ -250,7 +250,8 @@ class Run:
 
     def validate_and_save(self) -> None:
         """Validate; keep the weights if they are the stage's best; save the state."""
-        numbers = validate(self.model, self.data["valid"], self.config, self.spec if self.state.stage == "policy" else None)
+        spec = self.spec if self.state.stage == "policy" else None
+        numbers = validate(self.model, self.data["valid"], self.config, spec)
         self.log("valid", numbers)
         if numbers["nll"] < self.state.best:
             self.state.best = numbers["nll"]
@@ -262,7 +263,7 @@ class Run:
         before = self.state.spent.get("sft", [0, 0.0]) if stage != "sft" else [0, 0.0]
         write_checkpoint(self.folder / f"{stage}.pt", "stage", model=weights, model_config=asdict(self.model.config),
                          updates=before[0] + self.state.step, seconds=before[1] + self.state.seconds,
-                         best_step=best_step, valid_nll=self.state.best)  # fmt: skip
+                         best_step=best_step, valid_nll=self.state.best)
 
     def finish_stage(self) -> None:
         """The best weights stand for the whole stage: note its full cost beside them. Then on to the next."""
@@ -286,16 +287,17 @@ class Run:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.folder / 'log.jsonl'} ({error}): free some disk space, then go on with "
-                            f"python train.py --resume {self.folder}") from None  # fmt: skip
+            raise UserError(f"cannot write {self.folder}/log.jsonl ({error}): free some disk space, then go on "
+                            f"with python train.py --resume {self.folder}") from None
 
     def save(self) -> None:
         """last.pt: everything that the next update depends on."""
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
         log = self.folder / "log.jsonl"
+        log_bytes = log.stat().st_size if log.exists() else 0
         write_checkpoint(self.folder / "last.pt", "state", state=asdict(self.state), model=self.model.state_dict(),
                          optimizer=self.optimizer.state_dict(), batches=self.batches.state_dict(),
-                         rng=torch.get_rng_state(), cuda_rng=cuda, log_bytes=log.stat().st_size if log.exists() else 0)  # fmt: skip
+                         rng=torch.get_rng_state(), cuda_rng=cuda, log_bytes=log_bytes)
 
     def resume(self) -> None:
         """Take up last.pt: the next update is bit for bit the one that would have followed (on a CPU)."""
@@ -309,7 +311,7 @@ class Run:
         try:
             self.model.load_state_dict(saved["model"])
         except RuntimeError:  # torch lists every weight: a page
-            raise UserError(f"{self.folder / 'last.pt'} does not fit the model of {self.folder / 'config.json'}") from None
+            raise UserError(f"{self.folder}/last.pt does not fit the model of its config.json") from None
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:
@@ -322,7 +324,7 @@ def progress(record: dict) -> dict[str, str]:
     """What the progress bar shows: tqdm adds the time left."""
     shown = {"loss": f"{record['loss']:.3f}"}
     if "spread" in record:
-        shown = {"reward": f"{record['reward']:.2f}", "spread": f"{record['spread']:.2f}", "ess": f"{record['ess']:.2f}"}
+        shown = {name: f"{record[name]:.2f}" for name in ("reward", "spread", "ess")}
     return shown | {"tok/s": f"{record['tokens_per_second']:.0f}"}
 
 
@@ -341,11 +343,11 @@ def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.Ad
 def new_folder(config: Config) -> None:
     """Make the run folder. An earlier run in it is refused, or with --overwrite removed (our files only)."""
     folder = config.folder
-    ours = ("config.json", "tokenizer.json", "log.jsonl", "last.pt", "results.json", "sft.pt", "policy.pt", "control.pt")
+    ours = ("config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt", "sft.pt", "policy.pt", "control.pt")
     if any((folder / name).exists() for name in ours):
         if not config.overwrite:
             raise UserError(f"{folder} holds a run: continue it with --resume {folder}, replace it with --overwrite, "
-                            "or choose another folder with --out")  # fmt: skip
+                            "or choose another folder with --out")
         for name in ours:
             (folder / name).unlink(missing_ok=True)
     try:
@@ -369,12 +371,12 @@ def prepare(config: Config, resume: bool) -> tuple[Run, object, dict[str, list[E
         data[split], long = shorten(encode(tokenizer, examples[split]), config.max_tokens, drop=split == "train")
         if long:
             print(f"data: {long} of {len(examples[split])} {split} examples are longer than --max-tokens "
-                  f"{config.max_tokens}: {'left out' if split == 'train' else 'their source is cut'}")  # fmt: skip
+                  f"{config.max_tokens}: {'left out' if split == 'train' else 'their source is cut'}")
     if not data["train"].source:
         raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}: raise it")
     pad_id, eos_id = tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)
     model_config = ModelConfig(vocab_size=tokenizer.get_vocab_size(), dropout=config.dropout,
-                               pad_id=pad_id, eos_id=eos_id, **SIZES[config.size])  # fmt: skip
+                               pad_id=pad_id, eos_id=eos_id, **SIZES[config.size])
     torch.manual_seed(config.seed)
     run = Run(config, data, warmup_spec(config, tokenizer), model_config)
     if resume:
@@ -383,7 +385,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, object, dict[str, list[E
         run.save()
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model: {config.size}, {parameters / 1e6:.2f} M parameters, vocabulary {model_config.vocab_size}, "
-          f"on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")  # fmt: skip
+          f"on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")
     return run, tokenizer, examples, origin
 
 
@@ -398,9 +400,9 @@ def report(run: Run, tokenizer, examples: dict[str, list[Example]], origin: str)
     print_table(rows, config, examples[split], split)
     print_examples(rows, examples[split])
     results = {"task": config.task, "pair": config.pair, "data": origin, "split": split,
-               "rows": [row.to_json() for row in rows], "signature": signatures(config, examples[split])}  # fmt: skip
+               "rows": [row.to_json() for row in rows], "signature": signatures(config, examples[split])}
     write_text(config.folder / "results.json", json.dumps(results, indent=1))
-    print(f"\nsaved {config.folder}/results.json. Score again or translate your own text: python eval.py {config.folder}")
+    print(f"\nsaved {config.folder}/results.json. Score again, or translate: python eval.py {config.folder}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -106,7 +106,7 @@ def sample_warmups(model: EncoderDecoder, memory: Memory, prompt: Tensor, spec: 
         model, memory, with_start(model, prompt), spec.length, samples=samples, temperature=temperature,
         forbidden=spec.barred(prompt.device, may_stop),
         stop=spec.sep_id if may_stop else None, fill=spec.sep_id, min_length=spec.min_length,
-    )  # fmt: skip
+    )
     return c, log_probs.sum(-1)
 
 
@@ -128,7 +128,7 @@ def score(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor, targ
         if start < end:
             part = hidden[:, P + start : P + end].flatten(0, 1)  # (R·w,E)
             log_probs = model.token_logprobs(part, c[:, start:end].flatten(), temperature=spec.temperature,
-                                             forbidden=spec.barred(c.device, start > 0)).view(B * K, -1)  # (R,w)  # fmt: skip
+                                             forbidden=spec.barred(c.device, start > 0)).view(B * K, -1)  # (R,w)
             log_pi = log_pi + log_probs.masked_fill(stopped[:, start:end], 0.0).sum(1)
     log_p = masked_logprobs(model, hidden[:, P + W + 1 :], y)
     return log_pi.view(B, K), log_p.view(B, K)
@@ -246,8 +246,8 @@ def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, lengt
     forbidden = torch.tensor([model.config.pad_id, *([spec.sep_id] if spec else [])], device=prefix.device)
     if beams > 1:
         y = beam_search(model, memory, prefix, length, beams=beams, length_penalty=length_penalty,
-                        forbidden=forbidden)[0][:, 0]  # fmt: skip
+                        forbidden=forbidden)[0][:, 0]
     else:
         y = sample(model, memory, prefix, length, temperature=temperature, forbidden=forbidden,
-                   stop=model.config.eos_id, fill=model.config.pad_id)[0][:, 0]  # fmt: skip
+                   stop=model.config.eos_id, fill=model.config.pad_id)[0][:, 0]
     return c, y  # (B,W), (B,length)

@@ -27,7 +27,7 @@ def hugging_face(c: ModelConfig):
     return T5ForConditionalGeneration(T5Config(
         vocab_size=c.vocab_size, d_model=c.width, d_kv=c.head_size, d_ff=c.ff, num_layers=c.encoder_layers,
         num_decoder_layers=c.decoder_layers, num_heads=c.heads, dropout_rate=c.dropout, feed_forward_proj="relu",
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))  # fmt: skip
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
 
 
 def pair(name: str, ours, theirs, repeats: int) -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     batch = Batch(source, torch.empty(B, 0, dtype=torch.long), target)
     start, attend = torch.zeros(B, 1, dtype=torch.long), torch.ones_like(source)
     print(f"torch {torch.__version__}, {args.threads} threads, dropout {args.dropout}, "
-          f"V={V} E={c.width} layers=4+4 B={B} S={S} T={T}\n{'':44}{'ours':>12}{'HF T5':>12}{'ratio':>9}")  # fmt: skip
+          f"V={V} E={c.width} layers=4+4 B={B} S={S} T={T}\n{'':44}{'ours':>12}{'HF T5':>12}{'ratio':>9}")
 
     optimizers = make_optimizer(ours, 0.01), torch.optim.AdamW(theirs.parameters(), fused=True)  # the same for both
 
@@ -75,7 +75,7 @@ def main() -> None:
     ours.train(), theirs.train()
     pair("SFT step", lambda: step(sft_loss(ours, batch) / target.numel(), ours, optimizers[0]),
          lambda: step(theirs(input_ids=source, attention_mask=attend, labels=target).loss, theirs, optimizers[1]),
-         args.repeats)  # fmt: skip
+         args.repeats)
 
     ours.eval(), theirs.eval()
     no_end = torch.tensor([0, 1])  # </s> barred on both sides, so that both write every token
@@ -88,10 +88,10 @@ def main() -> None:
         pair(f"sample K={K} of {W} tokens, {B} sources (HF top_k={top_k})",
              lambda: sample(ours, encode(), start, W, samples=K, forbidden=no_end),
              lambda: theirs.generate(input_ids=source, attention_mask=attend, do_sample=True, top_k=top_k, num_return_sequences=K,
-                                     min_new_tokens=W, max_new_tokens=W), args.repeats)  # fmt: skip
+                                     min_new_tokens=W, max_new_tokens=W), args.repeats)
     pair("beam 4, 24 tokens", lambda: beam_search(ours, encode(), start, 24, beams=4, forbidden=no_end),
          lambda: theirs.generate(input_ids=source, attention_mask=attend, num_beams=4, min_new_tokens=24,
-                                 max_new_tokens=24), max(3, args.repeats // 2))  # fmt: skip
+                                 max_new_tokens=24), max(3, args.repeats // 2))
 
 
 if __name__ == "__main__":

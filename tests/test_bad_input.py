@@ -20,7 +20,7 @@ import train
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "nano", "--sample-size", "200", "--sft-steps", "2", "--policy-steps", "0", "--vocab-size", "300",
-        "--eval-every", "1", "--beams", "1", "--threads", "1", "--max-tokens", "60"]  # fmt: skip
+        "--eval-every", "1", "--beams", "1", "--threads", "1", "--max-tokens", "60"]
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def parallel(folder: Path, **files) -> Path:
     ("--estimator marginal --samples 1", "--samples"), ("--warmup-min-len 5 --warmup-len 4", "--warmup-min-len"),
     ("--warmup-len 0", "--warmup-len"), ("--seed -1", "--seed"), ("--lr nan", "--lr"), ("--clip -1", "--clip"),
     ("--resume run --samples 8", "--resume"), ("--resume run --seed 0", "--resume"), ("--resume", "--resume"),
-])  # fmt: skip
+])
 def test_training_refuses_bad_usage(flags, named, capsys, monkeypatch):
     for function in ("prepare", "load_config"):
         monkeypatch.setattr(train, function, lambda *_: pytest.fail("accepted"))
@@ -123,7 +123,7 @@ def test_training_refuses_bad_usage(flags, named, capsys, monkeypatch):
     ("", "run"), ("run --no-such-flag", "--no-such-flag"), ("run --split dev", "dev"), ("run --stage rl", "rl"),
     ("run --beams many", "many"), ("run --beams -1", "--beams"), ("run --beams 0", "--beams"),
     ("run --device tpu", "tpu"), ("run --input", "--input"),
-])  # fmt: skip
+])
 def test_scoring_refuses_bad_usage(flags, named, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "run", lambda *_: pytest.fail("accepted"))
     assert named in misuse(capsys, evaluation, *flags.split())
@@ -171,7 +171,7 @@ def test_empty_line_in_a_scored_split_is_named(split, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("files", [
-    dict(train_de=b"", train_en=b""), dict(train_de=b"\n\n"), dict(test_de=b"", test_en=b"")])  # fmt: skip
+    dict(train_de=b"", train_en=b""), dict(train_de=b"\n\n"), dict(test_de=b"", test_en=b"")])
 def test_a_split_without_text(files, capsys, tmp_path):
     parallel(tmp_path / "text", **files)
     assert f"{list(files)[0].replace('_', '.')}" in complaint(capsys, train, *TINY, "--data", "text")
@@ -333,7 +333,7 @@ def test_checkpoint_of_another_size(capsys, run, half_run):
     (None, "cannot read --input text"), (b"\xff\xfe\n", "cannot read --input text"),
     (b"ein Hund\n\nein Pferd\n", "line 2"), (b"", "line 1"), (b"ein Hund\n   \n", "line 2"),
     (b"ein Hund\nein Pferd\n" + b"Hund " * 200 + b"\n", "line 3"),
-])  # fmt: skip
+])
 def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_path):
     if content is not None:
         (tmp_path / "text").write_bytes(content)

@@ -12,7 +12,7 @@ import torch
 
 from data import (EOS, PAD, PEOPLE, SEP, THINGS, UNK, VERBS, Batches, Encoded, Example, UserError, clause, encode,
                   in_order, load, noun_phrase, parallel_files, read_parallel, sentence, shorten, special_ids,
-                  train_tokenizer, translation_sample)  # fmt: skip
+                  train_tokenizer, translation_sample)
 
 MULTI30K = Path(__file__).parents[2] / "shared/data/multi30k"
 
@@ -40,7 +40,7 @@ DETERMINER = {  # article-ending of the adjective: m f n plural
     ("the", "acc"): "den-en die-e das-e die-en", ("a", "acc"): "einen-en eine-e ein-es",
     ("the", "dat"): "dem-en der-en dem-en den-en", ("a", "dat"): "einem-en einer-en einem-en",
     ("my", "nom"): "mein-er meine-e mein-es meine-en", ("my", "acc"): "meinen-en meine-e mein-es meine-en",
-    ("my", "dat"): "meinem-en meiner-en meinem-en meinen-en"}  # fmt: skip
+    ("my", "dat"): "meinem-en meiner-en meinem-en meinen-en"}
 # English base, 3rd person, past; German singular, plural, prefix, participle, auxiliary
 VERB = table("""see sees saw sieht sehen - gesehen hat, look_at looks_at looked_at sieht sehen an angesehen hat
 find finds found findet finden - gefunden hat, look_for looks_for looked_for sucht suchen - gesucht hat
@@ -59,14 +59,14 @@ SAY = dict(table("says sagt, say sagen, knows weiß, know wissen, hopes hofft, h
 NAME = "Anna|Peter|Maria|Paul|Lena|Karl|Sophie|Jonas"
 
 NP = (rf"(?:{NAME}|(?:the|an?|my|\d\d|{'|'.join(NUMBER)}) (?:(?:{'|'.join(ADJECTIVE)}) )?"
-      rf"(?:{'|'.join(sorted(NOUN, reverse=True))})\b)")  # fmt: skip
+      rf"(?:{'|'.join(sorted(NOUN, reverse=True))})\b)")
 TIME = r"today|every day|on Monday|now|yesterday|last week|in \d{4}"
 PLACE = "in the garden|at the station|in London|at home"
 CLAUSE = re.compile(
     rf"(?:(?P<front>{TIME}|{PLACE}|with {NP}) )?(?P<s>{NP}) (?:(?P<do>did|does|do) not )?"
     rf"(?P<verb>{'|'.join(form for verb in VERB for form in verb[2::-1])})\b"
     rf"(?: (?P<o>{NP}))?(?: (?P<place>{PLACE}|with {NP}))?(?: (?P<time>{TIME}))?"
-)  # fmt: skip
+)
 
 
 # ----------------------------------------------------------------- a translator that shares no code with data.py
@@ -184,7 +184,7 @@ def phrases():
     """Many noun phrases: {(case, English): German}."""
     r = random.Random(2)
     return {(case, en): de for case in ("nom", "acc", "dat") for nouns in (PEOPLE, THINGS)
-            for en, de, _ in (noun_phrase(r, case, nouns) for _ in range(15000))}  # fmt: skip
+            for en, de, _ in (noun_phrase(r, case, nouns) for _ in range(15000))}
 
 
 PHRASES = """nom the old man | der alte Mann, nom a new teacher | ein neuer Lehrer, nom my child | mein Kind
@@ -245,14 +245,14 @@ def german_of(english: str, order: str, words: str) -> str:
 
 @pytest.mark.parametrize("order, expected", [
     ("main", "Anna macht heute die alte Tür auf"), ("sub", "Anna heute die alte Tür aufmacht"),
-    ("inv", "macht Anna heute die alte Tür auf")])  # fmt: skip
+    ("inv", "macht Anna heute die alte Tür auf")])
 def test_separable_verb_in_the_present(order, expected):
     assert german_of("Anna opens the old door today", order, "open Anna the old door today") == expected
 
 
 def test_verb_second_after_a_fronted_adverbial():
     assert german_of("today Anna opens the old door", "front", "open Anna the old door today") == (
-        "heute macht Anna die alte Tür auf")  # fmt: skip
+        "heute macht Anna die alte Tür auf")
 
 
 def test_perfect_with_haben():
@@ -271,7 +271,7 @@ def test_negation_by_kein_or_nicht():
     assert german_of("Paul does not buy a coat", "main", "buy Paul a coat") == "Paul kauft keinen Mantel"
     assert german_of("Paul does not buy the coat", "sub", "buy Paul the coat") == "Paul den Mantel nicht kauft"
     assert german_of("Karl did not sleep with the children", "main", "sleep Karl the child with") == (
-        "Karl hat nicht mit den Kindern geschlafen")  # fmt: skip
+        "Karl hat nicht mit den Kindern geschlafen")
 
 
 def test_english_and_german_determine_each_other():
@@ -306,13 +306,13 @@ def test_same_seed_same_pairs_and_another_seed_others(samples):
 def test_splits_have_the_asked_sizes_and_no_pair_twice(samples):
     assert {split: len(set(rows)) for split, rows in samples[0].items()} == {"train": 3000, "valid": 500, "test": 500}
     assert {split: len(rows) for split, rows in translation_sample("de-en", 40, 0).items()} == {
-        "train": 40, "valid": 10, "test": 10}  # fmt: skip
+        "train": 40, "valid": 10, "test": 10}
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_splits_are_disjoint_on_each_side_within_and_across_seeds(samples, side):
     texts = {(seed, split): {getattr(row, side) for row in rows}
-             for seed, splits in samples.items() for split, rows in splits.items()}  # fmt: skip
+             for seed, splits in samples.items() for split, rows in splits.items()}
     for seed in range(4):
         assert not texts[0, "test"] & (texts[seed, "train"] | texts[seed, "valid"])
         assert not texts[0, "valid"] & texts[seed, "train"]
@@ -356,7 +356,7 @@ LAYOUTS = {
 def test_reader_knows_the_usual_file_names(tmp_path, layout):
     splits = read_parallel("de-en", write(tmp_path, **LAYOUTS[layout]))
     assert {split: texts(rows) for split, rows in splits.items()} == {
-        "train": [("a", "A"), ("b", "B")], "valid": [("c", "C")], "test": [("d", "D")]}  # fmt: skip
+        "train": [("a", "A"), ("b", "B")], "valid": [("c", "C")], "test": [("d", "D")]}
     assert {row.prompt for rows in splits.values() for row in rows} == {"<2en>"}
     assert texts(read_parallel("en-de", tmp_path)["test"]) == [("D", "d")]
 
@@ -368,7 +368,7 @@ def test_several_test_sets_the_first_with_both_sides_counts(tmp_path):
 
 def test_files_of_another_pair_are_not_taken(tmp_path):
     write(tmp_path, **{"test__fr-de__de": "x", "test__fr-de__fr": "X", "test__en": "Y",
-                       "test__de-en__de": "z", "test__de-en__en": "Z"})  # fmt: skip
+                       "test__de-en__de": "z", "test__de-en__en": "Z"})
     assert [path.name for path in parallel_files(tmp_path, "de-en", "test*")] == ["test.de-en.de", "test.de-en.en"]
 
 
@@ -420,7 +420,7 @@ def test_multi30k():
     splits, _ = load("multi30k", "en-de", str(MULTI30K), 1, 0)
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 29000, "valid": 1014, "test": 1000}
     assert splits["test"][0] == ("A man in an orange hat starring at something.", "<2de>",
-                                 "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt.")  # fmt: skip
+                                 "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt.")
 
 
 # ------------------------------------------------------------------------------------------ tokenizer

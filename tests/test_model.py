@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import (SIZES, Cache, Dropout, EncoderDecoder, ModelConfig, PositionBias, attention, beam_search,
-                   plain_attention, plain_token_logprobs, sample)  # fmt: skip
+                   plain_attention, plain_token_logprobs, sample)
 
 
 def tiny_model(seed=0, **changes):
@@ -238,7 +238,7 @@ def test_rows_end_at_stop_and_are_filled():
     model = tiny_model()
     with torch.no_grad():
         tokens, log_probs = sample(model, model.encode(SOURCE), torch.tensor([[0], [0]]), 12, samples=50, stop=5, fill=7,
-                                   min_length=2)  # fmt: skip
+                                   min_length=2)
     rows = tokens.view(-1, 12)
     assert not (rows[:, :2] == 5).any()
     ended = [(row, lp) for row, lp in zip(rows.tolist(), log_probs.view(-1, 12)) if 5 in row]
@@ -265,14 +265,14 @@ def test_wide_beam_equals_exhaustive_search(length_penalty):
         model, prefix = tiny_model(seed, vocab_size=V), torch.tensor([[0], [0]])
         source = torch.tensor([[2, 3, 4], [4, 2, 0]])
         complete = [s for n in range(1, T + 1) for s in itertools.product(range(V), repeat=n)
-                    if eos not in s[:-1] and (s[-1] == eos or n == T)]  # fmt: skip
+                    if eos not in s[:-1] and (s[-1] == eos or n == T)]
         with torch.no_grad():
             memory = model.encode(source)
             tokens, scores = beam_search(model, memory, prefix, T, beams=V**T, length_penalty=length_penalty)
             for row in range(2):
                 one = model.encode(source[row : row + 1])
                 expected = {s: teacher_forced(model, one, prefix[:1], torch.tensor([s])).sum().item()
-                            / len(s) ** length_penalty for s in complete}  # fmt: skip
+                            / len(s) ** length_penalty for s in complete}
                 best = max(expected, key=expected.get)
                 assert tokens[row, 0].tolist() == [*best, *[0] * (T - len(best))]
                 assert scores[row, 0].item() == pytest.approx(expected[best], abs=1e-5)

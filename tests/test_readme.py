@@ -14,7 +14,7 @@ from conftest import TINY
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"^```\n(.*?)^```", README, re.S | re.M) for line in block.splitlines()
-            if re.match(r"(python|pip|echo|git) ", line)]  # fmt: skip
+            if re.match(r"(python|pip|echo|git) ", line)]
 DATA = ROOT.parent / "shared" / "data"
 
 

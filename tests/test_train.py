@@ -99,7 +99,7 @@ def test_unequal_micro_batches_give_the_gradient_of_the_joined_batch(tmp_path, m
 
 def test_learning_rate_rises_then_falls_to_zero(tmp_path):
     config, _ = train.parse(["--task", "wmt", *TINY, "--sft-steps", "100", "--lr-rampup-steps", "10", "--lr", "0.01",
-                             "--out", str(tmp_path / "r")])  # fmt: skip
+                             "--out", str(tmp_path / "r")])
     run, *_ = train.prepare(config, resume=False)
     rates = []
     for run.state.step in range(100):

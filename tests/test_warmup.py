@@ -12,7 +12,7 @@ import torch
 
 from model import EncoderDecoder, ModelConfig
 from warmup import (ESTIMATORS, Batch, WarmupSpec, diagnostics, direct_logprobs, evaluate_warmups, frozen, generate,
-                    marginal, sample_warmups, score, sft_loss, surrogate, target_tokens, warmup_loss)  # fmt: skip
+                    marginal, sample_warmups, score, sft_loss, surrogate, target_tokens, warmup_loss)
 
 F64 = dict(dtype=torch.float64)
 
@@ -88,7 +88,7 @@ def test_marginal_points_along_the_exact_gradient_on_a_peaked_example():
     exact = torch.autograd.grad(log_marginal(policy, target), (policy, target))
     assert cosine(expected_gradient(marginal, policy, target, 3), exact) > 0.9
     assert cosine(expected_gradient(frozen, policy, target, 3), exact) < cosine(
-        expected_gradient(marginal, policy, target, 3), exact)  # fmt: skip
+        expected_gradient(marginal, policy, target, 3), exact)
 
 
 def test_marginal_equals_the_gradient_of_the_monte_carlo_objective_for_the_target():
@@ -131,7 +131,7 @@ def test_weights_carry_no_graph_and_the_target_term_does():
     a, b = marginal(log_p)  # with graph on purpose: surrogate must cut it
     fixed = surrogate(*(w.detach() for w in (a, b)), log_pi, log_p)
     for x, y in zip(*(torch.autograd.grad(loss, (policy, target), retain_graph=True)
-                      for loss in (surrogate(a, b, log_pi, log_p), fixed))):  # fmt: skip
+                      for loss in (surrogate(a, b, log_pi, log_p), fixed))):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
     assert torch.autograd.grad(fixed, target)[0].abs().max() > 0.01
 
