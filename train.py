@@ -49,7 +49,7 @@ class Config:
     max_tokens: int = flag(128, "tokens; longer training pairs are left out, longer sources cut, outputs stopped")
     # optimisation
     sft_steps: int = flag(300, "updates of the SFT stage")
-    policy_steps: int = flag(80, "updates of the warmup stage; 0: SFT only")
+    policy_steps: int = flag(120, "updates of the warmup stage; 0: SFT only")
     control: bool = flag(True, "afterwards continue SFT for the warmup stage's time, the fair comparison")
     batch_tokens: int = flag(3000, "tokens of source and target, padding included, per SFT micro-batch")
     policy_batch_tokens: int = flag(1500, "the same for the warmup stage, which holds each target --samples times")
