@@ -256,23 +256,26 @@ TASKS = {
 
 
 def load(task: str, pair: str, data: str, sample_size: int, seed: int) -> tuple[dict[str, list[Example]], str]:
-    """The splits of a task and where they come from ("sample" or a folder). Prints the choice in one line."""
+    """The splits of a task and where they come from ("sample" or a folder). Prints the choice in one line.
+
+    data "" looks for data/<task>/ and falls back to the sample; "sample" insists on it.
+    """
     if len(pair.split("-")) != 2 or not all(lang.isalpha() for lang in pair.split("-")):
         raise UserError(f"--pair takes two language codes such as de-en, not {pair!r}")
     folder = Path(data) if data else Path("data") / task
-    if data or folder.is_dir():
-        splits, origin = TASKS[task].read(pair, folder), str(folder)
+    if data != "sample" and (data or folder.is_dir()):
+        splits, origin = TASKS[task].read(pair, folder), str(folder.resolve())
     elif TASKS[task].sample is None:
         raise UserError(f"task {task} has no built-in sample: put train.LANG, valid.LANG and test.LANG for the two "
                         f"languages of {pair} into {folder}/, or name their folder with --data DIR")
     else:
         splits, origin = TASKS[task].sample(pair, sample_size, seed), "sample"
-        print(f"data: built-in sample, {pair}. For real text: --data DIR, a folder with train.LANG, valid.LANG "
-              "and test.LANG, one sentence a line (see README, Your own text)")
+        print(f"data: built-in sample, {pair}. For real text (README, Your own text): "
+              f"python train.py --task {task} --pair {pair} --data FOLDER")
     if origin != "sample":
         print(f"data: {origin}, {pair}")
     if "test" not in splits:
-        print("data: there is no test split, so the validation split is scored in its place")
+        print("data: no test split, so the validation split, which also picks the checkpoint, is scored in its place")
     return splits, origin
 
 
@@ -300,7 +303,7 @@ def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 class Encoded(NamedTuple):
-    """One split as token ids: per example int32 arrays, the target with its </s>."""
+    """One split as token ids: N int32 arrays a column, the target with its </s>."""
 
     source: list[np.ndarray]
     prompt: list[np.ndarray]
@@ -308,8 +311,10 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
+    """Token ids. "</s>" in a source or target is text, spelled out in pieces; only prompts hold special tokens."""
     columns = []
-    for texts, end in zip(zip(*examples), ([], [], [tokenizer.token_to_id(EOS)])):
+    for name, texts, end in zip(Example._fields, zip(*examples), ([], [], [tokenizer.token_to_id(EOS)])):
+        tokenizer.encode_special_tokens = name != "prompt"
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         columns.append([np.array(encoding.ids + end, dtype=np.int32) for encoding in encodings])
     return Encoded(*columns)
@@ -335,6 +340,8 @@ def pad(rows: list[np.ndarray], pad_id: int = 0) -> torch.Tensor:
 
 
 def collate(data: Encoded, index) -> Batch:
+    if len({len(data.prompt[i]) for i in index}) > 1:
+        raise ValueError("the prompts of a batch must have one length: padding would stand inside the sequence")
     return Batch(*(pad([column[i] for i in index]) for column in data))
 
 

@@ -93,7 +93,8 @@ def pick_device(name: str) -> torch.device:
 def precision(config, device: torch.device):
     """Matrix products in bfloat16 where the run says so (auto: on CUDA); weights stay float32."""
     low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+    # no weight cache: older torch would fill it while sampling, without gradients, and reuse it for scoring
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
         yield
 
 
@@ -120,6 +121,7 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
     if spec is not None:
         sums["nll"] = sums.pop("marginal_nll") * len(data.source) / tokens
+        sums["swap_gap"] *= len(data.source) / sums.pop("swapped").clamp(min=1)
         return {name: (value / len(data.source)).item() for name, value in sums.items()}
     return {"nll": (sums["nll"] / tokens).item()}
 
@@ -131,7 +133,8 @@ def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | Non
     for index, batch in in_order(data, config.batch_tokens):
         length = min(config.max_tokens, 2 * batch.source.size(1) + 10)  # no translation is that much longer
         with precision(config, device):
-            c, y = generate(model, batch.to(device), spec, length, beams=beams, length_penalty=config.length_penalty)
+            c, y = generate(model, batch.to(device), spec, length, beams=beams, length_penalty=config.length_penalty,
+                            barred=special_ids(tokenizer))
         texts = tokenizer.decode_batch(y.tolist(), skip_special_tokens=True)
         latent = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False) if spec else [None] * len(index)
         for i, text, warmup in zip(index, texts, latent):
@@ -146,6 +149,14 @@ def translation_metrics(target_lang: str) -> dict:
 
 
 METRICS = {"translation": lambda config: translation_metrics(config.pair.split("-")[1])}
+
+
+def make_metrics(config) -> dict:
+    """Name -> sacreBLEU metric for a run's task. UserError where sacreBLEU lacks a tokenizer."""
+    try:
+        return METRICS[TASKS[config.task].metrics](config)
+    except RuntimeError as error:  # Japanese and Korean need an extra package; sacreBLEU says which
+        raise UserError(f"cannot score {config.pair}: {' '.join(str(error).split())}") from None
 
 
 @dataclass
@@ -173,7 +184,7 @@ def score_stage(folder: Path, stage: str, config, tokenizer, examples: list[Exam
     spec = warmup_spec(config, tokenizer) if stage == "policy" else None
     hypotheses, warmups = decode_split(model, tokenizer, data, config, spec, beams)
     references = [[example.target for example in examples]]
-    metrics = METRICS[TASKS[config.task].metrics](config)
+    metrics = make_metrics(config)
     scores = {name: round(m.corpus_score(hypotheses, references).score, 2) for name, m in metrics.items()}
     nll = round(validate(model, data, config, spec)["nll"], 4)
     seconds = round(checkpoint["seconds"], 1)
@@ -183,7 +194,7 @@ def score_stage(folder: Path, stage: str, config, tokenizer, examples: list[Exam
 def signatures(config, examples: list[Example]) -> dict[str, str]:
     """sacreBLEU's own description of how each metric was computed."""
     out = {}
-    for name, metric in METRICS[TASKS[config.task].metrics](config).items():
+    for name, metric in make_metrics(config).items():
         metric.corpus_score([e.target for e in examples], [[e.target for e in examples]])
         out[name] = str(metric.get_signature())
     return out
@@ -212,9 +223,10 @@ def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> 
 
 
 def print_significance(rows: list[Row], config, examples: list[Example]) -> None:
-    """Paired bootstrap resampling (Koehn 2004) of each row against the first, by sacreBLEU."""
+    """Paired bootstrap resampling (Koehn 2004) of each row against the control, else the first, by sacreBLEU."""
+    rows = sorted(rows, key=lambda row: row.stage != "control")
     systems = [(row.name, row.hypotheses) for row in rows]
-    metrics = METRICS[TASKS[config.task].metrics](config)
+    metrics = make_metrics(config)
     _, scores = PairedTest(systems, metrics, [[e.target for e in examples]], test_type="bs", n_samples=1000)()
     print(f"\npaired bootstrap against {rows[0].name!r}, 1000 resamples")
     for name, results in zip(metrics, (scores[key] for key in scores if key != "System")):
@@ -243,7 +255,7 @@ def translate(folder: Path, stage: str, lines: list[str], config, tokenizer, arg
     spec = warmup_spec(config, tokenizer) if stage == "policy" else None
     hypotheses, warmups = decode_split(model, tokenizer, data, config, spec, args.beams or config.beams)
     for text, warmup in zip(hypotheses, warmups):
-        print(f"{warmup or ''}\t{text}" if args.show_warmup else text)
+        print(f"{warmup}\t{text}" if args.show_warmup and warmup is not None else text)
 
 
 # ----------------------------------------------------------------------------- the program
@@ -258,15 +270,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
     parser.add_argument("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     parser.add_argument("--data", default="", help="folder of the data, if it has moved since training")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: the run's --device")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: the run's --threads")
     args = parser.parse_args(argv)
+    if args.show_warmup and not args.input:
+        parser.error("--show-warmup goes with --input")
     if args.beams is not None and args.beams < 1:
         parser.error("--beams must be at least 1")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
-    config, tokenizer, device = load_config(args.run), load_tokenizer(args.run), pick_device(args.device)
+    config, tokenizer = load_config(args.run), load_tokenizer(args.run)
+    device = pick_device(args.device or config.device)
+    if args.threads or config.threads:
+        torch.set_num_threads(args.threads or config.threads)
     trained = [stage for stage in STAGES if (args.run / f"{stage}.pt").exists()]
     stages = [args.stage] if args.stage else trained
     if not stages:

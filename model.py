@@ -85,7 +85,7 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
-        drop = round(self.p * 256)
+        drop = min(255, round(self.p * 256))
         bits = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)  # 8 bytes a draw
         keep = bits.view(torch.uint8)[: x.numel()].view(x.shape).to(x.dtype).ge_(drop)  # 0 or 1
         return x * keep.mul_(256 / (256 - drop))
@@ -258,10 +258,6 @@ class Memory:
     def detach(self) -> "Memory":
         return Memory([(k.detach(), v.detach()) for k, v in self.kv], self.bias)
 
-    def index(self, rows: Tensor) -> "Memory":
-        """The memory of some examples, in the given order (the swap gap gives example i that of j)."""
-        return Memory([(k[rows], v[rows]) for k, v in self.kv], self.bias[rows])
-
 
 class Cache:
     """Preallocated self-attention keys and values of the tokens that R decoder rows have read."""
@@ -316,7 +312,7 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (hidden, weight, targets, forbidden), s = ctx.saved_tensors, ctx.smoothing
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for at in range(0, len(targets), ctx.chunk):
             rows = slice(at, at + ctx.chunk)
             exps, total = ctx.kept or _chunk(hidden[rows], weight, targets[rows], forbidden, s)[1:]
@@ -326,8 +322,8 @@ class _TokenLogProbs(torch.autograd.Function):
             d.scatter_add_(1, targets[rows, None], (1 - s) * g)
             d = (d.add_(g * (s / len(weight))) if s else d).to(weight.dtype)
             grad_hidden[rows] = d @ weight  # (n,E)
-            grad_weight.addmm_(d.T, hidden[rows])  # (V,E)
-        return grad_hidden, grad_weight, None, None, None, None
+            grad_weight += d.T @ hidden[rows]  # (V,E); many chunks add up in float32 also when they are bfloat16
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _chunk(hidden, weight, targets, forbidden, smoothing):
@@ -495,6 +491,8 @@ def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *
             token, total = exps.argmax(-1, keepdim=True), exps.sum(-1, keepdim=True)  # (R,1) both
         else:  # invert the cumulative distribution: one random number a row instead of V
             cdf = exps.cumsum(-1)  # (R,V)
+            if cdf.is_cuda:  # a parallel sum may dip by a rounding error, which would open a gap for a barred token
+                cdf = cdf.cummax(-1).values
             total = cdf[:, -1:]
             u = torch.rand(len(cdf), 1, device=cdf.device, dtype=cdf.dtype) * (1 - 2**-20)  # never all the mass
             token = torch.searchsorted(cdf, u * total, right=True)  # first token whose cdf exceeds it

@@ -14,14 +14,17 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+import zlib
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data import EOS, PAD, TASKS, Batches, Encoded, Example, UserError, encode, load, shorten, train_tokenizer
-from eval import (FORMAT, Row, load_checkpoint, load_config, load_model, load_tokenizer, pick_device, precision,
+from eval import (FORMAT, Row, load_checkpoint, load_config, load_tokenizer, make_metrics, pick_device, precision,
                   print_examples, print_table, score_stage, signatures, validate, warmup_spec)
 from model import SIZES, EncoderDecoder, ModelConfig
 from warmup import ESTIMATORS, WarmupSpec, sft_loss, target_tokens, warmup_loss
@@ -37,7 +40,7 @@ class Config:
 
     task: str = flag("wmt", "what to train on", tuple(TASKS))
     pair: str = flag("de-en", "source-target language codes")
-    data: str = flag("", "folder of parallel text files; default: data/TASK if it exists, else the built-in sample")
+    data: str = flag("", "folder of parallel text; 'sample': the built-in one; default: data/TASK if it exists, else that")
     sample_size: int = flag(20000, "training pairs to generate for the built-in sample")
     out: str = flag("", "run folder; default: runs/TASK")
     overwrite: bool = flag(False, "replace an earlier run in the same folder")
@@ -56,7 +59,7 @@ class Config:
     accumulate: int = flag(1, "micro-batches per update")
     lr: float = flag(3e-3, "peak learning rate of SFT")
     policy_lr: float = flag(1e-3, "peak learning rate of the warmup stage and of its control")
-    lr_rampup_steps: int = flag(100, "updates over which the learning rate rises to its peak; then linearly to 0")
+    lr_rampup_steps: int = flag(100, "updates of linear rise to the peak, at most a quarter of the stage; then linear fall")
     weight_decay: float = flag(0.01, "AdamW's decay of weight matrices")
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down")
     label_smoothing: float = flag(0.1, "share of SFT's target probability that is spread over the vocabulary")
@@ -103,6 +106,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     for name, low in at_least.items():
         if not getattr(config, name) >= low:  # not <: nan is no setting either
             parser.error(f"--{name.replace('_', '-')} must be at least {low}")
+    if not (0 <= config.length_penalty < math.inf and config.weight_decay < math.inf):
+        parser.error("--length-penalty and --weight-decay must be finite and not negative")
     for name in ("lr", "policy_lr", "clip", "temperature"):
         if not 0 < getattr(config, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0 and finite")
@@ -223,8 +228,8 @@ class Run:
                     stats = {name: stats.get(name, 0) + value for name, value in new.items()}
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
                 if not torch.isfinite(norm):
-                    raise UserError(f"the gradient became {norm.item()} in {s.stage} update {s.step + 1}: lower the "
-                                    f"learning rate. The last checkpoint in {self.folder} is intact")
+                    raise UserError(f"the gradient became {norm.item()} in {s.stage} update {s.step + 1}: start again "
+                                    f"with a lower {'--policy-lr' if s.stage != 'sft' else '--lr'}")
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 # -- end of the step
@@ -235,8 +240,9 @@ class Run:
                 s.step += 1
                 seconds = time.perf_counter() - started
                 s.seconds += seconds
-                record["tokens_per_second"] = sum((b.source > 0).sum().item() + (b.target > 0).sum().item()
-                                                  for b in micro_batches) / seconds
+                pad = self.model.config.pad_id
+                read = sum((b.source != pad).sum() + (b.target != pad).sum() for b in micro_batches)
+                record["tokens_per_second"] = read.item() / seconds
                 self.log("train", record)
                 bar.set_postfix(progress(record), refresh=False)
                 bar.update()
@@ -281,6 +287,12 @@ class Run:
     def has_control(self) -> bool:
         return self.config.control and self.config.policy_steps > 0
 
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: finish the update, save, leave. A second one leaves at once, with the last checkpoint."""
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+
     def log(self, kind: str, numbers: dict) -> None:
         line = {"kind": kind, "stage": self.state.stage, "step": self.state.step} | numbers
         try:
@@ -290,18 +302,27 @@ class Run:
             raise UserError(f"cannot write {self.folder}/log.jsonl ({error}): free some disk space, then go on "
                             f"with python train.py --resume {self.folder}") from None
 
+    def fingerprint(self) -> int:
+        """A checksum of the training data's token ids."""
+        return zlib.crc32(np.concatenate(self.data["train"].source + self.data["train"].target))
+
     def save(self) -> None:
         """last.pt: everything that the next update depends on."""
         cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        mps = [torch.mps.get_rng_state()] if self.device.type == "mps" else []
         log = self.folder / "log.jsonl"
         log_bytes = log.stat().st_size if log.exists() else 0
         write_checkpoint(self.folder / "last.pt", "state", state=asdict(self.state), model=self.model.state_dict(),
                          optimizer=self.optimizer.state_dict(), batches=self.batches.state_dict(),
-                         rng=torch.get_rng_state(), cuda_rng=cuda, log_bytes=log_bytes)
+                         rng=torch.get_rng_state(), cuda_rng=cuda, mps_rng=mps,
+                         data=self.fingerprint(), log_bytes=log_bytes)
 
     def resume(self) -> None:
         """Take up last.pt: the next update is bit for bit the one that would have followed (on a CPU)."""
         saved = load_checkpoint(self.folder / "last.pt", "state")
+        if saved["data"] != self.fingerprint():
+            raise UserError(f"the training data in {self.config.data} is not what {self.folder} was trained on: "
+                            "bring it back, or start a new run")
         self.state = State(**saved["state"])
         if self.state.stage == "done":
             return
@@ -315,16 +336,16 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:
-            torch.cuda.set_rng_state_all([state.cpu() for state in saved["cuda_rng"]])
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        if saved["mps_rng"]:
+            torch.mps.set_rng_state(saved["mps_rng"][0])
         if (self.folder / "log.jsonl").exists():
             os.truncate(self.folder / "log.jsonl", saved["log_bytes"])  # forget what came after the checkpoint
 
 
 def progress(record: dict) -> dict[str, str]:
     """What the progress bar shows: tqdm adds the time left."""
-    shown = {"loss": f"{record['loss']:.3f}"}
-    if "spread" in record:
-        shown = {name: f"{record[name]:.2f}" for name in ("reward", "spread", "ess")}
+    shown = {name: f"{record[name]:.2f}" for name in ("loss", "reward", "spread", "ess") if name in record}
     return shown | {"tok/s": f"{record['tokens_per_second']:.0f}"}
 
 
@@ -348,17 +369,19 @@ def new_folder(config: Config) -> None:
         if not config.overwrite:
             raise UserError(f"{folder} holds a run: continue it with --resume {folder}, replace it with --overwrite, "
                             "or choose another folder with --out")
-        for name in ours:
-            (folder / name).unlink(missing_ok=True)
+        for path in [*(folder / name for name in ours), *folder.glob("*.*.txt")]:
+            path.unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run folder {folder}: {error}") from None
 
 
-def prepare(config: Config, resume: bool) -> tuple[Run, object, dict[str, list[Example]], str]:
+def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, list[Example]]]:
     """Data, tokenizer and a run that is ready to train (resume: at the point where it stopped)."""
     examples, origin = load(config.task, config.pair, config.data, config.sample_size, config.seed)
+    make_metrics(config)  # a language that cannot be scored should fail now, not after training
+    config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     if resume:
         tokenizer = load_tokenizer(config.folder)
     else:
@@ -386,10 +409,10 @@ def prepare(config: Config, resume: bool) -> tuple[Run, object, dict[str, list[E
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model: {config.size}, {parameters / 1e6:.2f} M parameters, vocabulary {model_config.vocab_size}, "
           f"on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")
-    return run, tokenizer, examples, origin
+    return run, tokenizer, examples
 
 
-def report(run: Run, tokenizer, examples: dict[str, list[Example]], origin: str) -> None:
+def report(run: Run, tokenizer: Tokenizer, examples: dict[str, list[Example]]) -> None:
     """Decode the test split with each stage's best checkpoint: the table, three examples, results.json."""
     config, split = run.config, "test" if "test" in examples else "valid"
     stages = ["sft", *(["control"] if run.has_control else []), *(["policy"] if config.policy_steps else [])]
@@ -399,7 +422,7 @@ def report(run: Run, tokenizer, examples: dict[str, list[Example]], origin: str)
             rows.append(score_stage(config.folder, stage, config, tokenizer, examples[split], config.beams, run.device))
     print_table(rows, config, examples[split], split)
     print_examples(rows, examples[split])
-    results = {"task": config.task, "pair": config.pair, "data": origin, "split": split,
+    results = {"task": config.task, "pair": config.pair, "data": config.data, "split": split,
                "rows": [row.to_json() for row in rows], "signature": signatures(config, examples[split])}
     write_text(config.folder / "results.json", json.dumps(results, indent=1))
     print(f"\nsaved {config.folder}/results.json. Score again, or translate: python eval.py {config.folder}")
@@ -412,19 +435,22 @@ def main(argv: list[str] | None = None) -> int:
             config = Config(**(vars(load_config(Path(resume))) | {"out": resume}))
         if config.threads:
             torch.set_num_threads(config.threads)
-        run, tokenizer, examples, origin = prepare(config, bool(resume))
-        for number in (signal.SIGINT, signal.SIGTERM):  # finish the update, save, then leave
-            signal.signal(number, lambda *_: setattr(run, "stop", True))
+        run, tokenizer, examples = prepare(config, bool(resume))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, run.interrupt)
         while run.state.stage != "done":
             run.train()
         for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: leave at once
             signal.signal(number, signal.default_int_handler)
-        report(run, tokenizer, examples, origin)
+        report(run, tokenizer, examples)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
-        print(f"\nstopped; go on with: python train.py --resume {config.folder}", file=sys.stderr)
+        folder = Path(resume) if resume else config.folder
+        saved = (folder / "last.pt").exists()
+        hint = f"go on with: python train.py --resume {folder}" if saved else "nothing was saved yet"
+        print(f"\nstopped; {hint}", file=sys.stderr)
         return 1
     return 0
 

@@ -26,8 +26,8 @@ class WarmupSpec:
 
     sep_id: int  # stands between warmup and target
     forbidden: tuple[int, ...]  # ids a warmup may not contain (pad, </s>, tags), <sep> among them
-    length: int = 8  # W
-    min_length: int = 8  # from here on <sep> may end a warmup early; W: it never may
+    length: int  # W
+    min_length: int  # from here on <sep> may end a warmup early; W: it never may
     temperature: float = 1.0
 
     def __post_init__(self):
@@ -213,7 +213,8 @@ def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor) -> dict[str, Tensor]:
 def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, samples: int) -> dict[str, Tensor]:
     """`diagnostics` on held-out data, and two that need more passes (all sums over the batch, nats):
 
-    swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example): 0 means that c is ignored
+    swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example): 0 means that c is ignored. Per
+                `swapped` example: one that is alone in its batch has no other
     over_empty  mean_k log P(y|x,c_k) - log P(y|x): what a sampled warmup gains over writing y at once
     """
     memory = model.encode(batch.source)
@@ -223,6 +224,7 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, samp
     direct = direct_logprobs(model, memory, batch)
     return diagnostics(log_p, log_pi, c) | {
         "swap_gap": (log_p - swapped).mean(1).sum(),
+        "swapped": torch.tensor(float(len(c) if len(c) > 1 else 0), device=c.device),
         "over_empty": (log_p.mean(1) - direct).sum(),
     }
 
@@ -232,18 +234,20 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, samp
 
 @torch.no_grad()
 def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, length: int, *, beams: int = 1,
-             length_penalty: float = 1.0, warmup_temperature: float = 0.0,
-             temperature: float = 0.0) -> tuple[Tensor | None, Tensor]:
+             length_penalty: float = 1.0, warmup_temperature: float = 0.0, temperature: float = 0.0,
+             barred: tuple[int, ...] = ()) -> tuple[Tensor | None, Tensor]:
     """Write the warmup, then the target: c (B,W) or None, y (B,length) padded after </s>.
 
     spec None: no warmup, as after SFT. warmup_temperature 0: greedy c; 1: a sampled c. beams > 1: beam
-    search over y; beams 1: greedy, or sampled at `temperature` > 0. batch.target is not read.
+    search over y; beams 1: greedy, or sampled at `temperature` > 0. y never holds pad, <sep> or a `barred` id.
+    batch.target is not read.
     """
     memory, prefix, c = model.encode(batch.source), with_start(model, batch.prompt), None
     if spec is not None:
         c = sample_warmups(model, memory, batch.prompt, spec, 1, warmup_temperature)[0][:, 0]  # (B,W)
         prefix = torch.cat([prefix, c, torch.full_like(c[:, :1], spec.sep_id)], 1)  # (B,1+P+W+1)
-    forbidden = torch.tensor([model.config.pad_id, *([spec.sep_id] if spec else [])], device=prefix.device)
+    barred = {model.config.pad_id, *barred, *([spec.sep_id] if spec else [])} - {model.config.eos_id}
+    forbidden = torch.tensor(sorted(barred), device=prefix.device)
     if beams > 1:
         y = beam_search(model, memory, prefix, length, beams=beams, length_penalty=length_penalty,
                         forbidden=forbidden)[0][:, 0]

@@ -463,3 +463,19 @@ def test_ctrl_c_saves_and_resume_finishes(capsys, tmp_path):
     assert 1 <= done < steps and log_steps(run) == list(range(1, done + 1))
     assert train.main(["--resume", "run"]) == 0
     assert log_steps(run) == list(range(1, steps + 1)) and (run / "results.json").exists()
+
+
+def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, capsys):
+    pytest.importorskip("sacrebleu")
+    for split in ("train", "valid"):
+        for lang in ("en", "ja"):
+            (tmp_path / f"{split}.{lang}").write_text("one line\n" * 8)
+    try:
+        import MeCab  # noqa: F401
+        pytest.skip("sacrebleu's Japanese tokenizer is installed here")
+    except ImportError:
+        pass
+    code = train.main(["--pair", "en-ja", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err.strip()
+    assert code == 1 and error.startswith("error: ") and "ja" in error and "\n" not in error
+    assert not (tmp_path / "run").exists()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import (EOS, PAD, PEOPLE, SEP, THINGS, UNK, VERBS, Batches, Encoded, Example, UserError, clause, encode,
+from data import (EOS, PAD, PEOPLE, SEP, THINGS, UNK, VERBS, Batches, Encoded, Example, UserError, clause, collate, encode,
                   in_order, load, noun_phrase, parallel_files, read_parallel, sentence, shorten, special_ids,
                   train_tokenizer, translation_sample)
 
@@ -550,3 +550,17 @@ def test_in_order_covers_everything_once_longest_first():
 def test_a_pair_of_unknown_languages_has_no_sample():
     with pytest.raises(UserError, match="German-English"):
         translation_sample("fr-en", 10, 0)
+
+
+def test_special_tokens_in_text_are_text():
+    """A corpus that spells </s> or <pad> must not end or hide its sentences."""
+    tokenizer = train_tokenizer([Example("a </s> <pad> b", "<2en>", "a <sep> b")] * 3, 300)
+    data = encode(tokenizer, [Example("a </s> <pad> b", "<2en>", "b <sep> a")])
+    assert not set(data.source[0].tolist()) & {0, 1, 3} and not set(data.target[0][:-1].tolist()) & {0, 1, 3}
+    assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2en>")] and data.target[0][-1] == 1
+
+
+def test_prompts_of_one_batch_have_one_length():
+    data = Encoded([np.array([4]), np.array([4])], [np.array([5]), np.array([5, 6])], [np.array([4, 1])] * 2)
+    with pytest.raises(ValueError, match="one length"):
+        collate(data, [0, 1])

@@ -70,7 +70,7 @@ def test_every_function_the_readme_names_exists():
     modules = {"model": model, "warmup": warmup, "train": train, "eval": evaluation}
     named = set(re.findall(r"`(model|warmup|train|eval)\.([A-Za-z_.]+)`", README))
     assert len(named) > 10
-    for module, path in named - {(m, "py") for m in modules}:
+    for module, path in {(m, p) for m, p in named if p not in ("py", "de", "en")}:
         thing = modules[module]
         for part in path.split("."):
             thing = getattr(thing, part, None) or getattr(thing, "__dataclass_fields__", {}).get(part)

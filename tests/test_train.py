@@ -74,6 +74,22 @@ def test_log_lines_after_the_checkpoint_are_forgotten(finished_run, tmp_path):
     assert [line["loss"] for line in log_of(run.folder)] == [1.0]
 
 
+def test_other_data_is_not_trained_on_after_resuming(finished_run, tmp_path, capsys):
+    config = train.Config(**vars(evaluation.load_config(finished_run)) | {"out": str(tmp_path / "r")})
+    run, *_ = train.prepare(config, resume=False)
+    run.data["train"].source[7][0] += 1
+    with pytest.raises(train.UserError, match="not what"):
+        run.resume()
+
+
+def test_a_run_remembers_its_data(finished_run, tmp_path, monkeypatch, capsys):
+    """Data prepared later in data/wmt must not slip under a run on the sample."""
+    (tmp_path / "data" / "wmt").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.load_config(finished_run).data == "sample"
+    assert evaluation.main([str(finished_run), "--stage", "sft"]) == 0
+
+
 # ----------------------------------------------------------------------------- the step
 
 

@@ -340,3 +340,28 @@ def test_empty_prompts_work():
     model, b = toy_model(), toy_batch()
     batch = Batch(b.source, torch.empty(2, 0, dtype=torch.long), b.target)
     assert sft_loss(model, batch).isfinite() and warmup_loss(model, batch, spec())[0].isfinite()
+
+
+def test_bfloat16_reaches_every_parameter(monkeypatch):
+    """Regression guard: autocast's weight cache, filled while sampling, once left scoring without gradients."""
+    import eval as evaluation
+
+    torch.manual_seed(0)
+    c = ModelConfig(vocab_size=V, width=16, heads=2, head_size=8, ff=16, encoder_layers=1, decoder_layers=1, dropout=0.0)
+    model, batch, norms = EncoderDecoder(c).eval(), toy_batch(), []
+    for dtype in ("float32", "bfloat16"):
+        model.zero_grad()
+        torch.manual_seed(5)
+        config = type("Config", (), {"dtype": dtype})
+        with evaluation.precision(config, torch.device("cpu")):
+            assert not torch.is_autocast_cache_enabled() or dtype == "float32"
+            loss, _ = warmup_loss(model, batch, spec(1), "frozen", samples=3)
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=0.1)
+
+
+def test_swap_gap_does_not_count_an_example_without_a_neighbour():
+    assert evaluate_warmups(toy_model(), toy_batch().index(slice(1)), spec(), 2)["swapped"].item() == 0
+    assert evaluate_warmups(toy_model(), toy_batch(), spec(), 2)["swapped"].item() == 2
