@@ -191,7 +191,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, c.weight_decay)
 
     def learning_rate(self) -> float:
-        """Linear up over lr_rampup_steps, then linear down to 0 at the stage's last update."""
+        """Linear up over lr_rampup_steps (at most a quarter of the stage), then linear down towards 0."""
         peak = self.config.lr if self.state.stage == "sft" else self.config.policy_lr
         ramp, left = min(self.config.lr_rampup_steps, self.state.total // 4), self.state.total - self.state.step
         return peak * min((self.state.step + 1) / (ramp + 1), left / (self.state.total - ramp))
@@ -201,8 +201,7 @@ class Run:
         if self.state.stage == "policy":
             self.model.decoder.eval()  # see warmup_loss: decoder dropout would take the samples off-policy
             return warmup_loss(self.model, batch, self.spec, self.config.estimator, self.config.samples)
-        loss = sft_loss(self.model, batch, self.config.label_smoothing)
-        return loss, {}
+        return sft_loss(self.model, batch, self.config.label_smoothing), {}
 
     def train(self) -> None:
         """One stage, from wherever the state stands: THE training loop."""
