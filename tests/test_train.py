@@ -11,7 +11,7 @@ import torch
 import eval as evaluation
 import train
 from conftest import TINY
-from data import collate
+from data import collate, load
 from warmup import sft_loss, target_tokens
 
 
@@ -183,6 +183,16 @@ def test_eval_reproduces_the_table(finished_run, capsys):
         assert numbers[:2] == [row["metrics"]["BLEU"], row["metrics"]["chrF++"]]
         assert numbers[2] == pytest.approx(row["nll"], abs=6e-4) and numbers[3] == row["updates"]
     assert "paired bootstrap" in out and len((finished_run / "test.policy.txt").read_text().splitlines()) == 75
+
+
+def test_monte_carlo_scores_draw_the_same_warmups_every_time(finished_run, monkeypatch):
+    """The table's NLL is an estimate from samples: score_stage must seed them (stand-in: a random number)."""
+    monkeypatch.setattr(evaluation, "validate", lambda *_: {"nll": torch.rand(()).item()})
+    config, tokenizer = evaluation.load_config(finished_run), evaluation.load_tokenizer(finished_run)
+    examples = load("wmt", "de-en", "sample", 8, 0)[0]["test"]
+    rows = [evaluation.score_stage(finished_run, "policy", config, tokenizer, examples, 1, torch.device("cpu"))
+            for _ in range(2)]
+    assert rows[0].nll == rows[1].nll
 
 
 def test_translating_keeps_line_order_and_count(finished_run, tmp_path, capsys):
