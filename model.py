@@ -74,8 +74,8 @@ class RMSNorm(nn.Module):
 class Dropout(nn.Module):
     """Zero each element with probability p and scale the rest by 1/(1-p), in training only.
 
-    On a CPU, drawing one random float per element costs as much as the matrix products of a small
-    model. One random byte decides just as well, so there p is rounded to a multiple of 1/256.
+    On a CPU torch draws a random float per element, which takes four times as long as the random byte
+    used here. A byte decides just as well; it rounds p to a multiple of 1/256.
     """
 
     def __init__(self, p: float):
@@ -98,13 +98,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0)
     ModelConfig.scaled. Attention weights are not dropped out (our choice: the fused CPU kernel cannot, and
     the other dropouts suffice).
     """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: that kernel's backward is 5x slower
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: there 5x slower with its backward
         return plain_attention(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
-    """The same in three lines of algebra; the tests hold `attention` to it, forward and backward."""
+    """The same in plain algebra; the tests hold `attention` to it, forward and backward."""
     scores = scale * (q @ k.transpose(-1, -2)) + bias  # (B,H,L,S)
     return scores.softmax(-1).to(v.dtype) @ v
 
