@@ -9,9 +9,10 @@ A task is a row of TASKS. Data is looked for in this order, and the choice is pr
 import gzip
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -153,24 +154,54 @@ def sentence(r: random.Random) -> tuple[str, str]:
     return en[0].upper() + en[1:] + ".", de[0].upper() + de[1:] + "."
 
 
-def translation_sample(pair: str, size: int, seed: int) -> dict[str, list[Example]]:
-    """size training pairs and 500 each (at most size/4) for validation and test; pair de-en or en-de.
+def translation_sample(r: random.Random, config) -> Example:
+    """One pair of the sample, --pair de-en or en-de."""
+    if config.pair not in ("de-en", "en-de"):
+        raise UserError(f"the built-in sample is German-English: use --pair de-en or en-de, not {config.pair}, "
+                        "or --data DIR")
+    en, de = sentence(r)
+    return translation(config.pair, *((en, de) if config.pair == "en-de" else (de, en)))
 
-    Which split a sentence belongs to is a hash of its English side, so no seed's training data ever holds
-    another seed's test item. (English determines German and the reverse: disjoint on one side is disjoint.)
+
+# ----------------------------------------------------------------------------- built-in sample: pointer chasing
+
+
+def pointers(r: random.Random, config) -> Example:
+    """y = f^hops(start) for a random permutation f of --symbols letters; 1 to --hops look-ups (0: copy start).
+
+    The source holds f as one word "ij" for each f(i) = j, which becomes one token. One decoder layer can look
+    up one word per token that it writes, so two hops need a token in between: a warmup.
     """
-    if pair not in ("de-en", "en-de"):
-        raise UserError(f"the built-in sample is German-English: use --pair de-en or en-de, not {pair}, or --data DIR")
-    held_out = min(500, max(1, size // 4))
-    r, wanted = random.Random(f"{seed}"), {"train": size, "valid": held_out, "test": held_out}
-    splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no pair twice
+    letters = "abcdefghijklmnopqrstuvwxyz"[: config.symbols]
+    hops = r.randint(min(1, config.hops), config.hops)
+    source = " ".join(i + j for i, j in zip(letters, r.sample(letters, len(letters))))
+    question = Example(source, f"<{hops}hops> {r.choice(letters)}", "")
+    return question._replace(target=chain(question)[-1])
+
+
+def chain(example: Example) -> list[str]:
+    """The symbols that a pointer question passes through: start, f(start), f(f(start)), ... the answer."""
+    f = dict(example.source.split())  # a word "ij" is the pair (i, j)
+    hops, start = example.prompt.removeprefix("<").split("hops> ")
+    return list(accumulate(range(int(hops)), lambda symbol, _: f[symbol], initial=start))
+
+
+def generate_splits(draw: Callable, config) -> dict[str, list[Example]]:
+    """--sample-size training examples and 500 each (at most a quarter of that) for validation and test.
+
+    Which split an example belongs to is a hash of its longer side, so no seed's training data ever holds
+    another seed's test item, and no direction of translation the other's.
+    """
+    held_out = min(500, max(1, config.sample_size // 4))
+    r, wanted = random.Random(f"{config.seed}"), {"train": config.sample_size, "valid": held_out, "test": held_out}
+    splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice
     while any(len(splits[split]) < n for split, n in wanted.items()):
-        en, de = sentence(r)
-        split = {0: "test", 1: "valid"}.get(zlib.crc32(en.encode()) % 20, "train")
+        example = draw(r, config)
+        text = max(example.source, example.target, key=lambda text: (len(text), text))
+        split = {0: "test", 1: "valid"}.get(zlib.crc32(text.encode()) % 20, "train")
         if len(splits[split]) < wanted[split]:
-            splits[split][(en, de)] = None
-    order = slice(None) if pair == "en-de" else slice(None, None, -1)
-    return {split: [translation(pair, *texts[order]) for texts in rows] for split, rows in splits.items()}
+            splits[split][example] = None
+    return {split: list(rows) for split, rows in splits.items()}
 
 
 # ----------------------------------------------------------------------------- real data: parallel line files
@@ -244,36 +275,44 @@ def read_parallel(pair: str, folder: Path) -> dict[str, list[Example]]:
 class Task:
     """A task is how to sample it, how to read it, and how it is scored; everything else is shared."""
 
-    read: Callable[[str, Path], dict[str, list[Example]]]  # (pair, folder) -> splits
-    sample: Callable[[str, int, int], dict[str, list[Example]]] | None  # (pair, size, seed) -> splits
+    draw: Callable[[random.Random, Any], Example] | None  # one example of the built-in sample
+    read: Callable[[str, Path], dict[str, list[Example]]] | None  # (pair, folder) -> splits
     metrics: str  # a key of eval.METRICS
+    settings: dict = field(default_factory=dict)  # defaults of train.Config that are other than usual
 
 
+TOY = dict(size="toy", sample_size=100000, dropout=0.0, label_smoothing=0.0, weight_decay=0.0, sft_steps=600,
+           policy_steps=800, batch_tokens=512 * 18, policy_batch_tokens=128 * 18, lr=4e-3, policy_lr=4e-3, samples=8,
+           warmup_len=1, eval_samples=8, eval_decode=500, beams=1)  # 18: 16 source and 2 target tokens
 TASKS = {
-    "wmt": Task(read_parallel, translation_sample, "translation"),
-    "multi30k": Task(read_parallel, None, "translation"),
+    "toy": Task(pointers, None, "pointers", TOY),
+    "wmt": Task(translation_sample, read_parallel, "translation"),
+    "multi30k": Task(None, read_parallel, "translation"),
 }
 
 
-def load(task: str, pair: str, data: str, sample_size: int, seed: int) -> tuple[dict[str, list[Example]], str]:
+def load(config) -> tuple[dict[str, list[Example]], str]:
     """The splits of a task and where they come from ("sample" or a folder). Prints the choice in one line.
 
-    data "" looks for data/<task>/ and falls back to the sample; "sample" insists on it.
+    config: train.Config, of which --data "" looks for data/<task>/ and falls back to the sample; "sample"
+    insists on it.
     """
+    task, pair = TASKS[config.task], config.pair
     if len(pair.split("-")) != 2 or not all(lang.isalpha() for lang in pair.split("-")):
         raise UserError(f"--pair takes two language codes such as de-en, not {pair!r}")
-    folder = Path(data) if data else Path("data") / task
-    if data != "sample" and (data or folder.is_dir()):
-        splits, origin = TASKS[task].read(pair, folder), str(folder.resolve())
-    elif TASKS[task].sample is None:
-        raise UserError(f"task {task} has no built-in sample: put train.LANG, valid.LANG and test.LANG for the two "
-                        f"languages of {pair} into {folder}/, or name their folder with --data DIR")
-    else:
-        splits, origin = TASKS[task].sample(pair, sample_size, seed), "sample"
-        print(f"data: built-in sample, {pair}. For real text (README, Your own text): "
-              f"python train.py --task {task} --pair {pair} --data FOLDER")
-    if origin != "sample":
+    folder = Path(config.data) if config.data else Path("data") / config.task
+    if task.read and config.data != "sample" and (config.data or folder.is_dir()):
+        splits, origin = task.read(pair, folder), str(folder.resolve())
         print(f"data: {origin}, {pair}")
+    elif not task.draw:
+        raise UserError(f"task {config.task} has no built-in sample: put train.LANG, valid.LANG and test.LANG for the "
+                        f"two languages of {pair} into {folder}/, or name their folder with --data DIR")
+    elif not task.read and config.data not in ("", "sample"):
+        raise UserError(f"task {config.task} is generated: leave --data out")
+    else:
+        splits, origin = generate_splits(task.draw, config), "sample"
+        print(f"data: built-in sample{f', {pair}' if task.read else ''}" + (task.read is not None) *
+              f". For real text (README, Your own text): python train.py --task {config.task} --pair {pair} --data FOLDER")
     if "test" not in splits:
         print("data: no test split, so the validation split, which also picks the checkpoint, is scored in its place")
     return splits, origin
@@ -283,8 +322,8 @@ def load(task: str, pair: str, data: str, sample_size: int, seed: int) -> tuple[
 
 
 def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding of source and target together. Special tokens and prompt tags come first."""
-    tags = sorted({word for example in examples for word in example.prompt.split()})
+    """Byte-pair encoding of source and target together. Special tokens and prompt tags (<2de>) come first."""
+    tags = sorted({word for example in examples for word in example.prompt.split() if word.startswith("<")})
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # numbers digit by digit: 57 and 58 share what they share

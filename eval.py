@@ -7,6 +7,7 @@
 import argparse
 import json
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from data import SEP, TASKS, Encoded, Example, UserError, encode, in_order, load, shorten, special_ids
+from data import SEP, TASKS, Encoded, Example, UserError, chain, encode, in_order, load, shorten, special_ids
 from model import EncoderDecoder, ModelConfig
 from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, target_tokens
 
 STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # file name -> row of the table
+CONTROLS = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, frozen"}  # row of stage policy under these
 FORMAT = "warmup checkpoint 1"
 
 
@@ -75,10 +78,13 @@ def load_model(path: Path, device) -> tuple[EncoderDecoder, dict]:
     return model.to(device).eval(), checkpoint
 
 
-def warmup_spec(config, tokenizer: Tokenizer) -> WarmupSpec:
+def warmup_spec(stage: str, config, tokenizer: Tokenizer) -> WarmupSpec | None:
+    """What stands before y after a stage; None: nothing."""
+    if stage != "policy" or config.estimator == "sft":
+        return None
     length = config.warmup_len
-    return WarmupSpec(tokenizer.token_to_id(SEP), special_ids(tokenizer), length,
-                      config.warmup_min_len or length, config.temperature)
+    return WarmupSpec(tokenizer.token_to_id(SEP), special_ids(tokenizer), length, config.warmup_min_len or length,
+                      config.temperature, pause=config.estimator == "pause")
 
 
 def pick_device(name: str) -> torch.device:
@@ -119,11 +125,13 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
                 new = evaluate_warmups(model, batch, spec, config.eval_samples)
         tokens += target_tokens(model, batch)
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
-    if spec is not None:
-        sums["nll"] = sums.pop("marginal_nll") * len(data.source) / tokens
-        sums["swap_gap"] *= len(data.source) / sums.pop("swapped").clamp(min=1)
-        return {name: (value / len(data.source)).item() for name, value in sums.items()}
-    return {"nll": (sums["nll"] / tokens).item()}
+    return averages(sums, len(data.source), tokens)
+
+
+def averages(sums: dict, examples: int, tokens: Tensor) -> dict[str, float]:
+    """Sums of warmup.diagnostics -> nll per target token, everything else per example."""
+    units = {"nll": tokens, "swap_gap": sums.pop("swapped", torch.tensor(1.0)).clamp(min=1)}
+    return {name: (value / units.get(name, examples)).item() for name, value in sums.items()}
 
 
 def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None, beams: int):
@@ -148,15 +156,34 @@ def translation_metrics(target_lang: str) -> dict:
     return {"BLEU": BLEU(tokenize=tokenize), "chrF++": CHRF(word_order=2)}
 
 
-METRICS = {"translation": lambda config: translation_metrics(config.pair.split("-")[1])}
-
-
 def make_metrics(config) -> dict:
-    """Name -> sacreBLEU metric for a run's task. UserError where sacreBLEU lacks a tokenizer."""
+    """Name -> sacreBLEU metric, {} if the task has others. UserError where sacreBLEU lacks a tokenizer."""
+    if TASKS[config.task].metrics != "translation":
+        return {}
     try:
-        return METRICS[TASKS[config.task].metrics](config)
+        return translation_metrics(config.pair.split("-")[1])
     except RuntimeError as error:  # Japanese and Korean need an extra package; sacreBLEU says which
         raise UserError(f"cannot score {config.pair}: {' '.join(str(error).split())}") from None
+
+
+def translation_scores(config, examples: list[Example], hypotheses: list[str], warmups: list) -> dict[str, float]:
+    references = [[example.target for example in examples]]
+    return {name: m.corpus_score(hypotheses, references).score for name, m in make_metrics(config).items()}
+
+
+def pointer_scores(config, examples: list[Example], hypotheses: list[str], warmups: list) -> dict[str, float]:
+    """Exact match by hops, and hit rate: warmups that begin with the symbols in between, nobody having labelled them."""
+    right = defaultdict(list)
+    for example, hypothesis, warmup in zip(examples, hypotheses, warmups):
+        _, *between, answer = symbols = chain(example)
+        hops = len(symbols) - 1
+        right[f"{hops} hop{'s' * (hops != 1)}"].append(hypothesis == answer)
+        if warmup is not None and between:
+            right["hit rate"].append(warmup.split()[: len(between)] == between)
+    return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
+
+
+METRICS = {"translation": translation_scores, "pointers": pointer_scores}
 
 
 @dataclass
@@ -176,19 +203,23 @@ class Row:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("hypotheses", "warmups", "stage")}
 
 
+def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], config, spec, beams: int):
+    """Metrics, hypotheses and warmups of a split."""
+    hypotheses, warmups = decode_split(model, tokenizer, data, config, spec, beams)
+    return METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups), hypotheses, warmups
+
+
 def score_stage(folder: Path, stage: str, config, tokenizer, examples: list[Example], beams: int, device) -> Row:
     """Decode and score one stage's best checkpoint on some examples."""
     torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
     model, checkpoint = load_model(folder / f"{stage}.pt", device)
     data, _ = shorten(encode(tokenizer, examples), config.max_tokens, drop=False)
-    spec = warmup_spec(config, tokenizer) if stage == "policy" else None
-    hypotheses, warmups = decode_split(model, tokenizer, data, config, spec, beams)
-    references = [[example.target for example in examples]]
-    metrics = make_metrics(config)
-    scores = {name: round(m.corpus_score(hypotheses, references).score, 2) for name, m in metrics.items()}
+    spec = warmup_spec(stage, config, tokenizer)
+    scores, hypotheses, warmups = decode_and_score(model, tokenizer, data, examples, config, spec, beams)
+    scores = {name: round(score, 4) for name, score in scores.items()}
     nll = round(validate(model, data, config, spec)["nll"], 4)
-    seconds = round(checkpoint["seconds"], 1)
-    return Row(stage, STAGES[stage], scores, nll, checkpoint["updates"], seconds, hypotheses, warmups)
+    name = CONTROLS.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
+    return Row(stage, name, scores, nll, checkpoint["updates"], round(checkpoint["seconds"], 1), hypotheses, warmups)
 
 
 def signatures(config, examples: list[Example]) -> dict[str, str]:
@@ -201,12 +232,13 @@ def signatures(config, examples: list[Example]) -> dict[str, str]:
 
 
 def print_table(rows: list[Row], config, examples: list[Example], split: str) -> None:
-    names = list(rows[0].metrics)
-    print(f"\n{config.task} {config.pair}, {split} split, {len(examples)} examples")
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    direction = f" {config.pair}" if TASKS[config.task].metrics == "translation" else ""
+    print(f"\n{config.task}{direction}, {split} split, {len(examples)} examples")
     print(f"{'':20}" + "".join(f"{name:>9}" for name in names) + f"{'NLL/token':>11}{'updates':>9}{'seconds':>9}")
     for row in rows:
-        print(f"{row.name:20}" + "".join(f"{row.metrics[name]:9.2f}" for name in names)
-              + f"{row.nll:11.3f}{row.updates:9}{row.seconds:9.0f}")
+        scores = (f"{row.metrics[name]:9.2f}" if name in row.metrics else f"{'-':>9}" for name in names)
+        print(f"{row.name:20}" + "".join(scores) + f"{row.nll:11.3f}{row.updates:9}{row.seconds:9.0f}")
     for name, signature in signatures(config, examples).items():
         print(f"{name}: {signature}")
 
@@ -214,7 +246,8 @@ def print_table(rows: list[Row], config, examples: list[Example], split: str) ->
 def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> None:
     """The first test sentences: source, reference, and what each row makes of them."""
     for i, example in enumerate(examples[:count]):
-        print(f"\nsource     {example.source}\nreference  {example.target}")
+        prompt = f"\nprompt     {example.prompt}" if " " in example.prompt else ""  # a tag alone says nothing new
+        print(f"\nsource     {example.source}{prompt}\nreference  {example.target}")
         for row in rows:
             if row.stage == "sft":
                 print(f"sft        {row.hypotheses[i]}")
@@ -252,7 +285,7 @@ def translate(folder: Path, stage: str, lines: list[str], config, tokenizer, arg
                             f"{config.max_tokens}: split the line")
         if not len(ids):
             raise UserError(f"line {number} of --input holds no text")
-    spec = warmup_spec(config, tokenizer) if stage == "policy" else None
+    spec = warmup_spec(stage, config, tokenizer)
     hypotheses, warmups = decode_split(model, tokenizer, data, config, spec, args.beams or config.beams)
     for text, warmup in zip(hypotheses, warmups):
         print(f"{warmup}\t{text}" if args.show_warmup and warmup is not None else text)
@@ -290,13 +323,16 @@ def run(args: argparse.Namespace) -> None:
     if not stages:
         raise UserError(f"{args.run} holds no trained stage yet: python train.py --resume {args.run}")
     if args.input:
+        if TASKS[config.task].metrics != "translation":
+            raise UserError(f"--input translates, and {args.run} was trained on {config.task}")
         try:
             text = sys.stdin.read() if args.input == "-" else Path(args.input).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --input {args.input}: {error}") from None
         stage = args.stage or ("policy" if "policy" in trained else "sft")
         return translate(args.run, stage, text.removesuffix("\n").split("\n"), config, tokenizer, args, device)
-    splits, _ = load(config.task, config.pair, args.data or config.data, config.sample_size, config.seed)
+    config.data = args.data or config.data
+    splits, _ = load(config)
     split = args.split if args.split in splits else "valid"
     rows = []
     for stage in stages:
@@ -310,7 +346,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {path}")
     print_table(rows, config, splits[split], split)
     print_examples(rows, splits[split])
-    if len(rows) > 1:
+    if len(rows) > 1 and make_metrics(config):
         print_significance(rows, config, splits[split])
 
 

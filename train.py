@@ -24,10 +24,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data import EOS, PAD, TASKS, Batches, Encoded, Example, UserError, encode, load, shorten, train_tokenizer
-from eval import (FORMAT, Row, load_checkpoint, load_config, load_tokenizer, make_metrics, pick_device, precision,
-                  print_examples, print_table, score_stage, signatures, validate, warmup_spec)
+from eval import (CONTROLS, FORMAT, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
+                  make_metrics, pick_device, precision, print_examples, print_table, score_stage, signatures, validate,
+                  warmup_spec)
 from model import SIZES, EncoderDecoder, ModelConfig
-from warmup import ESTIMATORS, WarmupSpec, sft_loss, target_tokens, warmup_loss
+from warmup import ESTIMATORS, all_warmups, sft_loss, target_tokens, warmup_loss
 
 
 def flag(default, help: str, choices=None):
@@ -41,7 +42,9 @@ class Config:
     task: str = flag("wmt", "what to train on", tuple(TASKS))
     pair: str = flag("de-en", "source-target language codes")
     data: str = flag("", "folder of parallel text; 'sample': the built-in one; default: data/TASK if it exists, else that")
-    sample_size: int = flag(20000, "training pairs to generate for the built-in sample")
+    sample_size: int = flag(20000, "training examples to generate for the built-in sample")
+    symbols: int = flag(16, "task toy: letters in the permutation, at most 26")
+    hops: int = flag(2, "task toy: most look-ups a question asks for; 0: copy, the negative control")
     out: str = flag("", "run folder; default: runs/TASK")
     overwrite: bool = flag(False, "replace an earlier run in the same folder")
     seed: int = flag(0, "for initial weights, batches, dropout, sampling and the sample")
@@ -64,14 +67,19 @@ class Config:
     clip: float = flag(1.0, "largest norm of the gradient; longer ones are scaled down")
     label_smoothing: float = flag(0.1, "share of SFT's target probability that is spread over the vocabulary")
     # warmups
-    estimator: str = flag("marginal", "policy gradient estimator, see warmup.py", tuple(ESTIMATORS))
+    estimator: str = flag("marginal", "policy gradient estimator, see warmup.py; exact: over all warmups, toys only; "
+                          "controls: pause (constant tokens for c), sft (no c)", (*ESTIMATORS, "exact", "pause", "sft"))
     samples: int = flag(4, "K, warmups sampled per example and update")
     warmup_len: int = flag(4, "W, tokens in a warmup")
     warmup_min_len: int = flag(0, "from this many tokens on <sep> may end a warmup; 0: always W tokens")
+    alpha: float = flag(1.0, "factor on the reward; with marginal: 0 is frozen, large is best")
+    entropy_bonus: float = flag(0.0, "weight of the policy's entropy (nats), falling linearly to 0 over the stage")
+    sft_weight: float = flag(0.0, "weight of log P(y|x) without warmup, trained beside")
     temperature: float = flag(1.0, "softmax temperature of the warmup policy, in sampling and scoring alike")
     # evaluation
     eval_every: int = flag(100, "updates between validations; each also saves last.pt")
     eval_samples: int = flag(4, "warmups per example in the Monte-Carlo estimate of the validation and test NLL")
+    eval_decode: int = flag(0, "validation examples to write out and score at each validation")
     beams: int = flag(4, "beam width for the test table; 1: greedy")
     length_penalty: float = flag(1.0, "beam score = log-prob / length ** this")
     # machine
@@ -86,6 +94,10 @@ class Config:
 
 def parse(argv: list[str]) -> tuple[Config, str]:
     """The config and the run to resume ("" for a new one). Exits with code 2 on bad usage."""
+    task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    task.add_argument("--task", default=Config.task)
+    task = TASKS.get(task.parse_known_args(argv)[0].task)
+    settings = task.settings if task else {}  # the task's own defaults; --help shows them too
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--resume", metavar="RUN", default="", help="run folder to continue, with its own settings")
@@ -93,7 +105,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         if f.metadata["choices"]:
             kind["choices"] = f.metadata["choices"]
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"] or " ", **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=settings.get(f.name, f.default),
+                            help=f.metadata["help"] or " ", **kind)
     args = vars(parser.parse_args(argv))
     resume = args.pop("resume")
     config = Config(**args)
@@ -102,7 +115,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     at_least = {"seed": 0, "sample_size": 1, "vocab_size": 300, "max_tokens": 2, "sft_steps": 1, "policy_steps": 0,
                 "accumulate": 1, "batch_tokens": 16, "policy_batch_tokens": 16, "samples": 1, "warmup_len": 1,
                 "warmup_min_len": 0, "eval_every": 1, "eval_samples": 1, "beams": 1, "weight_decay": 0,
-                "lr_rampup_steps": 0, "threads": 0}
+                "lr_rampup_steps": 0, "threads": 0, "symbols": 2, "hops": 0, "eval_decode": 0, "alpha": 0,
+                "entropy_bonus": 0, "sft_weight": 0}
     for name, low in at_least.items():
         if not getattr(config, name) >= low:  # not <: nan is no setting either
             parser.error(f"--{name.replace('_', '-')} must be at least {low}")
@@ -113,9 +127,12 @@ def parse(argv: list[str]) -> tuple[Config, str]:
             parser.error(f"--{name.replace('_', '-')} must be above 0 and finite")
     if not (0 <= config.dropout < 1 and 0 <= config.label_smoothing < 1):
         parser.error("--dropout and --label-smoothing must lie in [0, 1)")
+    if config.symbols > 26:
+        parser.error("--symbols are letters: at most 26")
     if config.warmup_min_len > config.warmup_len:
         parser.error("--warmup-min-len must not exceed --warmup-len")
-    if config.estimator != "frozen" and config.policy_steps and config.samples < 2:
+    alone = config.estimator in ("best", "exact", *CONTROLS) and not config.entropy_bonus
+    if not alone and config.policy_steps and config.samples < 2:
         parser.error(f"--estimator {config.estimator} compares warmups with each other: --samples must be at least 2")
     return config, resume
 
@@ -167,8 +184,10 @@ class Interrupted(Exception):
 class Run:
     """Model, data and state of one training run. `train` is the program; the rest serves it."""
 
-    def __init__(self, config: Config, data: dict[str, Encoded], spec: WarmupSpec, model_config: ModelConfig):
-        self.config, self.data, self.spec, self.folder = config, data, spec, config.folder
+    def __init__(self, config: Config, examples: dict[str, list[Example]], data: dict[str, Encoded],
+                 tokenizer: Tokenizer, model_config: ModelConfig):
+        self.config, self.data, self.examples, self.tokenizer = config, data, examples, tokenizer
+        self.folder = config.folder
         self.device = pick_device(config.device)
         self.model = EncoderDecoder(model_config).to(self.device)
         self.state, self.stop = State(), False
@@ -186,9 +205,19 @@ class Run:
         self.state = State(stage, total=total, spent=self.state.spent)
         if stage != "sft":
             self.model.load_state_dict(load_checkpoint(self.folder / "sft.pt")["model"])
-        tokens = c.policy_batch_tokens if stage == "policy" else c.batch_tokens
-        self.batches = Batches(self.data["train"], tokens, seed=c.seed)
+        self.batches = self.make_batches()
         self.optimizer = make_optimizer(self.model, c.weight_decay)
+
+    def make_batches(self) -> Batches:
+        """Batches of the stage. A control has no K samples, so K times the examples: as many target tokens a step."""
+        c, tokens = self.config, self.config.batch_tokens
+        if self.state.stage == "policy":
+            tokens = c.policy_batch_tokens * (c.samples if c.estimator in ("pause", "sft") else 1)
+        return Batches(self.data["train"], tokens, seed=c.seed)
+
+    @property
+    def spec(self):
+        return warmup_spec(self.state.stage, self.config, self.tokenizer)
 
     def learning_rate(self) -> float:
         """Linear up over lr_rampup_steps (at most a quarter of the stage), then linear down towards 0."""
@@ -198,10 +227,13 @@ class Run:
 
     def loss(self, batch) -> tuple[torch.Tensor, dict]:
         """The stage's loss of one micro-batch, a sum over target tokens, and its diagnostics (sums)."""
-        if self.state.stage == "policy":
-            self.model.decoder.eval()  # see warmup_loss: decoder dropout would take the samples off-policy
-            return warmup_loss(self.model, batch, self.spec, self.config.estimator, self.config.samples)
-        return sft_loss(self.model, batch, self.config.label_smoothing), {}
+        c, spec = self.config, self.spec
+        if spec is None:
+            return sft_loss(self.model, batch, c.label_smoothing), {}
+        self.model.decoder.eval()  # see warmup_loss: decoder dropout would take the samples off-policy
+        estimator, samples = ("frozen", 1) if spec.pause else (c.estimator, c.samples)
+        return warmup_loss(self.model, batch, spec, estimator, samples, alpha=c.alpha, sft_weight=c.sft_weight,
+                           entropy_bonus=c.entropy_bonus * (1 - self.state.step / self.state.total))
 
     def train(self) -> None:
         """One stage, from wherever the state stands: THE training loop."""
@@ -235,7 +267,7 @@ class Run:
 
                 examples = sum(len(batch.source) for batch in micro_batches)
                 record = {"loss": (total_loss / tokens).item(), "grad_norm": norm.item(), "lr": self.learning_rate()}
-                record |= {name: value.item() / examples for name, value in stats.items()}
+                record |= averages(stats, examples, tokens)
                 s.step += 1
                 seconds = time.perf_counter() - started
                 s.seconds += seconds
@@ -255,8 +287,12 @@ class Run:
 
     def validate_and_save(self) -> None:
         """Validate; keep the weights if they are the stage's best; save the state."""
-        spec = self.spec if self.state.stage == "policy" else None
-        numbers = validate(self.model, self.data["valid"], self.config, spec)
+        c, data = self.config, self.data["valid"]
+        numbers = validate(self.model, data, c, self.spec)
+        if c.eval_decode:
+            some = Encoded(*(column[: c.eval_decode] for column in data))
+            numbers |= decode_and_score(self.model, self.tokenizer, some, self.examples["valid"][: c.eval_decode], c,
+                                        self.spec, c.beams)[0]
         self.log("valid", numbers)
         if numbers["nll"] < self.state.best:
             self.state.best = numbers["nll"]
@@ -325,8 +361,7 @@ class Run:
         self.state = State(**saved["state"])
         if self.state.stage == "done":
             return
-        tokens = self.config.policy_batch_tokens if self.state.stage == "policy" else self.config.batch_tokens
-        self.batches = Batches(self.data["train"], tokens, seed=self.config.seed)
+        self.batches = self.make_batches()
         self.batches.load_state_dict(saved["batches"])
         try:
             self.model.load_state_dict(saved["model"])
@@ -344,7 +379,7 @@ class Run:
 
 def progress(record: dict) -> dict[str, str]:
     """What the progress bar shows: tqdm adds the time left."""
-    shown = {name: f"{record[name]:.2f}" for name in ("loss", "reward", "spread", "ess") if name in record}
+    shown = {name: f"{record[name]:.2f}" for name in ("loss", "nll", "reward", "spread", "ess", "entropy", "distinct") if name in record}
     return shown | {"tok/s": f"{record['tokens_per_second']:.0f}"}
 
 
@@ -378,7 +413,7 @@ def new_folder(config: Config) -> None:
 
 def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, list[Example]]]:
     """Data, tokenizer and a run that is ready to train (resume: at the point where it stopped)."""
-    examples, origin = load(config.task, config.pair, config.data, config.sample_size, config.seed)
+    examples, origin = load(config)
     make_metrics(config)  # a language that cannot be scored should fail now, not after training
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     if resume:
@@ -400,7 +435,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, lis
     model_config = ModelConfig(vocab_size=tokenizer.get_vocab_size(), dropout=config.dropout,
                                pad_id=pad_id, eos_id=eos_id, **SIZES[config.size])
     torch.manual_seed(config.seed)
-    run = Run(config, data, warmup_spec(config, tokenizer), model_config)
+    run = Run(config, examples, data, tokenizer, model_config)
     if resume:
         run.resume()
     else:

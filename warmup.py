@@ -11,10 +11,12 @@ Absent on purpose: no critic, no KL penalty, no clipping, no reward model. The r
 likelihood and every sample is used once, so the policy that is updated is the policy that sampled.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import EncoderDecoder, Memory, beam_search, sample
@@ -29,6 +31,7 @@ class WarmupSpec:
     length: int  # W
     min_length: int  # from here on <sep> may end a warmup early; W: it never may
     temperature: float = 1.0
+    pause: bool = False  # control: W constant tokens (<sep>) instead of a warmup, room to compute but no message
 
     def __post_init__(self):
         if not 1 <= self.min_length <= self.length:
@@ -100,6 +103,9 @@ def sample_warmups(model: EncoderDecoder, memory: Memory, prompt: Tensor, spec: 
     no log-prob; in exchange y starts at the same place in every row. temperature=0 takes the likeliest
     token at each step (for test time).
     """
+    if spec.pause:
+        c = prompt.new_full((len(prompt), samples, spec.length), spec.sep_id)  # (B,K,W)
+        return c, torch.zeros(c.shape[:2], device=c.device)
     temperature = spec.temperature if temperature is None else temperature
     may_stop = spec.min_length < spec.length
     c, log_probs = sample(
@@ -125,7 +131,7 @@ def score(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor, targ
     log_pi = hidden.new_zeros(B * K)
     stopped = torch.cat([torch.zeros_like(sep), (c == spec.sep_id).int().cumsum(1)[:, :-1]], 1) > 0  # (R,W)
     for start, end in ((0, spec.min_length), (spec.min_length, W)):  # <sep> is allowed in the second part only
-        if start < end:
+        if start < end and not spec.pause:
             part = hidden[:, P + start : P + end].flatten(0, 1)  # (R·w,E)
             log_probs = model.token_logprobs(part, c[:, start:end].flatten(), temperature=spec.temperature,
                                              forbidden=spec.barred(c.device, start > 0)).view(B * K, -1)  # (R,w)
@@ -134,19 +140,79 @@ def score(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor, targ
     return log_pi.view(B, K), log_p.view(B, K)
 
 
+def all_warmups(spec: WarmupSpec, vocab_size: int) -> Tensor:
+    """Every warmup that can be sampled, (N,W): for `exact`, and for tests. N is about V^W: toys only."""
+    tokens = [i for i in range(vocab_size) if i not in spec.forbidden]
+    rows = [[*c, *[spec.sep_id] * (spec.length - n)]
+            for n in range(spec.min_length, spec.length + 1) for c in itertools.product(tokens, repeat=n)]
+    return torch.tensor(rows)
+
+
+# ----------------------------------------------------------------------------- the estimators
+#
+# Each is a choice of two weights for the surrogate (2): a_k moves the warmup policy, b_k moves the target.
+# R (B,K) -> a, b (B,K). R_k = log p_k is the sum of the target's log-probs after warmup c_k, w = softmax(R).
+
+
+def several(R: Tensor) -> int:
+    """K. ValueError for K = 1 where a sample is weighed against the others of its example."""
+    if R.size(-1) < 2:
+        raise ValueError("this estimator compares warmups with each other: it needs --samples 2 or more")
+    return R.size(-1)
+
+
 def marginal(R: Tensor) -> tuple[Tensor, Tensor]:
-    """a = w - 1/K, b = w with w = softmax(R): our reading of the paper (R (B,K) -> a, b (B,K)).
+    """a = w - 1/K, b = w: our reading of the paper, eq. (1) with the mean of p over the samples for P(y|x).
 
     ∇ log P(y|x) = E_{c~pi}[ r(c) (∇ log pi + ∇ log p) ],  r(c) = p / P(y|x)                       (1)
 
-    With P(y|x) replaced by the mean of p over the K samples, r(c_k)/K = w_k. That is consistent, with a bias
-    of O(1/K). The -1/K is a control variate: E[∇ log pi] = 0, so it changes no expectation, but without it
-    equal rewards would still push every sampled c to repeat itself.
+    r(c_k)/K = w_k then: consistent, with a bias of O(1/K). The -1/K is a control variate: E[∇ log pi] = 0, so
+    it changes no expectation, but without it equal rewards would still push every sampled c to repeat itself.
     """
-    if R.size(-1) < 2:
-        raise ValueError("estimator 'marginal' compares samples with each other: it needs --samples 2 or more")
-    w = R.softmax(-1)
-    return w - 1 / R.size(-1), w
+    K, w = several(R), R.softmax(-1)
+    return w - 1 / K, w
+
+
+def jensen(R: Tensor) -> tuple[Tensor, Tensor]:
+    """a = (R_k - mean_{j≠k} R_j)/K, b = 1/K: exact for E_c[log p], a lower bound of log P(y|x) (LaTRO, JEPO)."""
+    K = several(R)
+    return (R - R.mean(-1, keepdim=True)) / (K - 1), torch.full_like(R, 1 / K)  # R - mean = (K-1)/K (R - others' mean)
+
+
+def iwae(R: Tensor) -> tuple[Tensor, Tensor]:
+    """a = log mean_j p_j - log mean_{j≠k} p_j, b = w: exact for E[log mean_K p], a tighter bound (VIMCO, JEPO)."""
+    K, itself = several(R), torch.eye(R.size(-1), dtype=torch.bool, device=R.device)
+    others = R[..., None, :].masked_fill(itself, -torch.inf).logsumexp(-1) - math.log(K - 1)  # (B,K)
+    return R.logsumexp(-1, keepdim=True) - math.log(K) - others, R.softmax(-1)
+
+
+def prob(R: Tensor) -> tuple[Tensor, Tensor]:
+    """a = (p_k - mean_{j≠k} p_j)/K, b = p_k/K: exact for P(y|x) itself (VeriFree). Long targets: p underflows."""
+    K, p = several(R), R.exp()
+    return (p - p.mean(-1, keepdim=True)) / (K - 1), p / K
+
+
+def grpo(R: Tensor) -> tuple[Tensor, Tensor]:
+    """a = (R_k - mean R)/(std R + ε)/K, b = 1/K: the gradient of nothing, the scale is set per example (GRPO)."""
+    K = several(R)
+    return (R - R.mean(-1, keepdim=True)) / (R.std(-1, keepdim=True) + 1e-4) / K, torch.full_like(R, 1 / K)
+
+
+def best(R: Tensor) -> tuple[Tensor, Tensor]:
+    """a = b = 1 for the best sample, 0 for the others: hard EM. The gradient of nothing exact."""
+    top = F.one_hot(R.argmax(-1), R.size(-1)).to(R.dtype)
+    return top, top
+
+
+def truncated(R: Tensor, log_pi: Tensor) -> tuple[Tensor, Tensor]:
+    """a = b = softmax(log pi + R): exact for log Σ pi p over a set of DISTINCT warmups (as in RAG).
+
+    A repeated warmup must come with log pi = -inf (see `weights`), or it would be counted once by the sampling
+    and again by its pi. Over all warmups this is ∇ log P(y|x), by (1): so `exact` is this one, enumerated.
+    """
+    several(R)
+    v = (log_pi + R).softmax(-1)
+    return v, v
 
 
 def frozen(R: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +220,28 @@ def frozen(R: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(R), torch.full_like(R, 1 / R.size(-1))
 
 
-ESTIMATORS = {"marginal": marginal, "frozen": frozen}
+ESTIMATORS = {f.__name__: f for f in (marginal, jensen, iwae, prob, grpo, best, truncated, frozen)}
+
+
+def weights(estimator: str, R: Tensor, log_pi: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """a, b (B,K) by the estimator's name; `exact`: c (B,K,W) must be all_warmups."""
+    if estimator in ("truncated", "exact"):
+        return truncated(R, log_pi.masked_fill(~first_of_its_kind(c), -torch.inf))
+    return ESTIMATORS[estimator](R)
+
+
+def first_of_its_kind(c: Tensor) -> Tensor:
+    """c (B,K,W) -> (B,K): False where an earlier warmup of the same example is equal."""
+    same = (c[:, :, None] == c[:, None]).all(-1)  # (B,K,K)
+    return ~same.tril(-1).any(-1)
+
+
+def entropy_gradient(log_pi: Tensor) -> Tensor:
+    """The addition to a that follows the gradient of the policy's entropy H = -E[log pi]: (B,K) -> (B,K).
+
+    ∇H = -E[log pi ∇ log pi]; as in `jensen`, the others' mean is the baseline.
+    """
+    return -(log_pi - log_pi.mean(-1, keepdim=True)) / (several(log_pi) - 1)
 
 
 def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
@@ -166,9 +253,14 @@ def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
     return -(a.detach() * log_pi + b.detach() * log_p).sum()
 
 
-def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, estimator: str = "marginal",
-                samples: int = 4) -> tuple[Tensor, dict[str, Tensor]]:
+def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, estimator: str = "marginal", samples: int = 4,
+                *, alpha: float = 1.0, entropy_bonus: float = 0.0, sft_weight: float = 0.0
+                ) -> tuple[Tensor, dict[str, Tensor]]:
     """One policy update's loss (a sum, as sft_loss) and diagnostics (() tensors, sums over the batch).
+
+    alpha scales R before the estimator: w = softmax(alpha R) goes from `frozen` (0) over `marginal` (1) to
+    `best` (∞). entropy_bonus adds that much of the policy's entropy (nats) to the objective, sft_weight that
+    much of log P(y|x) without warmup.
 
     The encoder runs once; its dropout, if on, is drawn once and shared by sampling and scoring. The
     decoder must be in eval mode: dropout would make us score another distribution than we sampled from.
@@ -176,11 +268,19 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, estimator
     if model.decoder.training:
         raise ValueError("call model.decoder.eval() first: decoder dropout would take the samples off-policy")
     memory = model.encode(batch.source)
-    c, _ = sample_warmups(model, memory.detach(), batch.prompt, spec, samples)  # (B,K,W)
+    if estimator == "exact":
+        c = all_warmups(spec, model.config.vocab_size).to(batch.source.device).expand(len(batch.source), -1, -1)
+    else:
+        c, _ = sample_warmups(model, memory.detach(), batch.prompt, spec, samples)  # (B,K,W)
     log_pi, log_p = score(model, memory, batch.prompt, c, batch.target, spec)  # (B,K) both
     R = log_p.detach()
-    a, b = ESTIMATORS[estimator](R)
-    return surrogate(a, b, log_pi, log_p), diagnostics(R, log_pi.detach(), c)
+    a, b = weights(estimator, alpha * R, log_pi.detach(), c)
+    if entropy_bonus:
+        a = a + entropy_bonus * entropy_gradient(log_pi.detach())
+    loss = surrogate(a, b, log_pi, log_p)
+    if sft_weight:
+        loss = loss - sft_weight * direct_logprobs(model, memory, batch).sum()
+    return loss, diagnostics(R, log_pi.detach(), c)
 
 
 # ----------------------------------------------------------------------------- is it working?
@@ -189,7 +289,7 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, estimator
 def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor) -> dict[str, Tensor]:
     """What to watch instead of the surrogate loss. R, log_pi (B,K), c (B,K,W) -> sums over the batch.
 
-    marginal_nll  -log mean_k P(y|x,c_k), nats: an upper bound on -log P(y|x) in expectation
+    nll           -log mean_k P(y|x,c_k), nats: an upper bound on -log P(y|x) in expectation
     reward        mean of R over an example's warmups, nats
     spread        standard deviation of R within an example, nats: 0 means that no c is better than another
     ess           effective sample size 1/Σw², from 1 (one sample takes all) to K (all alike)
@@ -197,15 +297,13 @@ def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor) -> dict[str, Tensor]:
     distinct      distinct warmups / K
     """
     K, w = R.size(1), R.softmax(1)
-    same = (c[:, :, None] == c[:, None]).all(-1)  # (B,K,K)
-    first = ~same.tril(-1).any(-1)  # (B,K): no earlier sample equals it
     return {
-        "marginal_nll": (math.log(K) - R.logsumexp(1)).sum(),
+        "nll": (math.log(K) - R.logsumexp(1)).sum(),
         "reward": R.mean(1).sum(),
         "spread": R.std(1, correction=0).sum(),
         "ess": (1 / w.pow(2).sum(1)).sum(),
         "entropy": -log_pi.mean(1).sum(),
-        "distinct": first.float().mean(1).sum(),
+        "distinct": first_of_its_kind(c).float().mean(1).sum(),
     }
 
 

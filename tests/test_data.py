@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from data import (EOS, PAD, PEOPLE, SEP, THINGS, UNK, VERBS, Batches, Encoded, Example, UserError, clause, collate, encode,
-                  in_order, load, noun_phrase, parallel_files, read_parallel, sentence, shorten, special_ids,
-                  train_tokenizer, translation_sample)
+                  generate_splits, in_order, load, noun_phrase, parallel_files, pointers, read_parallel, sentence,
+                  shorten, special_ids, train_tokenizer, translation_sample)
+from train import Config
 
 MULTI30K = Path(__file__).parents[2] / "shared/data/multi30k"
 
@@ -292,20 +293,24 @@ def test_there_are_at_least_ten_million_pairs():
 # ------------------------------------------------------------------------------------------ the sample's splits
 
 
+def sample_splits(pair, size, seed):
+    return generate_splits(translation_sample, Config(pair=pair, sample_size=size, seed=seed))
+
+
 @pytest.fixture(scope="module")
 def samples():
-    return {seed: translation_sample("en-de", 3000, seed) for seed in range(4)}
+    return {seed: sample_splits("en-de", 3000, seed) for seed in range(4)}
 
 
 def test_same_seed_same_pairs_and_another_seed_others(samples):
-    assert translation_sample("en-de", 3000, 0) == samples[0]
+    assert sample_splits("en-de", 3000, 0) == samples[0]
     shared = set(samples[0]["train"]) & set(samples[1]["train"])
     assert len(shared) < 0.1 * 3000
 
 
 def test_splits_have_the_asked_sizes_and_no_pair_twice(samples):
     assert {split: len(set(rows)) for split, rows in samples[0].items()} == {"train": 3000, "valid": 500, "test": 500}
-    assert {split: len(rows) for split, rows in translation_sample("de-en", 40, 0).items()} == {
+    assert {split: len(rows) for split, rows in sample_splits("de-en", 40, 0).items()} == {
         "train": 40, "valid": 10, "test": 10}
 
 
@@ -319,8 +324,35 @@ def test_splits_are_disjoint_on_each_side_within_and_across_seeds(samples, side)
 
 
 def test_the_reversed_pair_swaps_the_sides_and_the_tag(samples):
-    for there, back in zip(samples[0]["test"], translation_sample("de-en", 3000, 0)["test"]):
+    for there, back in zip(samples[0]["test"], sample_splits("de-en", 3000, 0)["test"]):
         assert back == (there.target, "<2en>", there.source) and there.prompt == "<2de>"
+
+
+def test_pointer_questions_follow_the_permutation():
+    """The answer by hand: read the words "ij" as f(i) = j and look up as often as the prompt says."""
+    splits = generate_splits(pointers, Config(task="toy", sample_size=400, symbols=5, hops=3))
+    seen = set()
+    for example in splits["train"] + splits["test"]:
+        words = example.source.split()
+        assert [word[0] for word in words] == list("abcde") == sorted(word[1] for word in words)
+        tag, symbol = example.prompt.split()
+        for _ in range(int(tag[1])):
+            symbol = next(word[1] for word in words if word[0] == symbol)
+        assert symbol == example.target
+        seen.add(tag)
+    assert seen == {"<1hops>", "<2hops>", "<3hops>"}
+    assert not {e.source for e in splits["train"]} & {e.source for e in splits["test"] + splits["valid"]}
+    copies = generate_splits(pointers, Config(task="toy", sample_size=20, hops=0))["train"]
+    assert all(e.prompt == f"<0hops> {e.target}" for e in copies)
+
+
+def test_each_pointer_and_each_symbol_is_one_token():
+    """The toy goes through the same tokenizer as text; a symbol is the same token in question, answer and warmup."""
+    rows = generate_splits(pointers, Config(task="toy", sample_size=2000))["train"]
+    data = encode(tokenizer := train_tokenizer(rows, 4000), rows)
+    assert {len(ids) for ids in data.source} == {16} and {len(ids) for ids in data.prompt + data.target} == {2}
+    assert {int(ids[1]) for ids in data.prompt} == {int(ids[0]) for ids in data.target}
+    assert not {int(ids[0]) for ids in data.target} & set(special_ids(tokenizer)) >= {int(ids[0]) for ids in data.prompt}
 
 
 # ------------------------------------------------------------------------------------------ parallel line files
@@ -374,7 +406,7 @@ def test_files_of_another_pair_are_not_taken(tmp_path):
 
 def test_without_a_test_split_there_is_no_key(tmp_path, capsys):
     write(tmp_path, **{name: words for name, words in PLAIN.items() if "test" not in name})
-    splits, origin = load("wmt", "de-en", str(tmp_path), 1, 0)
+    splits, origin = load(Config(task="wmt", data=str(tmp_path)))
     assert set(splits) == {"train", "valid"} and origin == str(tmp_path)
     assert "no test split" in capsys.readouterr().out
 
@@ -382,7 +414,7 @@ def test_without_a_test_split_there_is_no_key(tmp_path, capsys):
 def test_the_default_folder_is_taken_before_the_sample(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data/wmt", **PLAIN)
-    assert texts(load("wmt", "de-en", "", 1, 0)[0]["train"]) == [("a", "A"), ("b", "B")]
+    assert texts(load(Config(task="wmt"))[0]["train"]) == [("a", "A"), ("b", "B")]
 
 
 def test_windows_line_ends_are_no_part_of_the_text(tmp_path):
@@ -417,7 +449,7 @@ def test_empty_training_lines_are_left_out_and_counted(tmp_path, capsys):
 
 @pytest.mark.skipif(not MULTI30K.is_dir(), reason=f"real data is not here: {MULTI30K}")
 def test_multi30k():
-    splits, _ = load("multi30k", "en-de", str(MULTI30K), 1, 0)
+    splits, _ = load(Config(task="multi30k", pair="en-de", data=str(MULTI30K)))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 29000, "valid": 1014, "test": 1000}
     assert splits["test"][0] == ("A man in an orange hat starring at something.", "<2de>",
                                  "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt.")
@@ -549,7 +581,7 @@ def test_in_order_covers_everything_once_longest_first():
 
 def test_a_pair_of_unknown_languages_has_no_sample():
     with pytest.raises(UserError, match="German-English"):
-        translation_sample("fr-en", 10, 0)
+        sample_splits("fr-en", 10, 0)
 
 
 def test_special_tokens_in_text_are_text():

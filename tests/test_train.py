@@ -189,7 +189,7 @@ def test_monte_carlo_scores_draw_the_same_warmups_every_time(finished_run, monke
     """The table's NLL is an estimate from samples: score_stage must seed them (stand-in: a random number)."""
     monkeypatch.setattr(evaluation, "validate", lambda *_: {"nll": torch.rand(()).item()})
     config, tokenizer = evaluation.load_config(finished_run), evaluation.load_tokenizer(finished_run)
-    examples = load("wmt", "de-en", "sample", 8, 0)[0]["test"]
+    examples = load(train.Config(data="sample", sample_size=8))[0]["test"]
     rows = [evaluation.score_stage(finished_run, "policy", config, tokenizer, examples, 1, torch.device("cpu"))
             for _ in range(2)]
     assert rows[0].nll == rows[1].nll
@@ -211,7 +211,7 @@ def test_translating_keeps_line_order_and_count(finished_run, tmp_path, capsys):
 def test_progress_and_log_hold_the_diagnostics(finished_run):
     policy = [line for line in log_of(finished_run) if line["stage"] == "policy"]
     train_line = next(line for line in policy if line["kind"] == "train")
-    assert {"reward", "spread", "ess", "entropy", "distinct", "marginal_nll", "loss", "grad_norm"} <= set(train_line)
+    assert {"reward", "spread", "ess", "entropy", "distinct", "nll", "loss", "grad_norm"} <= set(train_line)
     assert {"swap_gap", "over_empty", "nll"} <= set(next(line for line in policy if line["kind"] == "valid"))
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from model import EncoderDecoder, ModelConfig
-from warmup import (ESTIMATORS, Batch, WarmupSpec, diagnostics, direct_logprobs, evaluate_warmups, frozen, generate,
-                    marginal, sample_warmups, score, sft_loss, surrogate, target_tokens, warmup_loss)
+from warmup import (ESTIMATORS, Batch, WarmupSpec, all_warmups, diagnostics, direct_logprobs, entropy_gradient,
+                    evaluate_warmups, generate, marginal, sample_warmups, score, sft_loss, surrogate, target_tokens,
+                    warmup_loss, weights)
 
 F64 = dict(dtype=torch.float64)
 
@@ -33,18 +34,27 @@ def log_marginal(policy, target):
     return (policy.log_softmax(0) + target.log_softmax(1)[:, 0]).logsumexp(0)
 
 
-def expected_gradient(estimator, policy, target, K):
+def tuples(policy, K):
+    """All K-tuples of warmups with their probability."""
+    probability = policy.detach().softmax(0)
+    for c in itertools.product(range(4), repeat=K):
+        yield torch.tensor(c), probability[list(c)].prod()
+
+
+def expected_gradient(estimator, policy, target, K=3):
     """E over all K-tuples of warmups of the surrogate's gradient, sign flipped: (4,), (4,5)."""
     grads = [torch.zeros_like(policy), torch.zeros_like(target)]
-    probability = policy.detach().softmax(0)
-    for tuple_ in itertools.product(range(4), repeat=K):
-        c = torch.tensor(tuple_)
+    for c, probability in tuples(policy, K):
         log_pi, log_p = policy.log_softmax(0)[c][None], target.log_softmax(1)[c, 0][None]  # (1,K)
-        a, b = estimator(log_p.detach())
-        loss = surrogate(a, b, log_pi, log_p)
-        for total, grad in zip(grads, torch.autograd.grad(loss, (policy, target))):
-            total -= probability[c].prod() * grad
+        a, b = weights(estimator, log_p.detach(), log_pi.detach(), c[None, :, None])
+        for total, grad in zip(grads, torch.autograd.grad(surrogate(a, b, log_pi, log_p), (policy, target))):
+            total -= probability * grad
     return grads
+
+
+def check(ours, objective, parameters):
+    for a, b in zip(ours, torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def cosine(a, b):
@@ -52,23 +62,61 @@ def cosine(a, b):
     return (a @ b / a.norm() / b.norm()).item()
 
 
-def test_fisher_identity():
+def test_fisher_identity_so_exact_is_the_gradient_of_the_marginal_likelihood():
     """∇ log P(y|x) = Σ_c posterior(c) (∇ log P(c|x) + ∇ log P(y|x,c)): eq. (1) with all c instead of samples."""
     policy, target = tables()
-    log_pi, log_p = policy.log_softmax(0), target.log_softmax(1)[:, 0]
-    posterior = (log_pi + log_p).detach().softmax(0)
-    ours = torch.autograd.grad((posterior * (log_pi + log_p)).sum(), (policy, target))
-    exact = torch.autograd.grad(log_marginal(policy, target), (policy, target))
-    for a, b in zip(ours, exact):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    log_pi, log_p = policy.log_softmax(0)[None], target.log_softmax(1)[None, :, 0]
+    a, b = weights("exact", log_p.detach(), log_pi.detach(), torch.arange(4)[None, :, None])
+    ours = torch.autograd.grad(-surrogate(a, b, log_pi, log_p), (policy, target))
+    check(ours, log_marginal(policy, target), (policy, target))
 
 
-def test_frozen_is_the_exact_gradient_of_the_expected_log_prob_for_the_target_alone():
+def mean_over_tuples(policy, target, K, value):
+    """E over all K-tuples of value(log p (K,)), with the graph through the tuples' probabilities too."""
+    pi, log_p = policy.softmax(0), target.log_softmax(1)[:, 0]
+    return sum(pi[list(c)].prod() * value(log_p[list(c)]) for c in itertools.product(range(4), repeat=K))
+
+
+OBJECTIVES = {  # what the expected gradient is exactly the gradient of
+    "jensen": lambda log_p: log_p.mean(),  # E_c[log p]
+    "prob": lambda log_p: log_p.exp().mean(),  # P(y|x)
+    "iwae": lambda log_p: log_p.logsumexp(0) - math.log(len(log_p)),  # E[log mean_K p]
+}
+
+
+@pytest.mark.parametrize("K", [2, 3])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_jensen_prob_and_iwae_are_exact(name, K):
     policy, target = tables()
-    policy_grad, target_grad = expected_gradient(frozen, policy, target, K=3)
-    expected = (policy.detach().softmax(0) * target.log_softmax(1)[:, 0]).sum()  # E_c[log p], c's policy fixed
-    torch.testing.assert_close(target_grad, torch.autograd.grad(expected, target)[0], rtol=1e-10, atol=1e-10)
-    assert policy_grad.abs().max() == 0
+    objective = mean_over_tuples(policy, target, K, OBJECTIVES[name])
+    check(expected_gradient(name, policy, target, K), objective, (policy, target))
+
+
+def test_frozen_is_exact_for_the_target_alone():
+    """Of E_c[log p] with c's policy held fixed."""
+    policy, target = tables()
+    expected = (policy.detach().softmax(0) * target.log_softmax(1)[:, 0]).sum()
+    check(expected_gradient("frozen", policy, target), expected, (policy, target))
+
+
+def test_truncated_is_exact_for_each_set_of_distinct_warmups():
+    """log Σ pi p over the set, a repeated warmup counted once: every triple, not only on average."""
+    policy, target = tables()
+    for c, _ in tuples(policy, 3):
+        log_pi, log_p = policy.log_softmax(0)[c][None], target.log_softmax(1)[c, 0][None]
+        a, b = weights("truncated", log_p.detach(), log_pi.detach(), c[None, :, None])
+        ours = torch.autograd.grad(-surrogate(a, b, log_pi, log_p), (policy, target), retain_graph=True)
+        distinct = c.unique()
+        check(ours, (policy.log_softmax(0) + target.log_softmax(1)[:, 0])[distinct].logsumexp(0), (policy, target))
+
+
+def test_the_entropy_bonus_is_the_exact_gradient_of_the_entropy():
+    policy, _ = tables()
+    total = torch.zeros_like(policy)
+    for c, probability in tuples(policy, 3):
+        log_pi = policy.log_softmax(0)[c][None]
+        total += probability * torch.autograd.grad((entropy_gradient(log_pi.detach()) * log_pi).sum(), policy)[0]
+    check([total], -(policy.softmax(0) * policy.log_softmax(0)).sum(), [policy])
 
 
 def test_marginal_bias_falls_with_k():
@@ -78,17 +126,19 @@ def test_marginal_bias_falls_with_k():
         exact = torch.autograd.grad(log_marginal(policy, target), (policy, target))
         errors = []
         for K in (2, 3, 4, 5):
-            grads = expected_gradient(marginal, policy, target, K)
+            grads = expected_gradient("marginal", policy, target, K)
             errors.append(sum((a - b).pow(2).sum() for a, b in zip(grads, exact)).sqrt().item())
         assert errors == sorted(errors, reverse=True) and errors[-1] < 0.6 * errors[0]
 
 
-def test_marginal_points_along_the_exact_gradient_on_a_peaked_example():
+def test_directions_on_a_peaked_example():
+    """The cosine of each expected gradient (K=3) with ∇ log P(y|x): 1 for prob, since ∇P = P ∇ log P."""
     policy, target = tables(0, scale=2.0)
     exact = torch.autograd.grad(log_marginal(policy, target), (policy, target))
-    assert cosine(expected_gradient(marginal, policy, target, 3), exact) > 0.9
-    assert cosine(expected_gradient(frozen, policy, target, 3), exact) < cosine(
-        expected_gradient(marginal, policy, target, 3), exact)
+    cosines = {name: cosine(expected_gradient(name, policy, target), exact) for name in ESTIMATORS}
+    assert cosines["prob"] == pytest.approx(1.0, abs=1e-10)
+    assert 0.99 < cosines["marginal"] < 0.9999  # biased
+    assert max(cosines[name] for name in ("jensen", "grpo", "frozen")) < cosines["marginal"]
 
 
 def test_marginal_equals_the_gradient_of_the_monte_carlo_objective_for_the_target():
@@ -98,42 +148,75 @@ def test_marginal_equals_the_gradient_of_the_monte_carlo_objective_for_the_targe
     torch.testing.assert_close(b, torch.autograd.grad(log_p.logsumexp(1).sum(), log_p)[0], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+def make(name, R):
+    """a, b of distinct warmups, with an even policy."""
+    c = torch.arange(R.size(1))[None, :, None].expand(len(R), -1, 1)
+    return weights(name, R, torch.full_like(R, math.log(0.1)), c)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_weights_sum_as_they_should(name):
-    """Σ a = 0 (a baseline was taken off) and Σ b = 1 (as much target gradient as SFT)."""
-    a, b = ESTIMATORS[name](10 * torch.randn(6, 4, **F64))
-    torch.testing.assert_close(a.sum(1), torch.zeros(6, **F64), rtol=0, atol=1e-10)
-    torch.testing.assert_close(b.sum(1), torch.ones(6, **F64), rtol=0, atol=1e-10)
+    """Σ b = 1 (as much target gradient as SFT; prob: Σ b = mean p) and Σ a = 0 (a baseline was taken off).
+
+    iwae's Σ a is not 0: the mean of the leave-one-out logs lies under the log of the mean, so it is above 0.
+    """
+    R = 10 * torch.randn(6, 4, **F64)
+    a, b = make(name, R)
+    torch.testing.assert_close(b.sum(1), R.exp().mean(1) if name == "prob" else torch.ones(6, **F64), rtol=1e-10, atol=1e-10)
+    if name == "iwae":
+        assert (a.sum(1) > 0).all()
+    else:
+        expected = torch.full((6,), float(name in ("best", "truncated")), **F64)
+        torch.testing.assert_close(a.sum(1), expected, rtol=0, atol=1e-10 * R.exp().max().item())
 
 
-@pytest.mark.parametrize("name", list(ESTIMATORS))
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_equal_rewards_push_no_warmup_and_a_constant_changes_nothing(name):
     R = torch.randn(6, 4, **F64)
-    assert ESTIMATORS[name](R[:, :1].expand(6, 4))[0].abs().max() < 1e-15
-    for one, other in zip(ESTIMATORS[name](R), ESTIMATORS[name](R - 700)):  # p = e^-700 must not underflow
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    if name not in ("best", "truncated"):
+        assert make(name, R[:, :1].expand(6, 4))[0].abs().max() < 1e-14
+    if name != "prob":
+        for one, other in zip(make(name, R), make(name, R - 700)):  # p = e^-700 must not underflow
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_better_warmups_are_pushed_up_and_worse_down():
-    a, b = marginal(torch.tensor([[0.0, 1.0, 3.0]]))
-    assert a[0, 0] < 0 and a[0, 1] < 0 < a[0, 2] and b[0].argmax() == 2
+@pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"frozen", "truncated"}))
+def test_better_warmups_are_pushed_up_and_worse_down(name):
+    a, b = make(name, torch.tensor([[-3.0, -2.0, -0.5]]))
+    assert a[0, 2] == a.max() > 0 and a[0, 0] == a.min() <= 0 and b[0].argmax() in (0, 2)
 
 
-def test_one_sample_cannot_be_compared():
-    with pytest.raises(ValueError, match="--samples 2"):
-        marginal(torch.zeros(3, 1))
+def test_grpo_weighs_by_standard_deviations():
+    a, _ = make("grpo", torch.tensor([[0.0, 1.0, 2.0]]))  # mean 1, std 1
+    torch.testing.assert_close(a, torch.tensor([[-1.0, 0.0, 1.0]]) / 3, rtol=1e-3, atol=0)
 
 
-def test_weights_carry_no_graph_and_the_target_term_does():
+def test_alpha_spans_frozen_marginal_and_best():
+    R = torch.randn(6, 4, **F64)
+    for alpha, name in ((0.0, "frozen"), (1e6, "best")):
+        torch.testing.assert_close(make("marginal", alpha * R)[1], make(name, R)[1])
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_one_sample_cannot_be_compared(name):
+    if name in ("frozen", "best"):
+        make(name, torch.zeros(3, 1))
+    else:
+        with pytest.raises(ValueError, match="--samples 2"):
+            make(name, torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_weights_carry_no_graph_and_the_target_term_does(name):
     """Two silent mistakes of published code: gradient through the weights, and a target term that is cut off."""
     policy, target = tables()
     log_pi, log_p = policy.log_softmax(0)[None, :3], target.log_softmax(1)[None, :3, 0]
-    a, b = marginal(log_p)  # with graph on purpose: surrogate must cut it
-    fixed = surrogate(*(w.detach() for w in (a, b)), log_pi, log_p)
+    a, b = weights(name, log_p, log_pi, torch.arange(3)[None, :, None])  # with graph on purpose: surrogate must cut it
+    by_hand = -(a.detach() * log_pi + b.detach() * log_p).sum()
     for x, y in zip(*(torch.autograd.grad(loss, (policy, target), retain_graph=True)
-                      for loss in (surrogate(a, b, log_pi, log_p), fixed))):
+                      for loss in (surrogate(a, b, log_pi, log_p), by_hand))):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.grad(fixed, target)[0].abs().max() > 0.01
+    assert torch.autograd.grad(by_hand, target)[0].abs().max() > 0.01
 
 
 # ----------------------------------------------------------------------------- with the real model
@@ -160,7 +243,7 @@ def spec(length=2, min_length=None, **changes):
     return WarmupSpec(SEP, (0, 1, 2, SEP), length, min_length or length, **changes)
 
 
-def all_warmups(s: WarmupSpec):
+def by_brute_force(s: WarmupSpec):
     """Every c that sampling can produce: content tokens, or an early <sep> filled up with <sep>."""
     for c in itertools.product(range(V), repeat=s.length):
         stop = c.index(SEP) if SEP in c else s.length
@@ -169,10 +252,17 @@ def all_warmups(s: WarmupSpec):
             yield c
 
 
+@pytest.mark.parametrize("length, min_length", [(1, 1), (3, 1), (3, 2)])
+def test_all_warmups_are_those_of_a_brute_force_search(length, min_length):
+    s = spec(length, min_length)
+    found = [tuple(c) for c in all_warmups(s, V).tolist()]
+    assert sorted(found) == sorted(by_brute_force(s))
+
+
 @pytest.mark.parametrize("length, min_length, temperature", [(1, 1, 1.0), (2, 2, 1.0), (3, 1, 1.0), (3, 2, 0.7)])
 def test_the_probabilities_of_all_warmups_sum_to_one(length, min_length, temperature):
     model, batch, s = toy_model(), toy_batch(), spec(length, min_length, temperature=temperature)
-    c = torch.tensor(list(all_warmups(s)))[None].expand(2, -1, -1)  # (2,all,W)
+    c = all_warmups(s, V)[None].expand(2, -1, -1)  # (2,all,W)
     log_pi, _ = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
     torch.testing.assert_close(log_pi.exp().sum(1), torch.ones(2, **F64), rtol=1e-10, atol=1e-10)
 
@@ -185,7 +275,7 @@ def test_sampled_and_teacher_forced_logprobs_agree(length, min_length, temperatu
     c, sampled = sample_warmups(model, memory.detach(), batch.prompt, s, samples=40)
     scored, _ = score(model, memory, batch.prompt, c, batch.target, s)
     torch.testing.assert_close(sampled.double(), scored, rtol=1e-5, atol=1e-5)
-    assert {tuple(row) for row in c.view(-1, length).tolist()} <= set(all_warmups(s))
+    assert {tuple(row) for row in c.view(-1, length).tolist()} <= {tuple(row) for row in all_warmups(s, V).tolist()}
 
 
 def test_a_row_scores_alone_as_it_does_in_a_padded_batch():
@@ -231,22 +321,59 @@ def test_forced_seps_after_an_early_stop_carry_no_logprob():
     torch.testing.assert_close(log_pi[:, 0], expected, rtol=1e-10, atol=1e-10)
 
 
-def test_warmup_loss_has_the_exact_gradient_on_average_over_all_pairs():
-    """The whole path: 9 pairs of one-token warmups through the transformer, K=2, every parameter."""
+@pytest.mark.parametrize("name", ["frozen", "jensen", "iwae"])
+def test_the_gradient_is_exact_on_average_through_the_whole_model(name):
+    """All 9 pairs of one-token warmups through the transformer, K=2: the gradient of every parameter."""
     model, batch, s = toy_model(), toy_batch().index(slice(1)), spec(1)
-    parameters, choices = [p for p in model.parameters()], torch.tensor(list(all_warmups(spec(1))))
-    grads, log_p_all = [torch.zeros_like(p) for p in parameters], None
+    parameters, choices = list(model.parameters()), all_warmups(s, V)
     memory = model.encode(batch.source)
-    log_pi_all, log_p_all = score(model, memory, batch.prompt, choices[None], batch.target, s)  # (1,3)
+    log_pi_all, log_p_all = (x[0] for x in score(model, memory, batch.prompt, choices[None], batch.target, s))  # (3,)
+    grads, objective = [torch.zeros_like(p) for p in parameters], 0.0
     for i, j in itertools.product(range(3), repeat=2):
         log_pi, log_p = score(model, model.encode(batch.source), batch.prompt, choices[[i, j]][None], batch.target, s)
-        loss = surrogate(*frozen(log_p.detach()), log_pi, log_p)
+        loss = surrogate(*weights(name, log_p.detach(), log_pi.detach(), choices[[i, j]][None]), log_pi, log_p)
+        probability = (log_pi_all[i] + log_pi_all[j]).exp()
         for total, grad in zip(grads, torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)):
-            total += (log_pi_all[0, i] + log_pi_all[0, j]).exp().item() * grad
-    expected = -(log_pi_all.detach().exp() * log_p_all).sum()
-    exact = torch.autograd.grad(expected, parameters, allow_unused=True, materialize_grads=True)
-    for a, b in zip(grads, exact):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+            total -= probability.item() * grad
+        value = OBJECTIVES.get(name, OBJECTIVES["jensen"])(log_p_all[[i, j]])
+        objective = objective + (probability.detach() if name == "frozen" else probability) * value
+    check(grads, objective, parameters)
+
+
+@pytest.mark.parametrize("length, min_length", [(1, 1), (2, 1)])
+def test_warmup_loss_exact_is_the_gradient_of_the_marginal_likelihood(length, min_length):
+    model, batch, s = toy_model(), toy_batch(), spec(length, min_length)
+    parameters = list(model.parameters())
+    loss, _ = warmup_loss(model, batch, s, "exact")
+    c = all_warmups(s, V).expand(2, -1, -1)
+    log_pi, log_p = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+    check([-g for g in torch.autograd.grad(loss, parameters)], (log_pi + log_p).logsumexp(1).sum(), parameters)
+
+
+def test_the_sft_term_and_the_entropy_bonus_reach_the_gradient():
+    """A term that is silently a no-op is a published mistake."""
+    model, batch, s = toy_model(), toy_batch(), spec(1)
+    parameters = list(model.parameters())
+
+    def gradient(**options):
+        torch.manual_seed(1)
+        return torch.autograd.grad(warmup_loss(model, batch, s, "marginal", 4, **options)[0], parameters)
+
+    plain, with_sft = gradient(), gradient(sft_weight=0.3)
+    check([(a - b) / 0.3 for a, b in zip(plain, with_sft)], -sft_loss(model, batch), parameters)
+    assert max((a - b).abs().max() for a, b in zip(plain, gradient(entropy_bonus=0.3))) > 1e-4
+    torch.testing.assert_close(gradient(alpha=0.0), gradient(alpha=1e-12))
+
+
+def test_pause_is_a_constant_warmup_without_a_policy():
+    model, batch, s = toy_model(), toy_batch(), spec(2, pause=True)
+    c, log_pi = sample_warmups(model, model.encode(batch.source), batch.prompt, s, 3)
+    assert c.shape == (2, 3, 2) and (c == SEP).all() and (log_pi == 0).all()
+    scored, log_p = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+    assert (scored == 0).all()
+    loss, _ = warmup_loss(model, batch, s, "frozen", 1)
+    torch.testing.assert_close(loss, -log_p[:, 0].sum(), rtol=1e-10, atol=1e-10)
+    assert (generate(model, batch, s, 4)[0] == SEP).all()
 
 
 def test_warmup_loss_is_sample_score_estimate_surrogate(monkeypatch):
@@ -295,7 +422,7 @@ def test_diagnostics_by_hand():
     R = torch.tensor([[0.0, math.log(3.0)], [-2.0, -2.0]])
     c = torch.tensor([[[4, 5], [4, 6]], [[4, 4], [4, 4]]])
     d = diagnostics(R, torch.tensor([[-1.0, -3.0], [-2.0, -2.0]]), c)
-    assert d["marginal_nll"].item() == pytest.approx(-math.log(2.0) + 2.0)  # means of p: 2 and e^-2
+    assert d["nll"].item() == pytest.approx(-math.log(2.0) + 2.0)  # means of p: 2 and e^-2
     assert d["reward"].item() == pytest.approx(math.log(3.0) / 2 - 2.0)
     assert d["spread"].item() == pytest.approx(math.log(3.0) / 2)
     assert d["ess"].item() == pytest.approx(1 / (0.25**2 + 0.75**2) + 2.0)
