@@ -22,3 +22,7 @@ def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "tiny"
     assert train.main(["--task", "wmt", *TINY, "--out", str(folder)]) == 0
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mine", action="store_true", help="tests/exercises: check exercises.py instead of solutions.py")

@@ -1,0 +1,161 @@
+"""Checks of the exercises: of the solutions, or with --mine of your own work in exercises.py."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import exercises
+import solutions
+import toys
+from model import EncoderDecoder, ModelConfig
+from warmup import Batch, WarmupSpec, all_warmups, sample_warmups, score
+
+F64 = dict(dtype=torch.float64)
+
+
+@pytest.fixture
+def work(request):
+    return exercises if request.config.getoption("--mine") else solutions
+
+
+def tables():
+    """Logits of P(c|x) over 4 warmups and log P(y|x,c), as parameters."""
+    torch.manual_seed(0)
+    return torch.randn(4, **F64).requires_grad_(), (-torch.rand(4, **F64)).requires_grad_()
+
+
+def small_model():
+    torch.manual_seed(0)
+    model = EncoderDecoder(ModelConfig(vocab_size=7, width=16, heads=2, head_size=8, ff=16, encoder_layers=1,
+                                       decoder_layers=1, dropout=0.0)).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.4 * torch.randn_like(p)
+    return model, Batch(torch.tensor([[4, 5, 6], [6, 4, 0]]), torch.tensor([[5], [6]]), torch.tensor([[4, 6, 1], [5, 1, 0]]))
+
+
+def is_exact_gradient(estimator, value, K=3):
+    """The estimator's gradient, over all 64 triples, against autograd of E[value(log p of the triple)]."""
+    policy, log_p = tables()
+    ours, objective = [torch.zeros(4, **F64), torch.zeros(4, **F64)], 0.0
+    for triple in itertools.product(range(4), repeat=K):
+        c = list(triple)
+        log_pi, R = policy.log_softmax(0)[c][None], log_p[c][None]
+        a, b = estimator(R.detach())
+        probability = policy.softmax(0)[c].prod()
+        for total, grad in zip(ours, torch.autograd.grad((a * log_pi + b * R).sum(), (policy, log_p))):
+            total += probability.item() * grad
+        objective = objective + probability * value(log_p[c])
+    for mine, exact in zip(ours, torch.autograd.grad(objective, (policy, log_p))):
+        torch.testing.assert_close(mine, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_exercise_1_jensen(work):
+    is_exact_gradient(work.jensen, lambda log_p: log_p.mean())
+
+
+def test_exercise_2_iwae(work):
+    is_exact_gradient(work.iwae, lambda log_p: log_p.exp().mean().log())
+    for one, other in zip(work.iwae(torch.tensor([[-1.0, -2.0, -4.0]])), work.iwae(torch.tensor([[-701.0, -702.0, -704.0]]))):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_exercise_3_swap_gap(work):
+    model, batch = small_model()
+    spec, memory = WarmupSpec(3, (0, 1, 2, 3), 2, 2), model.encode(batch.source)
+    c, _ = sample_warmups(model, memory, batch.prompt, spec, 5)
+    one = score(model, memory, batch.prompt, c, batch.target, spec)[1].mean()
+    two = score(model, memory, batch.prompt, c.flip(0), batch.target, spec)[1].mean()  # of two examples, the other
+    torch.testing.assert_close(work.swap_gap(model, batch, spec, c), one - two, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("min_length", [1, 2, 3])
+def test_exercise_4_mask(work, min_length):
+    spec, V = WarmupSpec(3, (0, 1, 2, 3), 3, min_length), 7
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0), **F64)
+    probabilities = [work.log_policy(logits, c, spec).exp() for c in all_warmups(spec, V)]
+    torch.testing.assert_close(sum(probabilities), torch.ones((), **F64), rtol=1e-10, atol=1e-10)
+
+
+def smoke(module):
+    """What a careless test would look at: shapes, finite losses, and gradients that exist."""
+    logits = torch.randn(3, 6, requires_grad=True)
+    tokens, log_pi = module.draw_tokens(logits, 5)
+    assert tokens.shape == log_pi.shape == (3, 5)
+    R = -torch.rand(3, 5)
+    a, b = module.truncated_weights(R, log_pi.detach(), tokens[..., None])
+    loss = module.surrogate(a, b, log_pi, R)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.abs().max() > 0
+
+
+def check_8(module):
+    """Every token must be drawn as often as its returned log-prob says."""
+    torch.manual_seed(0)
+    logits = torch.tensor([[1.0, 0.5, 0.0, -0.5, -1.0, 0.2]])
+    tokens, log_probs = module.draw_tokens(logits, 50_000)
+    torch.testing.assert_close(log_probs.exp(), logits.softmax(-1)[0, tokens])
+    torch.testing.assert_close(tokens[0].bincount(minlength=6) / 50_000, logits.softmax(-1)[0], rtol=0, atol=0.01)
+
+
+def check_9(module):
+    """Autograd of the loss is -a for log pi and -b for log p."""
+    a, b, log_pi, log_p = torch.randn(4, 2, 3)
+    log_pi.requires_grad_(), log_p.requires_grad_()
+    module.surrogate(a, b, log_pi, log_p).backward()
+    for weight, value in ((a, log_pi), (b, log_p)):
+        assert value.grad is not None and torch.equal(value.grad, -weight)
+
+
+def check_10(module):
+    """A repeated warmup counts once: the weights of (c, c, d) are those of (c, d)."""
+    pi, p = torch.tensor([0.6, 0.1]).log(), torch.tensor([0.2, 0.9]).log()
+    pick = torch.tensor([[0, 0, 1]])
+    a, _ = module.truncated_weights(p[pick], pi[pick], pick[..., None])
+    torch.testing.assert_close(torch.stack([a[0, :2].sum(), a[0, 2]]), (pi + p).softmax(0))
+
+
+CHECKS = {8: check_8, 9: check_9, 10: check_10}
+
+
+@pytest.mark.parametrize("number", CHECKS, ids="exercise_{}".format)
+def test_planted_bug(work, number):
+    smoke(work)
+    CHECKS[number](work)
+
+
+@pytest.mark.parametrize("number", CHECKS, ids="exercise_{}".format)
+def test_the_broken_functions_pass_the_smoke_run_and_fail_their_check(number, request):
+    if request.config.getoption("--mine"):
+        pytest.skip("you may have mended them")
+    smoke(exercises)
+    with pytest.raises((AssertionError, RuntimeError)):
+        CHECKS[number](exercises)
+
+
+# ----------------------------------------------------------------------------- exercise 5's experiments
+
+
+@pytest.mark.parametrize("estimator", ["marginal", "jensen", "iwae", "grpo", "exact"])
+def test_xor_is_solved_with_a_warmup(estimator):
+    assert toys.solve("xor", estimator) < 0.1
+
+
+@pytest.mark.parametrize("estimator", ["frozen", "best"])
+def test_xor_is_not_solved_without_a_gradient_or_by_hard_em(estimator):
+    assert toys.solve("xor", estimator) > 0.99 * math.log(2)
+
+
+def test_paraphrases_part_marginal_from_jensen():
+    """Of four equally good words, jensen wants the same log-prob for all c; marginal lets each c have its word."""
+    assert toys.solve("paraphrases", "marginal", samples=16) < 4
+    assert toys.solve("paraphrases", "jensen", samples=16) > 8
+
+
+def test_a_blind_target_learns_through_the_warmup_alone():
+    assert toys.solve("blind", "marginal") < 0.3 and toys.solve("blind", "frozen") > 0.99 * math.log(8)
