@@ -281,9 +281,9 @@ class Task:
     settings: dict = field(default_factory=dict)  # defaults of train.Config that are other than usual
 
 
-TOY = dict(size="toy", sample_size=100000, dropout=0.0, label_smoothing=0.0, weight_decay=0.0, sft_steps=600,
-           policy_steps=800, batch_tokens=512 * 18, policy_batch_tokens=128 * 18, lr=4e-3, policy_lr=4e-3, samples=8,
-           warmup_len=1, eval_samples=8, eval_decode=500, beams=1)  # 18: 16 source and 2 target tokens
+TOY = dict(size="toy", sample_size=100000, dropout=0.0, label_smoothing=0.0, weight_decay=0.0, sft_steps=400,
+           policy_steps=500, batch_tokens=512 * 18, policy_batch_tokens=128 * 18, lr=4e-3, policy_lr=4e-3, samples=8,
+           warmup_len=1, eval_every=50, eval_samples=8, eval_decode=500, beams=1)  # 18: 16 source and 2 target tokens
 TASKS = {
     "toy": Task(pointers, None, "pointers", TOY),
     "wmt": Task(translation_sample, read_parallel, "translation"),

@@ -351,10 +351,10 @@ class EncoderDecoder(nn.Module):
     def init_weights(self) -> None:
         """Unit-variance products (1/sqrt(fan-in)), as T5; its query weights are smaller where scores are unscaled.
 
-        Ours: what layers add to the residual stream starts at 0.3 of that, and so do the logits, so that the
-        first loss is near ln V. (At full scale the decoder's own input token dominates a tied output.)
+        Ours: if the output is tied, the logits and what the layers add to the residual stream start at 0.3 of
+        that: else the decoder's own input token would dominate them. The first loss is within 0.6 of ln V.
         """
-        c, small = self.config, 0.3
+        c, small = self.config, 0.3 if self.config.tied else 1.0
         shrink = c.head_size**-0.5 / c.attention_scale  # of queries: 1, or T5's 1/sqrt(D)
         std = {"qkv": c.width**-0.5, "q": shrink * c.width**-0.5, "kv": c.width**-0.5, "up": c.width**-0.5}
         std |= {"out": small * (c.heads * c.head_size) ** -0.5, "down": small * c.ff**-0.5}
