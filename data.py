@@ -195,13 +195,15 @@ def generate_splits(draw: Callable, config) -> dict[str, list[Example]]:
     held_out = min(500, max(1, config.sample_size // 4))
     r, wanted = random.Random(f"{config.seed}"), {"train": config.sample_size, "valid": held_out, "test": held_out}
     splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice
-    while any(len(splits[split]) < n for split, n in wanted.items()):
+    for _ in range(100 * config.sample_size + 10000):
+        if all(len(splits[split]) == n for split, n in wanted.items()):
+            return {split: list(rows) for split, rows in splits.items()}
         example = draw(r, config)
         text = max(example.source, example.target, key=lambda text: (len(text), text))
         split = {0: "test", 1: "valid"}.get(zlib.crc32(text.encode()) % 20, "train")
         if len(splits[split]) < wanted[split]:
             splits[split][example] = None
-    return {split: list(rows) for split, rows in splits.items()}
+    raise UserError(f"the sample of task {config.task} holds too few different examples: lower --sample-size")
 
 
 # ----------------------------------------------------------------------------- real data: parallel line files

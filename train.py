@@ -420,6 +420,10 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, lis
         tokenizer = load_tokenizer(config.folder)
     else:
         tokenizer = train_tokenizer(examples["train"], config.vocab_size)
+        listed = tokenizer.get_vocab_size() ** config.warmup_len
+        if config.estimator == "exact" and listed > 4096:
+            raise UserError(f"--estimator exact would list {listed} warmups for every example, and 4096 is our limit: "
+                            "shorten --warmup-len, or shrink the vocabulary (toy: --symbols)")
         new_folder(config)
         write_text(config.folder / "tokenizer.json", tokenizer.to_str())
         write_text(config.folder / "config.json", json.dumps(asdict(config), indent=1))

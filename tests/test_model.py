@@ -132,7 +132,7 @@ def test_initial_loss_is_near_ln_v(tied, vocab_size):
     with torch.no_grad():
         hidden = model.decode(target.roll(1, 1), model.encode(source))
         loss = -model.token_logprobs(hidden.flatten(0, 1), target.flatten()).mean().item()
-    assert abs(loss - math.log(vocab_size)) < 0.4  # T5's own initial weights are off by 0.5 (V=8000) and 1.8 (V=100)
+    assert abs(loss - math.log(vocab_size)) < (0.4 if tied else 0.6)  # untied: logits of variance 1 cost half a nat
 
 
 def test_scaled_weights_compute_what_t5s_do():

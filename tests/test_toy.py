@@ -1,0 +1,118 @@
+"""Task toy through train.py: its settings, scores, controls, and that the warmup is read."""
+
+import json
+
+import pytest
+
+import data
+import eval as evaluation
+import train
+from data import Example
+
+SMALL = ["--task", "toy", "--sample-size", "400", "--symbols", "6", "--sft-steps", "4", "--policy-steps", "3",
+         "--eval-every", "2", "--batch-tokens", "320", "--policy-batch-tokens", "80", "--samples", "2", "--eval-decode", "20",
+         "--threads", "1"]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_scores_by_hops_and_hit_rate():
+    """f: a->b, b->c, c->a. Asked: f(a), f(f(a)) twice."""
+    one, two = Example("ab bc ca", "<1hops> a", "b"), Example("ab bc ca", "<2hops> a", "c")
+    assert data.chain(one) == ["a", "b"] and data.chain(two) == ["a", "b", "c"]
+    scores = evaluation.pointer_scores(None, [one, two, two], ["b", "c", "b"], ["x", "b", "c"])
+    assert scores == {"1 hop": 1.0, "2 hops": 0.5, "hit rate": 0.5}
+    assert evaluation.pointer_scores(None, [one], ["c"], [None]) == {"1 hop": 0.0}
+    three = Example("ab bc ca", "<3hops> a", "a")
+    assert evaluation.pointer_scores(None, [three], ["a"], ["b c"]) == {"3 hops": 1.0, "hit rate": 1.0}
+    assert evaluation.pointer_scores(None, [three], ["a"], ["b b"])["hit rate"] == 0.0
+
+
+def test_a_task_brings_its_own_settings_and_flags_go_before_them():
+    toy = train.parse(["--task", "toy"])[0]
+    assert {name: getattr(toy, name) for name in data.TOY} == data.TOY
+    assert train.parse(["--samples", "3", "--task=toy"])[0].samples == 3
+    assert train.parse(["--task", "wmt"])[0] == train.Config()
+
+
+@pytest.mark.parametrize("estimator", ["jensen", "exact", "truncated", "pause", "sft"])
+def test_every_kind_of_estimator_trains_from_the_command_line(estimator, tmp_path):
+    folder = tmp_path / "run"
+    assert train.main([*SMALL, "--estimator", estimator, "--out", str(folder), "--no-control"]) == 0
+    rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+    name = {"pause": "pause", "sft": "sft, same tokens"}.get(estimator, "warmup")
+    assert set(rows) == {"sft", name} and {"1 hop", "2 hops"} <= set(rows[name]["metrics"])
+    assert ("hit rate" in rows[name]["metrics"]) == (estimator != "sft")
+    trained = [line for line in log_of(folder) if line["stage"] == "policy" and line["kind"] == "train"]
+    assert ("reward" in trained[0]) == (estimator != "sft")
+    assert evaluation.main([str(folder)]) == 0
+
+
+def examples_per_update(monkeypatch, estimator, folder):
+    seen = []
+    original = train.Run.loss
+    monkeypatch.setattr(train.Run, "loss", lambda self, batch: (seen.append((self.state.stage, len(batch.source))),
+                                                                original(self, batch))[1])
+    assert train.main([*SMALL, "--estimator", estimator, "--samples", "4", "--out", str(folder), "--no-control"]) == 0
+    return {rows for stage, rows in seen if stage == "policy"}
+
+
+def test_controls_see_as_many_target_tokens_an_update(monkeypatch, tmp_path):
+    assert examples_per_update(monkeypatch, "marginal", tmp_path / "a") == {10}  # 80 tokens: 6 source + 2 target each
+    monkeypatch.undo()
+    assert examples_per_update(monkeypatch, "pause", tmp_path / "b") == {40}
+
+
+@pytest.mark.parametrize("flag", [["--alpha", "0"], ["--sft-weight", "1"], ["--entropy-bonus", "1"]])
+def test_the_options_of_the_objective_reach_the_weights(flag, tmp_path):
+    losses = []
+    for name, more in (("plain", []), ("other", flag)):
+        assert train.main([*SMALL, "--out", str(tmp_path / name), "--no-control", *more]) == 0
+        losses.append([line["nll"] for line in log_of(tmp_path / name) if line["stage"] == "policy" and line["step"] == 3])
+    assert losses[0] != losses[1]
+
+
+def test_a_toy_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    original, calls = train.Run.loss, []
+    assert train.main([*SMALL, "--out", str(tmp_path / "whole"), "--no-control"]) == 0
+
+    def interrupted(self, batch):
+        calls.append(0)
+        self.stop = self.stop or len(calls) == 6  # in the policy stage
+        return original(self, batch)
+
+    monkeypatch.setattr(train.Run, "loss", interrupted)
+    assert train.main([*SMALL, "--out", str(tmp_path / "cut"), "--no-control"]) == 1
+    monkeypatch.undo()
+    assert train.main(["--resume", str(tmp_path / "cut")]) == 0
+    whole, cut = ([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log_of(tmp_path / name)]
+                  for name in ("whole", "cut"))
+    assert whole == cut
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--task", "toy", "--data", "nowhere"], "leave --data out"),
+    (["--task", "toy", "--symbols", "2"], "too few different"),
+    (["--task", "toy", "--estimator", "exact", "--symbols", "20", "--warmup-len", "2"], "exact"),
+])
+def test_what_the_toy_refuses(arguments, message, tmp_path, capsys):
+    assert train.main([*arguments, "--sample-size", "50", "--out", str(tmp_path / "run")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_toy_usage(capsys):
+    for arguments in (["--symbols", "27"], ["--hops", "-1"], ["--alpha", "nan"], ["--samples", "1", "--estimator", "jensen"],
+                      ["--samples", "1", "--estimator", "best", "--entropy-bonus", "0.1"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--task", "toy", *arguments])
+        assert stop.value.code == 2
+
+
+def test_translation_of_new_text_is_refused(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main([*SMALL, "--policy-steps", "0", "--out", str(folder)]) == 0
+    assert evaluation.main([str(folder), "--input", "-"]) == 1
+    assert "--input translates" in capsys.readouterr().err
