@@ -175,8 +175,8 @@ def pointer_scores(config, examples: list[Example], hypotheses: list[str], warmu
     """Exact match by hops, and hit rate: warmups that begin with the symbols in between, nobody having labelled them."""
     right = defaultdict(list)
     for example, hypothesis, warmup in zip(examples, hypotheses, warmups):
-        _, *between, answer = symbols = chain(example)
-        hops = len(symbols) - 1
+        symbols = chain(example)
+        hops, between, answer = len(symbols) - 1, symbols[1:-1], symbols[-1]
         right[f"{hops} hop{'s' * (hops != 1)}"].append(hypothesis == answer)
         if warmup is not None and between:
             right["hit rate"].append(warmup.split()[: len(between)] == between)

@@ -37,6 +37,7 @@ class ModelConfig:
     buckets: int = 32  # relative distances fall into this many buckets
     max_distance: int = 128  # distances from here on share the last bucket
     scaled: bool = True  # False: T5's weights. True: the same functions with weights that suit AdamW (see `embed`)
+    absolute: bool = True  # add sinusoidal positions to the embeddings; False: T5, which has relative ones only
     dropout: float = 0.1
     pad_id: int = 0  # also the decoder's start token: T5 has no other
     eos_id: int = 1
@@ -48,7 +49,8 @@ class ModelConfig:
 
 
 SIZES = {
-    "toy": dict(width=64, heads=4, head_size=16, ff=256, encoder_layers=0, decoder_layers=1, tied=False),
+    "toy": dict(width=64, heads=4, head_size=16, ff=256, encoder_layers=0, decoder_layers=1, tied=False,
+                absolute=False),
     "nano": dict(width=64, heads=2, head_size=32, ff=256, encoder_layers=2, decoder_layers=2),
     "tiny": dict(width=192, heads=6, head_size=32, ff=512, encoder_layers=3, decoder_layers=3),
     "small": dict(width=256, heads=4, head_size=64, ff=1024, encoder_layers=4, decoder_layers=4),
@@ -213,6 +215,13 @@ class PositionBias(nn.Module):
         return bias.permute(2, 0, 1).unsqueeze(0)  # (1,H,L,L)
 
 
+def sinusoids(length: int, width: int, device) -> Tensor:
+    """(length,width): sin and cos of the position at wavelengths from 2π to 20,000π (Vaswani et al. 2017, §3.5)."""
+    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))  # (width/2,)
+    angle = torch.arange(length, device=device)[:, None] * rate  # (length,width/2)
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
 class Stack(nn.Module):
     """All blocks of the encoder or the decoder, with the biases they share and a final norm."""
 
@@ -371,8 +380,8 @@ class EncoderDecoder(nn.Module):
         else:
             nn.init.normal_(self.output.weight, std=small * c.width**-0.5)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (R,L) -> (R,L,E).
+    def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
+        """tokens (R,L) at positions past.. -> (R,L,E).
 
         T5's embeddings are sqrt(E) larger and its queries sqrt(D) smaller than `scaled` ones. Its optimizer,
         Adafactor, takes steps in proportion to a weight's size. AdamW's steps are all alike: it would leave
@@ -380,7 +389,11 @@ class EncoderDecoder(nn.Module):
         here and in `attention_scale` takes the place of the weights' sizes; what can be computed is the same.
         """
         x = self.embedding(tokens)
-        return x * self.config.width**0.5 if self.config.scaled else x
+        if self.config.scaled:
+            x = x * self.config.width**0.5
+        if self.config.absolute:
+            x = x + sinusoids(past + tokens.size(1), self.config.width, tokens.device)[past:].to(x.dtype)  # (L,E)
+        return x
 
     def encode(self, source: Tensor) -> Memory:
         """source (B,S), padded on the right with pad_id -> Memory. Every row needs one real token."""
@@ -400,7 +413,7 @@ class EncoderDecoder(nn.Module):
             raise ValueError(f"{tokens.size(0)} decoder rows are not a multiple of {len(memory.bias)} examples")
         biases = cache.biases if cache else self.decoder.position_biases(L)
         biases = [bias[:, :, past : past + L, : past + L] for bias in biases]  # (1,H,L,past+L)
-        hidden = self.decoder(self.embed(tokens), biases, memory, cache)  # (R,L,E)
+        hidden = self.decoder(self.embed(tokens, past), biases, memory, cache)  # (R,L,E)
         if cache:
             cache.length += L
         return hidden

@@ -137,7 +137,7 @@ def test_initial_loss_is_near_ln_v(tied, vocab_size):
 
 def test_scaled_weights_compute_what_t5s_do():
     """`scaled` is another way to write T5's function: embeddings / sqrt(E), queries * sqrt(D), same logits."""
-    t5, ours = tiny_model(scaled=False), tiny_model(scaled=True)
+    t5, ours = tiny_model(scaled=False, absolute=False), tiny_model(scaled=True, absolute=False)
     weights = {name: p.clone() for name, p in t5.state_dict().items()}
     weights["embedding.weight"] /= 16**0.5
     for name in weights:
