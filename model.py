@@ -10,8 +10,11 @@ T5's oddities, each marked where it happens: RMSNorm without mean or bias, no bi
 layer, positions only as a learned bias on attention scores, the pad id as decoder start.
 """
 
+import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -552,3 +555,180 @@ def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: i
         cache.select((rows + beam.gather(1, best)).view(-1))
         hidden = model.decode(tokens[:, :, t].reshape(-1, 1), memory, cache)[:, -1]
     return ended, ended_scores
+
+
+# ----------------------------------------------------------------------------- pretrained weights
+
+FAMILIES = ("t5", "mt5", "umt5")  # model_type in config.json; t5 is also v1.1, Flan-T5 and byT5
+
+
+def t5_config(settings: dict) -> ModelConfig:
+    """Hugging Face's config.json of a T5 v1.0, T5 v1.1, Flan-T5, mT5, umT5 or byT5. ValueError for all others."""
+    get, family = settings.get, settings.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"a model of type {family!r} is not a T5: we read {', '.join(FAMILIES)}")
+    missing = {"vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers"} - settings.keys()
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
+    act = get("feed_forward_proj") or ("gated-gelu" if get("is_gated_act") else get("dense_act_fn") or "relu")
+    same = {"feed_forward_proj": (act if act in ("relu", "gated-gelu") else None, act),
+            "layer_norm_epsilon": (1e-6, get("layer_norm_epsilon", 1e-6)),
+            "decoder_start_token_id": (get("pad_token_id", 0), get("decoder_start_token_id", get("pad_token_id", 0)))}
+    for name, (ours, theirs) in same.items():
+        if ours != theirs:
+            raise ValueError(f"{name} = {theirs!r} in config.json is not what any T5 has, and we cannot compute it")
+    # transformers 5 writes tie_word_embeddings = true for all, and what it stood for under another name; for mT5 never
+    tied = family != "mt5" and get("scale_decoder_outputs", get("tie_word_embeddings", True))
+    return ModelConfig(
+        vocab_size=settings["vocab_size"], width=settings["d_model"], heads=settings["num_heads"],
+        head_size=settings["d_kv"], ff=settings["d_ff"], encoder_layers=settings["num_layers"],
+        decoder_layers=get("num_decoder_layers") or settings["num_layers"], gated=act == "gated-gelu",
+        tied=tied, shared_bias=family != "umt5", scaled=False, absolute=False,
+        buckets=get("relative_attention_num_buckets", 32), max_distance=get("relative_attention_max_distance", 128),
+        dropout=get("dropout_rate", 0.1), pad_id=get("pad_token_id", 0), eos_id=get("eos_token_id", 1))
+
+
+def t5_names(c: ModelConfig) -> dict[str, list[str]]:
+    """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0 in this order."""
+    names = {"embedding.weight": ["shared.weight"]} | ({} if c.tied else {"output.weight": ["lm_head.weight"]})
+    for stack, layers in (("encoder", c.encoder_layers), ("decoder", c.decoder_layers)):
+        names[f"{stack}.norm.weight"] = [f"{stack}.final_layer_norm.weight"]
+        for i in range(layers):
+            last = 2 if stack == "decoder" else 1  # T5 numbers a block's parts: self, cross, feed-forward
+            up = ["wi_0", "wi_1"] if c.gated else ["wi"]  # wi_0 is the gate
+            parts = {"self_attention.qkv": [f"0.SelfAttention.{x}" for x in "qkv"],
+                     "self_attention.out": ["0.SelfAttention.o"], "self_norm": ["0.layer_norm"],
+                     "feed_forward.up": [f"{last}.DenseReluDense.{x}" for x in up],
+                     "feed_forward.down": [f"{last}.DenseReluDense.wo"], "ff_norm": [f"{last}.layer_norm"]}
+            if stack == "decoder":
+                parts |= {"cross_attention.q": ["1.EncDecAttention.q"], "cross_norm": ["1.layer_norm"],
+                          "cross_attention.kv": [f"1.EncDecAttention.{x}" for x in "kv"],
+                          "cross_attention.out": ["1.EncDecAttention.o"]}
+            names |= {f"{stack}.blocks.{i}.{ours}.weight": [f"{stack}.block.{i}.layer.{x}.weight" for x in theirs]
+                      for ours, theirs in parts.items()}
+            if i == 0 or not c.shared_bias:
+                bias = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
+                names[f"{stack}.biases.{i}.weight"] = [bias]
+    return names
+
+
+def pretrained_folder(source: str) -> Path:
+    """The folder itself, or where the Hugging Face hub's files of that name lie (downloaded, or in its cache)."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+        raise OSError(f"{source} is neither a folder nor a name on the Hugging Face hub")
+    from huggingface_hub import snapshot_download  # comes with tokenizers
+
+    small = ["config.json", "tokenizer.json", "spiece.model", "tokenizer_config.json", "*.index.json"]
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=[*small, "model*.safetensors"]))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(source, allow_patterns=[*small, "pytorch_model*.bin"]))
+        return folder
+    except Exception as error:  # the hub, its HTTP library and the cache raise a zoo of types
+        raise OSError(f"{source} is no folder here, and the Hugging Face hub did not give it "
+                      f"({type(error).__name__}): download it elsewhere and name its folder") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. OSError if there is none, ValueError if it is broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
+    except ValueError as error:  # UnicodeDecodeError is one, too
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors (needs safetensors) or pytorch_model.bin, in one file or in shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        files, index = [name], folder / f"{name}.index.json"
+        if not (folder / name).exists():
+            if not index.exists():
+                continue
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        tensors: dict[str, Tensor] = {}
+        for path in (folder / Path(file).name for file in files):
+            try:
+                if path.suffix == ".safetensors":
+                    from safetensors.torch import load_file
+
+                    tensors |= load_file(path)
+                else:
+                    tensors |= torch.load(path, map_location="cpu", weights_only=True)
+            except ImportError:
+                raise OSError(f"to read {path.name}: pip install safetensors") from None
+            except FileNotFoundError:
+                raise OSError(f"{path} is missing: the checkpoint's index names it") from None
+            except Exception as error:
+                raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
+        return tensors
+    raise OSError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def load_pretrained(source: str, **changes) -> EncoderDecoder:
+    """A T5 in float32 from a Hugging Face folder or hub name. changes: ModelConfig fields, such as dropout.
+
+    Every tensor is used or named in a ValueError; OSError for what cannot be read.
+    """
+    folder = pretrained_folder(source)
+    c = replace(t5_config(read_json(folder / "config.json")), **changes)
+    tensors = read_weights(folder)
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):  # the same under other names
+        copy = tensors.pop(name, None)
+        if copy is not None and not torch.equal(copy, tensors.setdefault("shared.weight", copy)):
+            raise ValueError(f"{name} differs from shared.weight: in a T5 they are one")
+    if c.tied and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(head, tensors.get("shared.weight", head)):  # umT5: scaled as if tied, and is not
+            c = replace(c, tied=False)
+            tensors["lm_head.weight"] = head.float() * c.width**-0.5
+    tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)  # never used, by anyone
+    names = t5_names(c)
+    missing = [name for parts in names.values() for name in parts if name not in tensors]
+    foreign = sorted(tensors.keys() - {name for parts in names.values() for name in parts})
+    if missing or foreign:
+        lists = (f"{what} {', '.join(n[:3])}{' …' * (len(n) > 3)}" for what, n in
+                 (("lacks", missing), ("also holds", foreign)) if n)
+        raise ValueError(f"{folder} is not what its config.json says: it {' and '.join(lists)}")
+    with torch.device("meta"):  # shapes without memory: the loaded tensors become the parameters
+        model = EncoderDecoder(c)
+    for name, parameter in model.named_parameters():
+        whole = torch.cat([tensors.pop(part) for part in names[name]]).float()
+        if whole.shape != parameter.shape:
+            raise ValueError(f"{' + '.join(names[name])} has shape {tuple(whole.shape)}, but config.json says "
+                             f"{tuple(parameter.shape)}")
+        model.load_state_dict({name: whole}, strict=False, assign=True)
+    return model
+
+
+def save_pretrained(model: EncoderDecoder, folder: str | Path) -> None:
+    """Write config.json and pytorch_model.bin that Hugging Face transformers loads, to the same logits."""
+    c, folder = model.config, Path(folder)
+    if c.absolute or not c.encoder_layers:
+        raise ValueError("T5 has no absolute positions, and an encoder: this model is no T5")
+    tensors = {}
+    for ours, theirs in t5_names(c).items():
+        whole = model.get_parameter(ours).detach().cpu()
+        if c.scaled and ours == "embedding.weight":  # see `embed`
+            whole = whole * c.width**0.5
+        parts = [part.clone() for part in whole.chunk(len(theirs))]
+        if c.scaled and ours.endswith(("qkv.weight", "attention.q.weight")):
+            parts[0] *= c.attention_scale
+        if ours == "output.weight" and not c.shared_bias:  # transformers 5 scales umT5's untied output, too
+            parts[0] *= c.width**0.5
+        tensors |= zip(theirs, parts)
+    settings = {
+        "model_type": "t5" if c.shared_bias else "umt5", "is_encoder_decoder": True,
+        "architectures": ["T5ForConditionalGeneration" if c.shared_bias else "UMT5ForConditionalGeneration"],
+        "vocab_size": c.vocab_size, "d_model": c.width, "d_kv": c.head_size, "d_ff": c.ff, "num_heads": c.heads,
+        "num_layers": c.encoder_layers, "num_decoder_layers": c.decoder_layers, "dropout_rate": c.dropout,
+        "feed_forward_proj": "gated-gelu" if c.gated else "relu", "tie_word_embeddings": c.tied or not c.shared_bias,
+        "relative_attention_num_buckets": c.buckets, "relative_attention_max_distance": c.max_distance,
+        "pad_token_id": c.pad_id, "eos_token_id": c.eos_id, "decoder_start_token_id": c.pad_id}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    torch.save(tensors, folder / "pytorch_model.bin")

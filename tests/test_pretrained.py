@@ -1,0 +1,184 @@
+"""Pretrained T5s: equal to Hugging Face's, from files that tests/make_golden.py wrote; and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import (Cache, ModelConfig, EncoderDecoder, beam_search, load_pretrained, read_weights, save_pretrained,
+                   t5_config, t5_names)
+from warmup import Batch, sft_loss
+
+GOLDEN = Path(__file__).parent / "golden"
+KINDS = ("t5", "t5-v1.1", "mt5", "umt5")
+
+
+@pytest.fixture(params=KINDS)
+def golden(request):
+    """(model, what transformers computed with it, name of the kind)"""
+    folder = GOLDEN / request.param
+    return load_pretrained(str(folder)).eval(), torch.load(folder / "expected.pt"), request.param
+
+
+def decoder_input(target):
+    return torch.cat([torch.zeros(len(target), 1, dtype=torch.long), target[:, :-1]], 1)
+
+
+def test_logits_equal(golden):
+    """With padding on both sides, and distances of 23 where the last bucket begins at 10. 1e-5 of the largest logit."""
+    model, expected, _ = golden
+    source, target = expected["source"], expected["target"]
+    logits = model.logits(model.decode(decoder_input(target), model.encode(source)))
+    real = target != 0
+    theirs = expected["logits"][real]
+    assert torch.allclose(logits[real], theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_loss_and_every_gradient_equal(golden):
+    model, expected, kind = golden
+    source, target = expected["source"], expected["target"]
+    batch = Batch(source, torch.zeros(3, 0, dtype=torch.long), target)
+    loss = sft_loss(model, batch) / (target != 0).sum()
+    loss.backward()
+    assert torch.allclose(loss, expected["loss"], rtol=1e-5)
+    seen = set()
+    for ours, theirs in t5_names(model.config).items():
+        for name, grad in zip(theirs, model.get_parameter(ours).grad.chunk(len(theirs))):
+            if kind == "umt5" and name == "lm_head.weight":  # we folded its scale into the weight
+                grad = grad * 16**-0.5
+            assert torch.allclose(grad, expected["grads"][name], rtol=1e-4, atol=1e-5), name
+            seen.add(name)
+    assert seen == expected["grads"].keys()
+
+
+def test_cached_decoding_equals(golden):
+    model, expected, _ = golden
+    memory, tokens = model.encode(expected["source"]), decoder_input(expected["target"])
+    cache = Cache(model, 3, tokens.size(1))
+    steps = [model.logits(model.decode(tokens[:, t : t + 1], memory, cache)) for t in range(tokens.size(1))]
+    real = expected["target"] != 0
+    assert torch.allclose(torch.cat(steps, 1)[real], expected["logits"][real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("penalty", (0.6, 1.0, 2.0))
+def test_beams_equal_token_for_token(golden, penalty):
+    """generate(num_beams=4, num_return_sequences=4, early_stopping=False): all four beams, best first."""
+    model, expected, _ = golden
+    start = torch.zeros(3, 1, dtype=torch.long)
+    tokens, _ = beam_search(model, model.encode(expected["source"]), start, 12, beams=4, length_penalty=penalty)
+    theirs = expected["beams"][penalty].view(3, 4, -1)[:, :, 1:]  # without the start token
+    theirs = theirs.masked_fill((theirs == 1).int().cumsum(-1) - (theirs == 1).int() > 0, 0)  # it fills up with </s>
+    assert torch.equal(tokens[:, :, : theirs.size(2)], theirs) and not tokens[:, :, theirs.size(2) :].any()
+
+
+def test_save_and_load_again(golden, tmp_path):
+    """Nothing is lost. (That transformers reads it to the same logits: python tests/make_golden.py --check.)"""
+    model, expected, kind = golden
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(str(tmp_path))
+    assert all(torch.allclose(p, again.get_parameter(name), rtol=1e-6) for name, p in model.named_parameters())
+    assert read_weights(tmp_path).keys() <= read_weights(GOLDEN / kind).keys()
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_a_model_from_scratch_can_leave(tmp_path, tied):
+    """`scaled` weights are written as T5's own: another parametrisation, the same logits."""
+    c = ModelConfig(vocab_size=30, width=16, heads=2, head_size=6, ff=20, encoder_layers=1, decoder_layers=2,
+                    tied=tied, absolute=False)
+    model = EncoderDecoder(c).eval()
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(str(tmp_path)).eval()
+    source, tokens = torch.randint(2, 30, (2, 7)), torch.randint(2, 30, (2, 5))
+    logits = [m.logits(m.decode(tokens, m.encode(source))) for m in (model, again)]
+    assert not again.config.scaled and torch.allclose(*logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="no T5"):
+        save_pretrained(EncoderDecoder(ModelConfig(vocab_size=30, width=16)), tmp_path)
+
+
+def copy(kind, folder):
+    return Path(shutil.copytree(GOLDEN / kind, folder / kind))
+
+
+def test_half_precision_files_become_float32(tmp_path):
+    folder = copy("t5", tmp_path)
+    torch.save({name: x.half() for name, x in read_weights(folder).items()}, folder / "pytorch_model.bin")
+    model = load_pretrained(str(folder), dropout=0.3)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model.config.dropout == 0.3
+
+
+def test_shards(tmp_path):
+    folder, tensors = copy("umt5", tmp_path), read_weights(GOLDEN / "umt5")
+    names = sorted(tensors)
+    shards = {"a.bin": names[:9], "b.bin": names[9:]}
+    for file, part in shards.items():
+        torch.save({name: tensors[name] for name in part}, folder / file)
+    (folder / "pytorch_model.bin").unlink()
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    whole, sharded = load_pretrained(str(GOLDEN / "umt5")), load_pretrained(str(folder))
+    assert all(torch.equal(p, sharded.get_parameter(name)) for name, p in whole.named_parameters())
+    (folder / "b.bin").unlink()
+    with pytest.raises(OSError, match="b.bin is missing"):
+        load_pretrained(str(folder))
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors to test reading it")
+    folder = copy("mt5", tmp_path)
+    safetensors.save_file(read_weights(folder), folder / "model.safetensors")
+    (folder / "pytorch_model.bin").unlink()
+    model = load_pretrained(str(folder))
+    assert torch.equal(model.output.weight, load_pretrained(str(GOLDEN / "mt5")).output.weight)
+
+
+def test_old_files_with_copies_and_an_unused_tensor(tmp_path):
+    """Checkpoints of 2019 hold the embedding four times, and a cross-attention bias that nothing reads."""
+    folder, tensors = copy("t5", tmp_path), read_weights(GOLDEN / "t5")
+    shared = tensors["shared.weight"]
+    tensors |= {"encoder.embed_tokens.weight": shared, "decoder.embed_tokens.weight": shared, "lm_head.weight": shared,
+                "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.zeros(8, 2)}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert load_pretrained(str(folder)).config.tied
+    tensors["encoder.embed_tokens.weight"] = shared + 1
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="differs from shared.weight"):
+        load_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"model_type": "bart"}, "'bart' is not a T5"),
+    ({"model_type": "bert"}, "'bert' is not a T5"),
+    ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj = 'gated-silu'"),
+    ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon"),
+    ({"decoder_start_token_id": 5}, "decoder_start_token_id"),
+    ({"d_ff": 24}, "has shape"),
+    ({"num_layers": 3}, "lacks encoder.block.2"),
+    ({"num_decoder_layers": 1}, "also holds decoder.block.1"),
+    ({"model_type": "umt5"}, "lacks encoder.block.1.layer.0.SelfAttention.relative_attention_bias"),
+])
+def test_what_does_not_fit_is_refused_by_name(tmp_path, change, complaint):
+    folder = copy("t5", tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=complaint):
+        load_pretrained(str(folder))
+
+
+def test_missing_or_broken_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = copy("t5", tmp_path)
+    (folder / "pytorch_model.bin").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="damaged"):
+        load_pretrained(str(folder))
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(OSError, match="neither model.safetensors nor pytorch_model.bin"):
+        load_pretrained(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_pretrained(str(folder))
+    with pytest.raises(OSError, match="neither a folder nor a name"):
+        load_pretrained("/no/such/folder")
+    with pytest.raises(ValueError, match="lacks d_ff"):
+        t5_config({"model_type": "t5", "vocab_size": 1, "d_model": 1, "d_kv": 1, "num_heads": 1, "num_layers": 1})
