@@ -7,7 +7,10 @@ A task is a row of TASKS. Data is looked for in this order, and the choice is pr
 """
 
 import gzip
+import json
 import random
+import re
+import struct
 import zlib
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,7 +19,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from warmup import Batch
 
@@ -273,6 +276,17 @@ def read_parallel(pair: str, folder: Path) -> dict[str, list[Example]]:
 # ----------------------------------------------------------------------------- the table of tasks
 
 
+LANGUAGES = dict(de="German", en="English", fr="French", ru="Russian", zh="Chinese", cs="Czech", ro="Romanian")
+
+
+def source_prefix(config) -> str:
+    """What a pretrained model finds before its source, as T5 did in its training; "" from scratch."""
+    if not config.init or TASKS[config.task].metrics != "translation":
+        return ""
+    source, target = (LANGUAGES.get(lang, lang) for lang in config.pair.split("-"))
+    return f"translate {source} to {target}: "
+
+
 @dataclass(frozen=True)
 class Task:
     """A task is how to sample it, how to read it, and how it is scored; everything else is shared."""
@@ -317,7 +331,8 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
               f". For real text (README, Your own text): python train.py --task {config.task} --pair {pair} --data FOLDER")
     if "test" not in splits:
         print("data: no test split, so the validation split, which also picks the checkpoint, is scored in its place")
-    return splits, origin
+    prefix = source_prefix(config)
+    return {name: [e._replace(source=prefix + e.source) for e in rows] for name, rows in splits.items()}, origin
 
 
 # ----------------------------------------------------------------------------- tokenizer
@@ -325,7 +340,7 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
 
 def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     """Byte-pair encoding of source and target together. Special tokens and prompt tags (<2de>) come first."""
-    tags = sorted({word for example in examples for word in example.prompt.split() if word.startswith("<")})
+    tags = prompt_tags(examples)
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # numbers digit by digit: 57 and 58 share what they share
@@ -335,6 +350,109 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, EOS, UNK, SEP, *tags],
                                   show_progress=False, limit_alphabet=vocab_size // 2)
     tokenizer.train_from_iterator((text for e in examples for text in (e.source, e.target)), trainer)
+    return tokenizer
+
+
+def prompt_tags(examples: list[Example]) -> list[str]:
+    """The words of prompts that are one token each, such as <2de>."""
+    return sorted({word for example in examples for word in example.prompt.split() if word.startswith("<")})
+
+
+def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message: whole numbers, and bytes for all else."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        number = shift = 0
+        while True:  # 7 bits a byte, lowest first; the top bit says that more follow
+            at, shift, byte = at + 1, shift + 7, data[at]
+            number |= (byte & 127) << (shift - 7)
+            if byte < 128:
+                return number
+
+    while at < len(data):
+        field, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield field, varint()
+        else:
+            size = {1: 8, 5: 4}[kind] if kind != 2 else varint()
+            at += size
+            yield field, data[at - size : at]
+
+
+def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
+    """SentencePiece's spiece.model, a protobuf, as the pipeline that T5's tokenizer.json holds.
+
+    Unigram pieces with scores; normalisation by the precompiled table; "_" before each word. Checkpoints of
+    T5 (100) and umT5 (300) expect sentinels <extra_id_N> behind the pieces, counted backwards; mT5 has them as
+    pieces. Byte fallback is off, as in their tokenizer.json.
+    """
+    try:
+        pieces, trainer, normalizer = [], {}, {}
+        for field, value in protobuf(path.read_bytes()):
+            if field == 1:
+                piece = dict(protobuf(value))
+                pieces.append((piece[1].decode(), *struct.unpack("<f", piece.get(2, bytes(4))), piece.get(3, 1)))
+            elif field == 2:
+                trainer = dict(protobuf(value))
+            elif field == 3:
+                normalizer = dict(protobuf(value))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except (KeyError, IndexError, TypeError, ValueError, struct.error):
+        pieces = []
+    if not pieces or trainer.get(3) != 1:
+        raise UserError(f"{path} is not a SentencePiece unigram model: T5, mT5 and umT5 have such")
+    vocab = [(text, score) for text, score, _ in pieces]
+    special = [text for text, _, kind in pieces if kind in (2, 3)]  # <unk>, and control symbols such as </s>
+    if not any("<extra_id_" in text for text, _ in vocab):
+        sentinels = [f"<extra_id_{i}>" for i in reversed(range(300 if vocab_size - len(vocab) >= 300 else 100))]
+        vocab, special = vocab + [(text, 0.0) for text in sentinels], special + sentinels
+    tokenizer = Tokenizer(models.Unigram(vocab, [kind for *_, kind in pieces].index(2), False))
+    steps = [normalizers.Precompiled(normalizer[2])] if normalizer.get(2) else []
+    if normalizer.get(4, 1):  # remove_extra_whitespaces
+        steps += [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
+    else:
+        steps += [normalizers.Replace(Regex(" {2,}"), " ")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    return tokenizer
+
+
+def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer of a T5 checkpoint, with <sep> and tags in place of its first sentinels (<extra_id_0> …).
+
+    So no embedding is resized: the sentinels stand for masked spans in pretraining and for nothing in our text.
+    The other sentinels, and the embeddings that have no token (T5: 28), become special tokens that no warmup
+    and no output may hold.
+    """
+    if (folder / "tokenizer.json").exists():
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"cannot read {folder}/tokenizer.json: {error}") from None
+    elif (folder / "spiece.model").exists():
+        tokenizer = read_spiece(folder / "spiece.model", vocab_size)
+    else:
+        raise UserError(f"{folder} has neither tokenizer.json nor spiece.model")
+    numbers = {token: re.fullmatch(r"▁?<extra_id_(\d+)>", token) for token in tokenizer.get_vocab()}
+    sentinels = sorted((token for token, found in numbers.items() if found), key=lambda token: int(numbers[token][1]))
+    ours = [SEP, *tags]
+    if not {PAD, EOS, UNK} <= numbers.keys() or len(sentinels) < len(ours) or len(numbers) > vocab_size:
+        raise UserError(f"the tokenizer in {folder} is not that of its T5: it has {len(numbers)} tokens (the model: "
+                        f"{vocab_size}), {len(sentinels)} of them sentinels <extra_id_N> ({len(ours)} needed)")
+    names, content = dict(zip(sentinels, ours)), json.loads(tokenizer.to_str())
+    for piece in content["model"]["vocab"]:
+        piece[0] = names.get(piece[0], piece[0])
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+        token["lstrip"] = token["rstrip"] = False  # T5's sentinels swallow the spaces around them
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    unused = [f"<unused_{i}>" for i in range(vocab_size - len(numbers))]
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)
+                                  for text in (*ours, *sentinels[len(ours) :], *unused)])
     return tokenizer
 
 
@@ -353,11 +471,15 @@ class Encoded(NamedTuple):
 
 def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
     """Token ids. "</s>" in a source or target is text, spelled out in pieces; only prompts hold special tokens."""
-    columns = []
+    columns, unknown = [], tokenizer.token_to_id(UNK)
+    special = set(special_ids(tokenizer))
     for name, texts, end in zip(Example._fields, zip(*examples), ([], [], [tokenizer.token_to_id(EOS)])):
         tokenizer.encode_special_tokens = name != "prompt"
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        columns.append([np.array(encoding.ids + end, dtype=np.int32) for encoding in encodings])
+        rows = (encoding.ids for encoding in encodings)
+        if name != "prompt":  # T5's own tokenizer would still read "</s>" in a text as the end of it
+            rows = ([unknown if i in special else i for i in row] for row in rows)
+        columns.append([np.array(row + end, dtype=np.int32) for row in rows])
     return Encoded(*columns)
 
 

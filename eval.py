@@ -19,7 +19,8 @@ from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import SEP, TASKS, Encoded, Example, UserError, chain, encode, in_order, load, shorten, special_ids
+from data import (SEP, TASKS, Encoded, Example, UserError, chain, encode, in_order, load, shorten, source_prefix,
+                  special_ids)
 from model import EncoderDecoder, ModelConfig
 from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, target_tokens
 
@@ -278,7 +279,7 @@ def translate(folder: Path, stage: str, lines: list[str], config, tokenizer, arg
             raise UserError(f"line {number} of --input is empty: one sentence a line, please")
     model, _ = load_model(folder / f"{stage}.pt", device)
     prompt = f"<2{config.pair.split('-')[1]}>"
-    data = encode(tokenizer, [Example(line.strip(), prompt, "") for line in lines])
+    data = encode(tokenizer, [Example(source_prefix(config) + line.strip(), prompt, "") for line in lines])
     for number, ids in enumerate(data.source, 1):
         if len(ids) > config.max_tokens:
             raise UserError(f"line {number} of --input has {len(ids)} tokens, but this model was trained on at most "

@@ -612,7 +612,7 @@ def t5_names(c: ModelConfig) -> dict[str, list[str]]:
     return names
 
 
-def pretrained_folder(source: str) -> Path:
+def pretrained_folder(source: str | Path) -> Path:
     """The folder itself, or where the Hugging Face hub's files of that name lie (downloaded, or in its cache)."""
     if Path(source).is_dir():
         return Path(source)
@@ -669,7 +669,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise OSError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
-def load_pretrained(source: str, **changes) -> EncoderDecoder:
+def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
     """A T5 in float32 from a Hugging Face folder or hub name. changes: ModelConfig fields, such as dropout.
 
     Every tensor is used or named in a ValueError; OSError for what cannot be read.

@@ -23,11 +23,12 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data import EOS, PAD, TASKS, Batches, Encoded, Example, UserError, encode, load, shorten, train_tokenizer
+from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, encode, load, pretrained_tokenizer,
+                  prompt_tags, shorten, train_tokenizer)
 from eval import (CONTROLS, FORMAT, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
                   make_metrics, pick_device, precision, print_examples, print_table, score_stage, signatures, validate,
                   warmup_spec)
-from model import SIZES, EncoderDecoder, ModelConfig
+from model import SIZES, EncoderDecoder, ModelConfig, load_pretrained, pretrained_folder
 from warmup import ESTIMATORS, all_warmups, sft_loss, target_tokens, warmup_loss
 
 
@@ -49,6 +50,8 @@ class Config:
     overwrite: bool = flag(False, "replace an earlier run in the same folder")
     seed: int = flag(0, "for initial weights, batches, dropout, sampling and the sample")
     # model
+    init: str = flag("", "pretrained T5, Flan-T5, mT5 or umT5 to start from: a Hugging Face folder, or a name on its "
+                     "hub; size and vocabulary are its own, and the learning rates default to 3e-4 and 1e-4")
     size: str = flag("tiny", "model size", tuple(SIZES))
     vocab_size: int = flag(4000, "tokens in the vocabulary (at most: a small corpus may have fewer)")
     dropout: float = flag(0.1, "probability of dropping an activation")
@@ -96,8 +99,10 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     """The config and the run to resume ("" for a new one). Exits with code 2 on bad usage."""
     task = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     task.add_argument("--task", default=Config.task)
-    task = TASKS.get(task.parse_known_args(argv)[0].task)
-    settings = task.settings if task else {}  # the task's own defaults; --help shows them too
+    task.add_argument("--init")
+    known = task.parse_known_args(argv)[0]
+    settings = dict(TASKS[known.task].settings) if known.task in TASKS else {}  # the task's own; --help shows them too
+    settings |= {"lr": 3e-4, "policy_lr": 1e-4} if known.init else {}  # T5's weights are large and need no big steps
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--resume", metavar="RUN", default="", help="run folder to continue, with its own settings")
@@ -185,11 +190,11 @@ class Run:
     """Model, data and state of one training run. `train` is the program; the rest serves it."""
 
     def __init__(self, config: Config, examples: dict[str, list[Example]], data: dict[str, Encoded],
-                 tokenizer: Tokenizer, model_config: ModelConfig):
+                 tokenizer: Tokenizer, model: EncoderDecoder):
         self.config, self.data, self.examples, self.tokenizer = config, data, examples, tokenizer
         self.folder = config.folder
         self.device = pick_device(config.device)
-        self.model = EncoderDecoder(model_config).to(self.device)
+        self.model = model.to(self.device)
         self.state, self.stop = State(), False
         self.held_out: dict[str, float] = {}  # the last validation's numbers
         self.start_stage("sft")
@@ -350,13 +355,13 @@ class Run:
         log = self.folder / "log.jsonl"
         log_bytes = log.stat().st_size if log.exists() else 0
         write_checkpoint(self.folder / "last.pt", "state", state=asdict(self.state), model=self.model.state_dict(),
+                         model_config=asdict(self.model.config),
                          optimizer=self.optimizer.state_dict(), batches=self.batches.state_dict(),
                          rng=torch.get_rng_state(), cuda_rng=cuda, mps_rng=mps,
                          data=self.fingerprint(), log_bytes=log_bytes)
 
-    def resume(self) -> None:
+    def resume(self, saved: dict) -> None:
         """Take up last.pt: the next update is bit for bit the one that would have followed (on a CPU)."""
-        saved = load_checkpoint(self.folder / "last.pt", "state")
         if saved["data"] != self.fingerprint():
             raise UserError(f"the training data in {self.config.data} is not what {self.folder} was trained on: "
                             "bring it back, or start a new run")
@@ -365,10 +370,7 @@ class Run:
             return
         self.batches = self.make_batches()
         self.batches.load_state_dict(saved["batches"])
-        try:
-            self.model.load_state_dict(saved["model"])
-        except RuntimeError:  # torch lists every weight: a page
-            raise UserError(f"{self.folder}/last.pt does not fit the model of its config.json") from None
+        self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:
@@ -414,19 +416,40 @@ def new_folder(config: Config) -> None:
         raise UserError(f"cannot make the run folder {folder}: {error}") from None
 
 
+def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, Tokenizer]:
+    """Pretrained, or from scratch with a tokenizer of its own."""
+    if config.init:
+        try:
+            folder = pretrained_folder(config.init)
+            model = load_pretrained(folder, dropout=config.dropout)
+            tokenizer = pretrained_tokenizer(folder, prompt_tags(examples), model.config.vocab_size)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--init {config.init}: {error}") from None
+    else:
+        tokenizer = train_tokenizer(examples, config.vocab_size)
+        model = EncoderDecoder(ModelConfig(vocab_size=tokenizer.get_vocab_size(), dropout=config.dropout,
+                                           pad_id=tokenizer.token_to_id(PAD), eos_id=tokenizer.token_to_id(EOS),
+                                           **SIZES[config.size]))
+    listed = tokenizer.get_vocab_size() ** config.warmup_len
+    if config.estimator == "exact" and listed > 4096:
+        raise UserError(f"--estimator exact would list {listed} warmups for every example, and 4096 is our limit: "
+                        "shorten --warmup-len, or shrink the vocabulary (toy: --symbols)")
+    return model, tokenizer
+
+
 def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, list[Example]]]:
     """Data, tokenizer and a run that is ready to train (resume: at the point where it stopped)."""
     examples, origin = load(config)
     make_metrics(config)  # a language that cannot be scored should fail now, not after training
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
+    torch.manual_seed(config.seed)
     if resume:
-        tokenizer = load_tokenizer(config.folder)
+        saved = load_checkpoint(config.folder / "last.pt", "state")
+        model, tokenizer = EncoderDecoder(ModelConfig(**saved["model_config"])), load_tokenizer(config.folder)
+        if model.config.vocab_size != tokenizer.get_vocab_size():
+            raise UserError(f"{config.folder}/last.pt does not fit the tokenizer.json beside it")
     else:
-        tokenizer = train_tokenizer(examples["train"], config.vocab_size)
-        listed = tokenizer.get_vocab_size() ** config.warmup_len
-        if config.estimator == "exact" and listed > 4096:
-            raise UserError(f"--estimator exact would list {listed} warmups for every example, and 4096 is our limit: "
-                            "shorten --warmup-len, or shrink the vocabulary (toy: --symbols)")
+        model, tokenizer = new_model(config, examples["train"])
         new_folder(config)
         write_text(config.folder / "tokenizer.json", tokenizer.to_str())
         write_text(config.folder / "config.json", json.dumps(asdict(config), indent=1))
@@ -438,18 +461,14 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, lis
                   f"{config.max_tokens}: {'left out' if split == 'train' else 'their source is cut'}")
     if not data["train"].source:
         raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}: raise it")
-    pad_id, eos_id = tokenizer.token_to_id(PAD), tokenizer.token_to_id(EOS)
-    model_config = ModelConfig(vocab_size=tokenizer.get_vocab_size(), dropout=config.dropout,
-                               pad_id=pad_id, eos_id=eos_id, **SIZES[config.size])
-    torch.manual_seed(config.seed)
-    run = Run(config, examples, data, tokenizer, model_config)
+    run = Run(config, examples, data, tokenizer, model)
     if resume:
-        run.resume()
+        run.resume(saved)
     else:
         run.save()
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"model: {config.size}, {parameters / 1e6:.2f} M parameters, vocabulary {model_config.vocab_size}, "
-          f"on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")
+    print(f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, "
+          f"vocabulary {model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")
     return run, tokenizer, examples
 
 

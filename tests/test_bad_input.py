@@ -320,10 +320,11 @@ def test_a_stage_is_not_a_state(capsys, run):
     assert "last.pt is not a state checkpoint" in complaint(capsys, train, "--resume", run)
 
 
-def test_checkpoint_of_another_size(capsys, run, half_run):
-    settings = json.loads((half_run / "config.json").read_text()) | {"size": "tiny"}
-    (half_run / "config.json").write_text(json.dumps(settings))
-    assert "last.pt" in complaint(capsys, train, "--resume", half_run)
+def test_checkpoint_of_another_run(capsys, run, half_run):
+    saved = evaluation.load_checkpoint(half_run / "last.pt", "state")
+    saved["model_config"]["vocab_size"] += 1
+    torch.save(saved, half_run / "last.pt")
+    assert "last.pt does not fit the tokenizer.json" in complaint(capsys, train, "--resume", half_run)
 
 
 # ----------------------------------------------------------------------------- text to translate

@@ -70,7 +70,7 @@ def test_log_lines_after_the_checkpoint_are_forgotten(finished_run, tmp_path):
     run.log("train", {"loss": 1.0})
     run.save()
     run.log("train", {"loss": 2.0})
-    run.resume()
+    run.resume(evaluation.load_checkpoint(run.folder / "last.pt", "state"))
     assert [line["loss"] for line in log_of(run.folder)] == [1.0]
 
 
@@ -79,7 +79,7 @@ def test_other_data_is_not_trained_on_after_resuming(finished_run, tmp_path, cap
     run, *_ = train.prepare(config, resume=False)
     run.data["train"].source[7][0] += 1
     with pytest.raises(train.UserError, match="not what"):
-        run.resume()
+        run.resume(evaluation.load_checkpoint(run.folder / "last.pt", "state"))
 
 
 def test_a_run_remembers_its_data(finished_run, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,169 @@
+"""Tokenizers of pretrained models: spiece.model read as tokenizer.json reads, sentinels lent to <sep> and tags."""
+
+import gzip
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+import train
+from conftest import TINY
+from data import EOS, PAD, SEP, UNK, Example, UserError, encode, pretrained_tokenizer, read_spiece, special_ids
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+GOLDEN = Path(__file__).parent / "golden"
+ODD = ["  two  leading", "trailing  ", " ", "", "a\tb\u00a0c\u3000d", "\u200bzero width", "▁ itself", "ﬁ ① ½", "🙂 👩‍👩‍👧 emoji",
+       "</s> in text <pad>", "<extra_id_0> x", "<sep>", "İ I ı", "12,345.67 €", "е́"]
+
+
+def chunk(field, value):
+    """One length-delimited protobuf field: enough to write a spiece.model of our own."""
+    value = value.encode() if isinstance(value, str) else value
+    size, head = len(value), [field << 3 | 2]
+    while size > 127:
+        head.append(size & 127 | 128)
+        size >>= 7
+    return bytes([*head, size]) + value
+
+
+def spiece(pieces, model_type=1, squeeze=1):
+    """pieces: (text, score, kind) with kind 1 text, 2 <unk>, 3 control."""
+    data = b"".join(chunk(1, chunk(1, text) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind]))
+                    for text, score, kind in pieces)
+    return data + chunk(2, b"\x18" + bytes([model_type])) + chunk(3, chunk(1, "identity") + b"\x20" + bytes([squeeze]))
+
+
+PIECES = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), *((c, -5.0, 1) for c in "▁abcdehousr<>/n123456789:"),
+          ("▁house", -2.0, 1), ("▁a", -2.5, 1), ("bc", -3.0, 1)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A T5 of our own: the golden weights with an embedding of 140, and a spiece.model of 32 pieces."""
+    import torch
+
+    from model import read_weights
+
+    path = Path(shutil.copytree(GOLDEN / "t5", tmp_path / "t5"))
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"vocab_size": 140}))
+    torch.manual_seed(0)
+    tensors = {n: torch.randn(140, 16) * 0.3 if n in ("shared.weight", "lm_head.weight") else x
+               for n, x in read_weights(path).items() if "embed_tokens" not in n and n != "lm_head.weight"}
+    torch.save(tensors, path / "pytorch_model.bin")
+    (path / "spiece.model").write_bytes(spiece(PIECES))
+    return path
+
+
+def test_pieces_by_score_and_whitespace(folder):
+    pieces = [text for text, *_ in PIECES]
+    tokenizer = read_spiece(folder / "spiece.model", 140)
+    assert tokenizer.encode("a  house  bc ").tokens == ["▁a", "▁house", "▁", "bc"]  # no run of spaces survives
+    assert tokenizer.encode("xa").tokens == ["▁", "x", "a"] and tokenizer.encode("xa").ids[1] == pieces.index("<unk>")
+    assert tokenizer.decode(tokenizer.encode("a house").ids) == "a house"
+    assert tokenizer.token_to_id("<extra_id_99>") == len(pieces) and tokenizer.token_to_id("<extra_id_0>") == len(pieces) + 99
+
+
+@pytest.mark.parametrize("name, vocab_size", [("t5_v1_1", 32128), ("umt5", 256384)])
+def test_equal_ids_on_every_line_of_flores(name, vocab_size):
+    """spiece.model read by us = the tokenizer.json that comes with it, in five languages and on odd strings."""
+    if not (DATA / "tokenizers").is_dir():
+        pytest.skip(f"needs real vocabularies and FLORES in {DATA}")
+    where = DATA / "tokenizers" / name
+    ours = read_spiece(where / "spiece.model", vocab_size)
+    text = (where / "tokenizer.json").read_text() if name == "t5_v1_1" else gzip.open(where / "tokenizer.json.gz", "rt").read()
+    theirs = Tokenizer.from_str(text)
+    lines = [line for file in sorted((DATA / "flores").glob("*.dev")) for line in file.read_text(encoding="utf-8").split("\n")]
+    assert len(lines) > 4900 and ours.get_vocab() == theirs.get_vocab()
+    for text in lines + ODD:
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids, text
+
+
+def test_sentinels_become_sep_and_tags(folder):
+    """<extra_id_0> is the last piece, so <sep> has its id, the tags those before it; every id of the model has a token."""
+    tokenizer = pretrained_tokenizer(folder, ["<2de>", "<2en>"], 140)
+    n = len(PIECES)
+    assert [tokenizer.token_to_id(t) for t in (PAD, EOS, UNK, SEP, "<2de>", "<2en>")] == [0, 1, 2, n + 99, n + 98, n + 97]
+    assert tokenizer.get_vocab_size() == 140 and tokenizer.token_to_id("<extra_id_0>") is None
+    assert set(special_ids(tokenizer)) == {0, 1, 2, *range(n, 140)}  # no warmup may hold what is no text
+    assert Tokenizer.from_str(tokenizer.to_str()).get_vocab() == tokenizer.get_vocab()  # as a run folder keeps it
+
+
+def test_tags_are_prompts_and_special_tokens_in_a_text_are_not(folder):
+    tokenizer = pretrained_tokenizer(folder, ["<2de>"], 140)
+    data = encode(tokenizer, [Example("a</s>b <2de> <sep>", "<2de>", "a <pad>")])
+    assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2de>")]
+    assert not set(data.source[0].tolist()) & set(special_ids(tokenizer)) - {2}
+    assert data.target[0].tolist().count(1) == 1 and data.target[0][-1] == 1 and 0 not in data.target[0]
+
+
+def test_mt5_has_its_sentinels_as_pieces(folder):
+    """▁<extra_id_N>, within the vocabulary: no others are added."""
+    pieces = PIECES + [(f"▁<extra_id_{i}>", -20.0, 1) for i in (1, 0)]
+    (folder / "spiece.model").write_bytes(spiece(pieces))
+    tokenizer = pretrained_tokenizer(folder, ["<2de>"], 140)
+    assert (tokenizer.token_to_id(SEP), tokenizer.token_to_id("<2de>")) == (len(pieces) - 1, len(pieces) - 2)
+    assert set(special_ids(tokenizer)) == {0, 1, 2, *range(len(PIECES), 140)}
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b"", "not a SentencePiece unigram"), (b"\x0a\xff\xff", "not a SentencePiece unigram"), (b"hello, world", "not a SentencePiece"),
+    (spiece(PIECES, model_type=2), "not a SentencePiece unigram"),
+    (spiece(PIECES + [(f"p{i}", -9.0, 1) for i in range(200)]), "not that of its T5"),
+    (spiece([("a" if text == "<pad>" else text, s, k) for text, s, k in PIECES]), "not that of its T5"),
+])
+def test_broken_vocabularies_are_refused(folder, content, complaint):
+    (folder / "spiece.model").write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        pretrained_tokenizer(folder, [], 140)
+
+
+def test_missing_or_broken_tokenizer_files(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer.json"):
+        pretrained_tokenizer(folder, [], 140)
+    (folder / "tokenizer.json").unlink()
+    (folder / "spiece.model").unlink()
+    with pytest.raises(UserError, match="neither tokenizer.json nor spiece.model"):
+        pretrained_tokenizer(folder, [], 140)
+
+
+def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
+    """The whole path from a checkpoint folder: both stages, the table, a resumed run equal to the whole one."""
+    import torch
+
+    import eval as evaluation
+
+    size = TINY.index("--size")
+    arguments = ["--task", "wmt", *TINY[:size], *TINY[size + 2 :], "--max-tokens", "120", "--init", str(folder), "--threads", "1"]
+    runs = [str(tmp_path / name) for name in ("whole", "parts")]
+    assert train.main([*arguments, "--out", runs[0]]) == 0
+    printed = capsys.readouterr().out
+    assert "vocabulary 140" in printed and "translate German to English: " in printed and "warmup c" in printed
+    config = json.loads((Path(runs[0]) / "config.json").read_text())
+    assert config["init"] == str(folder)
+    shutil.rmtree(folder)  # the run folder stands alone
+    assert train.main(["--resume", runs[0]]) == 0 and evaluation.main([runs[0], "--stage", "sft"]) == 0
+    model = evaluation.load_model(Path(runs[0]) / "policy.pt", torch.device("cpu"))[0]
+    assert not model.config.scaled and model.config.vocab_size == 140
+
+
+def test_learning_rates_default_lower_for_pretrained_models():
+    config, _ = train.parse(["--init", "somewhere"])
+    assert (config.lr, config.policy_lr) == (3e-4, 1e-4)
+    assert train.parse(["--init", "somewhere", "--lr", "1e-2"])[0].lr == 1e-2 and train.parse([])[0].lr == train.Config.lr
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(GOLDEN / "t5", tmp_path / "no-tokenizer")
+    for init, complaint in ((str(tmp_path / "empty"), "config.json"), (str(tmp_path / "no-tokenizer"), "spiece.model"),
+                            ("/no/such", "neither a folder nor a name"), ("google/no-such-model", "did not give it")):
+        assert train.main(["--task", "wmt", *TINY, "--init", init, "--out", str(tmp_path / "r")]) == 1
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and complaint in error and "\n" not in error
+        assert not (tmp_path / "r").exists()
