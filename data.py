@@ -189,6 +189,57 @@ def chain(example: Example) -> list[str]:
     return list(accumulate(range(int(hops)), lambda symbol, _: f[symbol], initial=start))
 
 
+# ----------------------------------------------------------------------------- built-in samples: news, logic puzzles
+
+# Events: what, its verb in a headline, who answers, a detail.
+EVENTS = table("""fire broke_out firefighters smoke_could_be_seen_for_miles|flood struck rescuers the_river_had_risen_overnight
+storm hit engineers trees_blocked_several_roads|power_cut hit engineers the_lights_went_out_at_once
+burglary took_place police a_window_had_been_broken|gas_leak was_found firefighters nearby_homes_were_emptied""")
+SITES = "school hospital library factory station museum market hotel".split()
+TOWNS = "Leeds Cardiff Oxford Derby Perth Bangor Newry Dundee Exeter Lincoln".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday".split()
+
+
+def news(r: random.Random, config) -> Example:
+    """A short news item and the sentence that sums it up: what, where, how many were hurt. The rest is detail."""
+    (event, verb, helpers, detail), site, town, day = r.choice(EVENTS), r.choice(SITES), r.choice(TOWNS), r.choice(DAYS)
+    hurt, other = r.choice(["", "one", "two", "three", "four", "five"]), r.choice([x for x in TOWNS if x != town])
+    people = "person was" if hurt == "one" else "people were"
+    a = "an" if event[0] in "aeiou" else "a"
+    details = [f"It began at {r.randint(1, 11)} o'clock in the {r.choice(['morning', 'evening'])}, and {detail}.",
+               f"{r.choice(NAMES)}, who lives nearby, said that nobody had expected it.",
+               f"The {helpers} stayed for {r.choice(['two', 'three', 'six'])} hours.",
+               f"Last year a similar {event} in {other} made headlines.",
+               f"The {site} will open again on {r.choice([x for x in DAYS if x != day])}.",
+               f"A hospital spokesman said that {hurt or 'no'} {people} being treated for injuries."]
+    r.shuffle(details)
+    start = f"Residents of {town} were woken by sirens on {day}. The {event} {verb} at the {site}."
+    summary = f"{hurt} {people} hurt" if hurt else "nobody was hurt"
+    return Example(f"{start} {' '.join(details)}", "", f"{summary} in {a} {event} at a {site} in {town}.".capitalize()
+                   .replace(town.lower(), town))
+
+
+TRAITS = table("older oldest youngest|taller tallest shortest|faster fastest slowest|richer richest poorest")
+
+
+def puzzle(r: random.Random, config) -> Example:
+    """Four people in a hidden order, three comparisons that fix it, a question, four options: y is a letter."""
+    (more, most, least), people = r.choice(TRAITS), r.sample(NAMES, 4)  # in their order: people[0] is the most
+    clues = [f"{a} is {more} than {b}." if r.random() < 0.5 else f"{b} is not as {more.removesuffix('r').removesuffix('e')}"
+             f" as {a}." for a, b in zip(people, people[1:])]
+    r.shuffle(clues)
+    place = r.randrange(4)
+    asked = [f"the {most}", f"the second {most}", f"the second {least}", f"the {least}"][place]
+    options = r.sample(people, 4)
+    return multiple_choice(" ".join(clues), f"Who is {asked}?", options, options.index(people[place]))
+
+
+def multiple_choice(text: str, question: str, options: list[str], answer: int) -> Example:
+    """The source lists the options by letter; y is the letter."""
+    listed = " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", options))
+    return Example(f"{text} {question} {listed}", "", "ABCD"[answer])
+
+
 def generate_splits(draw: Callable, config) -> dict[str, list[Example]]:
     """--sample-size training examples and 500 each (at most a quarter of that) for validation and test.
 
@@ -273,6 +324,47 @@ def read_parallel(pair: str, folder: Path) -> dict[str, list[Example]]:
     return splits
 
 
+# ----------------------------------------------------------------------------- real data: JSON lines
+
+
+def xsum_row(row: dict) -> Example:
+    return Example(" ".join(row["document"].split()), "", " ".join(row["summary"].split()))
+
+
+def logiqa_row(row: dict) -> Example:
+    """LogiQA 2.0: text, question, four options and the number of the right one."""
+    text, question, options = row["text"], row["question"], row["options"]
+    if len(options) != 4 or row["answer"] not in range(4):
+        raise ValueError
+    return multiple_choice(*(" ".join(x.split()) for x in (text, question)), [" ".join(x.split()) for x in options],
+                           row["answer"])
+
+
+def read_json_lines(row: Callable[[dict], Example], folder: Path) -> dict[str, list[Example]]:
+    """Splits train, valid (val, validation, dev) and test of a folder: SPLIT.jsonl (or .json, .txt), plain or .gz."""
+    splits = {}
+    for split, names in {"train": ["train"], "valid": ["valid", "val", "validation", "dev"], "test": ["test"]}.items():
+        files = (folder / f"{name}.{kind}{end}" for name in names for kind in ("jsonl", "json", "txt") for end in ("", ".gz"))
+        path = next((file for file in files if file.exists()), None)
+        if path is None:
+            if split == "test":
+                continue
+            raise UserError(f"no {split} split in {folder}: expected {names[0]}.jsonl, one JSON object a line")
+        splits[split] = []
+        for number, line in enumerate(read_lines(path), 1):
+            try:
+                example = row(json.loads(line))
+                if not example.source or not example.target:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"line {number} of {path} is not an object with the fields of this task, none of them "
+                                "empty (see README, Your own text)") from None
+            splits[split].append(example)
+        if not splits[split]:
+            raise UserError(f"{path} is empty")
+    return splits
+
+
 # ----------------------------------------------------------------------------- the table of tasks
 
 
@@ -282,7 +374,7 @@ LANGUAGES = dict(de="German", en="English", fr="French", ru="Russian", zh="Chine
 def source_prefix(config) -> str:
     """What a pretrained model finds before its source, as T5 did in its training; "" from scratch."""
     if not config.init or TASKS[config.task].metrics != "translation":
-        return ""
+        return TASKS[config.task].prefix if config.init else ""
     source, target = (LANGUAGES.get(lang, lang) for lang in config.pair.split("-"))
     return f"translate {source} to {target}: "
 
@@ -294,6 +386,8 @@ class Task:
     draw: Callable[[random.Random, Any], Example] | None  # one example of the built-in sample
     read: Callable[[str, Path], dict[str, list[Example]]] | None  # (pair, folder) -> splits
     metrics: str  # a key of eval.METRICS
+    prefix: str = ""  # see source_prefix
+    cut: bool = False  # a long training source is cut, not left out: its beginning says enough
     settings: dict = field(default_factory=dict)  # defaults of train.Config that are other than usual
 
 
@@ -301,9 +395,13 @@ TOY = dict(size="toy", sample_size=100000, dropout=0.0, label_smoothing=0.0, wei
            policy_steps=500, batch_tokens=512 * 18, policy_batch_tokens=128 * 18, lr=4e-3, policy_lr=4e-3, samples=8,
            warmup_len=1, eval_every=50, eval_samples=8, eval_decode=500, beams=1)  # 18: 16 source and 2 target tokens
 TASKS = {
-    "toy": Task(pointers, None, "pointers", TOY),
+    "toy": Task(pointers, None, "pointers", settings=TOY),
     "wmt": Task(translation_sample, read_parallel, "translation"),
     "multi30k": Task(None, read_parallel, "translation"),
+    "xsum": Task(news, lambda pair, folder: read_json_lines(xsum_row, folder), "summaries", "summarize: ", True,
+                 dict(warmup_len=8, max_tokens=512, policy_batch_tokens=3000)),
+    "logiqa": Task(puzzle, lambda pair, folder: read_json_lines(logiqa_row, folder), "options", "", True,
+                   dict(max_tokens=512, policy_batch_tokens=3000, beams=1, label_smoothing=0.0)),
 }
 
 
@@ -314,12 +412,13 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
     insists on it.
     """
     task, pair = TASKS[config.task], config.pair
+    parallel = task.metrics == "translation"
     if len(pair.split("-")) != 2 or not all(lang.isalpha() for lang in pair.split("-")):
         raise UserError(f"--pair takes two language codes such as de-en, not {pair!r}")
     folder = Path(config.data) if config.data else Path("data") / config.task
     if task.read and config.data != "sample" and (config.data or folder.is_dir()):
         splits, origin = task.read(pair, folder), str(folder.resolve())
-        print(f"data: {origin}, {pair}")
+        print(f"data: {origin}{f', {pair}' * parallel}")
     elif not task.draw:
         raise UserError(f"task {config.task} has no built-in sample: put train.LANG, valid.LANG and test.LANG for the "
                         f"two languages of {pair} into {folder}/, or name their folder with --data DIR")
@@ -327,8 +426,8 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
         raise UserError(f"task {config.task} is generated: leave --data out")
     else:
         splits, origin = generate_splits(task.draw, config), "sample"
-        print(f"data: built-in sample{f', {pair}' if task.read else ''}" + (task.read is not None) *
-              f". For real text (README, Your own text): python train.py --task {config.task} --pair {pair} --data FOLDER")
+        print(f"data: built-in sample{f', {pair}' * parallel}" + (task.read is not None) * ". For real text (README, Your "
+              f"own text): python train.py --task {config.task}{f' --pair {pair}' * parallel} --data FOLDER")
     if "test" not in splits:
         print("data: no test split, so the validation split, which also picks the checkpoint, is scored in its place")
     prefix = source_prefix(config)
@@ -484,7 +583,7 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
 
 
 def shorten(data: Encoded, max_tokens: int, drop: bool) -> tuple[Encoded, int]:
-    """Training pairs beyond max_tokens on a side are dropped; elsewhere only the source is cut. How many?"""
+    """drop: pairs beyond max_tokens on a side are left out; else the source is cut, the target kept. How many?"""
     long = [len(s) > max_tokens or (drop and len(t) > max_tokens) for s, t in zip(data.source, data.target)]
     if drop:
         return Encoded(*([row for row, out in zip(column, long) if not out] for column in data)), sum(long)

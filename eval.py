@@ -9,11 +9,12 @@ import json
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer
@@ -22,7 +23,7 @@ from torch import Tensor
 from data import (SEP, TASKS, Encoded, Example, UserError, chain, encode, in_order, load, shorten, source_prefix,
                   special_ids)
 from model import EncoderDecoder, ModelConfig
-from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, target_tokens
+from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, sample_warmups, score, target_tokens
 
 STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # file name -> row of the table
 CONTROLS = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, frozen"}  # row of stage policy under these
@@ -184,7 +185,45 @@ def pointer_scores(config, examples: list[Example], hypotheses: list[str], warmu
     return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
 
 
-METRICS = {"translation": translation_scores, "pointers": pointer_scores}
+def rouge_scores(config, examples: list[Example], hypotheses: list[str], warmups: list) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, -2 and -L (rouge-score, Porter stemmer), times 100."""
+    names = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
+    scorer = RougeScorer(list(names.values()), use_stemmer=True)
+    scores = [scorer.score(example.target, text) for example, text in zip(examples, hypotheses)]
+    return {name: 100 * sum(s[key].fmeasure for s in scores) / len(scores) for name, key in names.items()}
+
+
+def option_scores(config, examples: list[Example], hypotheses: list[str], warmups: list) -> dict[str, float]:
+    """Accuracy and macro-F1 over the letters, in percent. A hypothesis that is no letter is wrong for all of them."""
+    right = [example.target for example in examples]
+    f1 = []
+    for letter in sorted(set(right)):
+        hits = sum(y == h == letter for y, h in zip(right, hypotheses))
+        f1.append(2 * hits / (right.count(letter) + hypotheses.count(letter)))
+    return {"acc": 100 * sum(y == h for y, h in zip(right, hypotheses)) / len(right), "F1": 100 * sum(f1) / len(f1)}
+
+
+@torch.no_grad()
+def likeliest_option(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None) -> list[str]:
+    """The letter of the largest log P(letter|x), or log P(letter|x,c) after the greedy warmup, per example."""
+    letters, chosen = sorted({tuple(row.tolist()) for row in data.target}), [""] * len(data.source)
+    device = next(model.parameters()).device
+    for index, batch in in_order(data, config.batch_tokens):
+        batch, scores = batch.to(device), []
+        with precision(config, device):
+            memory = model.encode(batch.source)
+            c = sample_warmups(model, memory, batch.prompt, spec, 1, temperature=0.0)[0] if spec else None
+            for letter in letters:
+                target = torch.tensor(letter, device=device).expand(len(index), -1)
+                scores.append(direct_logprobs(model, memory, replace(batch, target=target)) if c is None else
+                              score(model, memory, batch.prompt, c, target, spec)[1][:, 0])
+        for i, best in zip(index, torch.stack(scores, 1).argmax(1).tolist()):  # (B,letters)
+            chosen[i] = tokenizer.decode(list(letters[best]))
+    return chosen
+
+
+METRICS = {"translation": translation_scores, "pointers": pointer_scores, "summaries": rouge_scores,
+           "options": option_scores}
 
 
 @dataclass
@@ -207,7 +246,12 @@ class Row:
 def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], config, spec, beams: int):
     """Metrics, hypotheses and warmups of a split."""
     hypotheses, warmups = decode_split(model, tokenizer, data, config, spec, beams)
-    return METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups), hypotheses, warmups
+    metrics = TASKS[config.task].metrics
+    scores = METRICS[metrics](config, examples, hypotheses, warmups)
+    if metrics == "options":  # also by comparison: which letter is the likeliest?
+        chosen = option_scores(config, examples, likeliest_option(model, tokenizer, data, config, spec), warmups)
+        scores |= {f"{name}*": value for name, value in chosen.items()}
+    return scores, hypotheses, warmups
 
 
 def score_stage(folder: Path, stage: str, config, tokenizer, examples: list[Example], beams: int, device) -> Row:
@@ -242,6 +286,8 @@ def print_table(rows: list[Row], config, examples: list[Example], split: str) ->
         print(f"{row.name:20}" + "".join(scores) + f"{row.nll:11.3f}{row.updates:9}{row.seconds:9.0f}")
     for name, signature in signatures(config, examples).items():
         print(f"{name}: {signature}")
+    if "acc*" in names:
+        print("acc, F1: accuracy and macro-F1 of the letter that was written; with a star: of the likeliest letter")
 
 
 def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> None:

@@ -455,10 +455,11 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, lis
         write_text(config.folder / "config.json", json.dumps(asdict(config), indent=1))
     data = {}
     for split in ("train", "valid"):
-        data[split], long = shorten(encode(tokenizer, examples[split]), config.max_tokens, drop=split == "train")
+        drop = split == "train" and not TASKS[config.task].cut
+        data[split], long = shorten(encode(tokenizer, examples[split]), config.max_tokens, drop)
         if long:
             print(f"data: {long} of {len(examples[split])} {split} examples are longer than --max-tokens "
-                  f"{config.max_tokens}: {'left out' if split == 'train' else 'their source is cut'}")
+                  f"{config.max_tokens}: {'left out' if drop else 'their source is cut'}")
     if not data["train"].source:
         raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}: raise it")
     run = Run(config, examples, data, tokenizer, model)
