@@ -223,13 +223,18 @@ TRAITS = table("older oldest youngest|taller tallest shortest|faster fastest slo
 
 
 def puzzle(r: random.Random, config) -> Example:
-    """Four people in a hidden order, three comparisons that fix it, a question, four options: y is a letter."""
+    """Four people in a hidden order, three comparisons that fix it, a question, four options: y is a letter.
+
+    Half of the items also state the answer: a model must learn to find a name among the options before it can
+    learn to reason. Without these, 1,500 updates from scratch stayed at chance.
+    """
     (more, most, least), people = r.choice(TRAITS), r.sample(NAMES, 4)  # in their order: people[0] is the most
     clues = [f"{a} is {more} than {b}." if r.random() < 0.5 else f"{b} is not as {more.removesuffix('r').removesuffix('e')}"
              f" as {a}." for a, b in zip(people, people[1:])]
-    r.shuffle(clues)
     place = r.randrange(4)
     asked = [f"the {most}", f"the second {most}", f"the second {least}", f"the {least}"][place]
+    clues += [f"{people[place]} is {asked}."] if r.random() < 0.5 else []
+    r.shuffle(clues)
     options = r.sample(people, 4)
     return multiple_choice(" ".join(clues), f"Who is {asked}?", options, options.index(people[place]))
 
@@ -249,14 +254,17 @@ def generate_splits(draw: Callable, config) -> dict[str, list[Example]]:
     held_out = min(500, max(1, config.sample_size // 4))
     r, wanted = random.Random(f"{config.seed}"), {"train": config.sample_size, "valid": held_out, "test": held_out}
     splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice
-    for _ in range(100 * config.sample_size + 10000):
+    in_vain = 0
+    while in_vain < 10000:
         if all(len(splits[split]) == n for split, n in wanted.items()):
             return {split: list(rows) for split, rows in splits.items()}
+        size = sum(map(len, splits.values()))
         example = draw(r, config)
         text = max(example.source, example.target, key=lambda text: (len(text), text))
         split = {0: "test", 1: "valid"}.get(zlib.crc32(text.encode()) % 20, "train")
         if len(splits[split]) < wanted[split]:
             splits[split][example] = None
+        in_vain = 0 if sum(map(len, splits.values())) > size else in_vain + 1
     raise UserError(f"the sample of task {config.task} holds too few different examples: lower --sample-size")
 
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, encode, load, pretrained_tokenizer,
-                  prompt_tags, shorten, train_tokenizer)
+                  prompt_tags, shorten, special_ids, train_tokenizer)
 from eval import (CONTROLS, FORMAT, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
                   make_metrics, pick_device, precision, print_examples, print_table, score_stage, signatures, validate,
                   warmup_spec)
@@ -75,7 +75,7 @@ class Config:
     samples: int = flag(4, "K, warmups sampled per example and update")
     warmup_len: int = flag(4, "W, tokens in a warmup")
     warmup_min_len: int = flag(0, "from this many tokens on <sep> may end a warmup; 0: always W tokens")
-    alpha: float = flag(1.0, "factor on the reward; with marginal: 0 is frozen, large is best")
+    alpha: float = flag(1.0, "factor on the reward; with marginal, 0: all warmups count alike, large: only the best")
     entropy_bonus: float = flag(0.0, "weight of the policy's entropy (nats), falling linearly to 0 over the stage")
     sft_weight: float = flag(0.0, "weight of log P(y|x) without warmup, trained beside")
     temperature: float = flag(1.0, "softmax temperature of the warmup policy, in sampling and scoring alike")
@@ -121,23 +121,23 @@ def parse(argv: list[str]) -> tuple[Config, str]:
                 "accumulate": 1, "batch_tokens": 16, "policy_batch_tokens": 16, "samples": 1, "warmup_len": 1,
                 "warmup_min_len": 0, "eval_every": 1, "eval_samples": 1, "beams": 1, "weight_decay": 0,
                 "lr_rampup_steps": 0, "threads": 0, "symbols": 2, "hops": 0, "eval_decode": 0, "alpha": 0,
-                "entropy_bonus": 0, "sft_weight": 0}
+                "entropy_bonus": 0, "sft_weight": 0, "length_penalty": 0}
     for name, low in at_least.items():
-        if not getattr(config, name) >= low:  # not <: nan is no setting either
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
-    if not (0 <= config.length_penalty < math.inf and config.weight_decay < math.inf):
-        parser.error("--length-penalty and --weight-decay must be finite and not negative")
+        if not low <= getattr(config, name) < math.inf:  # nan is no setting either
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, and finite")
     for name in ("lr", "policy_lr", "clip", "temperature"):
         if not 0 < getattr(config, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0 and finite")
     if not (0 <= config.dropout < 1 and 0 <= config.label_smoothing < 1):
         parser.error("--dropout and --label-smoothing must lie in [0, 1)")
-    if config.symbols > 26:
-        parser.error("--symbols are letters: at most 26")
+    if config.symbols > 26 or config.hops > 9:
+        parser.error("--symbols are letters, at most 26; --hops is a digit")
+    if config.entropy_bonus and config.estimator == "exact":
+        parser.error("--entropy-bonus is for sampled warmups: leave it out with --estimator exact")
     if config.warmup_min_len > config.warmup_len:
         parser.error("--warmup-min-len must not exceed --warmup-len")
-    alone = config.estimator in ("best", "exact", *CONTROLS) and not config.entropy_bonus
-    if not alone and config.policy_steps and config.samples < 2:
+    one_is_enough = config.estimator in ("best", "exact", *CONTROLS) and not config.entropy_bonus
+    if not one_is_enough and config.policy_steps and config.samples < 2:
         parser.error(f"--estimator {config.estimator} compares warmups with each other: --samples must be at least 2")
     return config, resume
 
@@ -238,8 +238,9 @@ class Run:
             return sft_loss(self.model, batch, c.label_smoothing), {}
         self.model.decoder.eval()  # see warmup_loss: decoder dropout would take the samples off-policy
         estimator, samples = ("frozen", 1) if spec.pause else (c.estimator, c.samples)
+        bonus = 0.0 if spec.pause else c.entropy_bonus * (1 - self.state.step / self.state.total)
         return warmup_loss(self.model, batch, spec, estimator, samples, alpha=c.alpha, sft_weight=c.sft_weight,
-                           entropy_bonus=c.entropy_bonus * (1 - self.state.step / self.state.total))
+                           entropy_bonus=bonus)
 
     def train(self) -> None:
         """One stage, from wherever the state stands: THE training loop."""
@@ -430,9 +431,9 @@ def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, 
         model = EncoderDecoder(ModelConfig(vocab_size=tokenizer.get_vocab_size(), dropout=config.dropout,
                                            pad_id=tokenizer.token_to_id(PAD), eos_id=tokenizer.token_to_id(EOS),
                                            **SIZES[config.size]))
-    listed = tokenizer.get_vocab_size() ** config.warmup_len
-    if config.estimator == "exact" and listed > 4096:
-        raise UserError(f"--estimator exact would list {listed} warmups for every example, and 4096 is our limit: "
+    listed = (tokenizer.get_vocab_size() - len(special_ids(tokenizer))) ** config.warmup_len
+    if config.estimator == "exact" and listed > 1024:
+        raise UserError(f"--estimator exact would list {listed} warmups for every example, and 1024 is our limit: "
                         "shorten --warmup-len, or shrink the vocabulary (toy: --symbols)")
     return model, tokenizer
 

@@ -193,7 +193,7 @@ def prob(R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grpo(R: Tensor) -> tuple[Tensor, Tensor]:
-    """a = (R_k - mean R)/(std R + ε)/K, b = 1/K: the gradient of nothing, the scale is set per example (GRPO)."""
+    """a = (R_k - mean R)/(std R + 1e-4)/K, b = 1/K: the gradient of nothing, the scale is set per example (GRPO)."""
     K = several(R)
     return (R - R.mean(-1, keepdim=True)) / (R.std(-1, keepdim=True) + 1e-4) / K, torch.full_like(R, 1 / K)
 
@@ -225,7 +225,9 @@ ESTIMATORS = {f.__name__: f for f in (marginal, jensen, iwae, prob, grpo, best, 
 
 def weights(estimator: str, R: Tensor, log_pi: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """a, b (B,K) by the estimator's name; `exact`: c (B,K,W) must be all_warmups."""
-    if estimator in ("truncated", "exact"):
+    if estimator == "exact":
+        return truncated(R, log_pi)
+    if estimator == "truncated":
         return truncated(R, log_pi.masked_fill(~first_of_its_kind(c), -torch.inf))
     return ESTIMATORS[estimator](R)
 
@@ -258,9 +260,9 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, estimator
                 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One policy update's loss (a sum, as sft_loss) and diagnostics (() tensors, sums over the batch).
 
-    alpha scales R before the estimator: w = softmax(alpha R) goes from `frozen` (0) over `marginal` (1) to
-    `best` (∞). entropy_bonus adds that much of the policy's entropy (nats) to the objective, sft_weight that
-    much of log P(y|x) without warmup.
+    alpha scales R before the estimator: with `marginal`, b = softmax(alpha R) goes from that of `frozen` (0) to
+    that of `best` (∞; a keeps its -1/K). entropy_bonus adds that much of the policy's entropy (nats) to the
+    objective (of sampled warmups, so not with `exact`), sft_weight that much of log P(y|x) without warmup.
 
     The encoder runs once; its dropout, if on, is drawn once and shared by sampling and scoring. The
     decoder must be in eval mode: dropout would make us score another distribution than we sampled from.
@@ -280,30 +282,34 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, estimator
     loss = surrogate(a, b, log_pi, log_p)
     if sft_weight:
         loss = loss - sft_weight * direct_logprobs(model, memory, batch).sum()
-    return loss, diagnostics(R, log_pi.detach(), c)
+    return loss, diagnostics(R, log_pi.detach(), c, exact=estimator == "exact")
 
 
 # ----------------------------------------------------------------------------- is it working?
 
 
-def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor) -> dict[str, Tensor]:
+def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, exact: bool = False) -> dict[str, Tensor]:
     """What to watch instead of the surrogate loss. R, log_pi (B,K), c (B,K,W) -> sums over the batch.
 
-    nll           -log mean_k P(y|x,c_k), nats: an upper bound on -log P(y|x) in expectation
+    Means are over an example's K sampled warmups, or (exact: all warmups) weighted by P(c|x).
+
+    nll           -log mean_k P(y|x,c_k), nats: an upper bound on -log P(y|x) in expectation (exact: itself)
     reward        mean of R over an example's warmups, nats
     spread        standard deviation of R within an example, nats: 0 means that no c is better than another
     ess           effective sample size 1/Σw², from 1 (one sample takes all) to K (all alike)
     entropy       -log P(c|x) of the sampled c, nats: its mean is the policy's entropy
     distinct      distinct warmups / K
     """
-    K, w = R.size(1), R.softmax(1)
+    log_q = log_pi if exact else torch.full_like(R, -math.log(R.size(1)))  # (B,K) what each warmup counts
+    q, w = log_q.exp(), (log_q + R).softmax(1)  # (B,K) both
+    mean = (q * R).sum(1, keepdim=True)  # (B,1)
     return {
-        "nll": (math.log(K) - R.logsumexp(1)).sum(),
-        "reward": R.mean(1).sum(),
-        "spread": R.std(1, correction=0).sum(),
+        "nll": -(log_q + R).logsumexp(1).sum(),
+        "reward": mean.sum(),
+        "spread": (q * (R - mean) ** 2).sum(1).sqrt().sum(),
         "ess": (1 / w.pow(2).sum(1)).sum(),
-        "entropy": -log_pi.mean(1).sum(),
-        "distinct": first_of_its_kind(c).float().mean(1).sum(),
+        "entropy": -(q * log_pi).sum(),
+        "distinct": R.new_tensor(len(R)) if exact else first_of_its_kind(c).float().mean(1).sum(),
     }
 
 
@@ -318,7 +324,7 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec, samp
     memory = model.encode(batch.source)
     c, log_pi = sample_warmups(model, memory, batch.prompt, spec, samples)
     _, log_p = score(model, memory, batch.prompt, c, batch.target, spec)
-    _, swapped = score(model, memory, batch.prompt, c.roll(1, 0), batch.target, spec)  # the neighbour's c
+    _, swapped = score(model, memory, batch.prompt, c.roll(-1, 0), batch.target, spec)  # the neighbour's c
     direct = direct_logprobs(model, memory, batch)
     return diagnostics(log_p, log_pi, c) | {
         "swap_gap": (log_p - swapped).mean(1).sum(),

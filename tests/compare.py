@@ -36,7 +36,9 @@ def train(job: tuple[str, int], args, flags: list[str]) -> str:
     done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, command)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise SystemExit(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(f"{folder}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+    if args.metric not in results(folder)[0]["metrics"]:
+        raise SystemExit(f"--metric {args.metric}: the rows have {', '.join(results(folder)[0]['metrics'])}")
     return f"{folder}: " + ", ".join(f"{k} {v:.2f}" for k, v in results(folder)[-1]["metrics"].items())
 
 
@@ -54,7 +56,7 @@ def table(args) -> str:
                     if estimator == args.estimators[0]:
                         rows.setdefault(row["name"], []).append(row)
                 else:
-                    rows.setdefault(f"`{estimator}`", []).append(row)
+                    rows.setdefault(row["name"] if estimator in CONTROLS else f"`{estimator}`", []).append(row)
     names = list(dict.fromkeys(name for group in rows.values() for row in group for name in row["metrics"]))
     lines = [f"| | {' | '.join(names)} | {args.metric}, each seed | NLL per token | updates | seconds |",
              "|---" * (len(names) + 5) + "|"]
@@ -68,19 +70,18 @@ def table(args) -> str:
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.pstdev(values) if len(values) < 2 else statistics.stdev(values):.2f}"
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def draw(args) -> None:
     """The metric on validation data against the stage's updates: a line for each estimator, a band over the seeds."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise SystemExit("the picture needs matplotlib: pip install matplotlib") from None
+    from matplotlib import pyplot as plt
+
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     solid = [e for e in args.estimators if e not in CONTROLS]
-    for axis, group in ((axes[0], solid[: len(solid) // 2 + 1]), (axes[1], [e for e in args.estimators if e not in
-                                                                            solid[: len(solid) // 2 + 1]])):
+    left = solid[: len(solid) // 2 + 1]
+    for axis, group in zip(axes, (left, [e for e in args.estimators if e not in left])):
+        axis.set_visible(bool(group))
         for estimator in group:
             curves = []
             for seed in range(args.seeds):
@@ -94,16 +95,19 @@ def draw(args) -> None:
             axis.fill_between(steps, [min(at) for at in zip(*curves)], [max(at) for at in zip(*curves)],
                               color=line.get_color(), alpha=0.12, linewidth=0)
         axis.set_xlabel("updates after SFT")
-        axis.legend(frameon=False, fontsize=9)
+        if group:
+            axis.legend(frameon=False, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"{args.metric}, validation")
     figure.suptitle(f"{args.task}: mean of {args.seeds} seeds, band from the worst to the best; dashed: controls", fontsize=10)
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.picture, dpi=110)
     print(f"wrote {args.picture}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--task", default="toy", help="default: toy")
     parser.add_argument("--estimators", nargs="+", default=["all"], choices=("all", *ESTIMATORS, "exact", "pause", "sft"))
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to this less one (default: 5)")
@@ -111,8 +115,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     parser.add_argument("--picture", type=Path, default=Path("runs/compare/compare.png"), help="default: runs/compare/compare.png")
     args, flags = parser.parse_known_args()
-    if args.estimators == ["all"]:
-        args.estimators = [*ESTIMATORS, "pause", "sft"]
+    if "all" in args.estimators:
+        every = [*ESTIMATORS, "pause", "sft"]
+        args.estimators = every + [e for e in args.estimators if e not in ("all", *every)]
+    if args.task != "toy" and "--eval-decode" not in flags:
+        parser.error("the picture needs --eval-decode N: so many validation examples are scored as training goes")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SystemExit("the picture needs matplotlib: pip install matplotlib") from None
+    settings = json.dumps({"task": args.task, "flags": flags, "control": args.estimators[0]})
+    args.out.mkdir(parents=True, exist_ok=True)
+    note = args.out / "settings.json"
+    if note.exists() and note.read_text() != settings:
+        raise SystemExit(f"{args.out} holds runs of other settings, {note.read_text()}: choose another --out")
+    note.write_text(settings)
     jobs = [(estimator, seed) for estimator in args.estimators for seed in range(args.seeds)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for line in pool.map(lambda job: train(job, args, flags), jobs):

@@ -119,7 +119,8 @@ def test_the_likeliest_option_is_the_one_that_the_loss_prefers():
     torch.manual_seed(1)
     model = EncoderDecoder(ModelConfig(vocab_size=tokenizer.get_vocab_size(), width=16, heads=2, head_size=8, ff=16,
                                        encoder_layers=1, decoder_layers=1)).eval()
-    model.embedding.weight.data *= 3  # so that letters differ
+    for p in model.parameters():  # so that letters differ
+        p.data += 0.5 * torch.randn_like(p)
     data, config = encode(tokenizer, examples), SimpleNamespace(batch_tokens=400, dtype="float32")
     chosen = evaluation.likeliest_option(model, tokenizer, data, config, None)
     letter = {y: encode(tokenizer, [examples[0]._replace(target=y)]).target[0] for y in "ABCD"}

@@ -104,7 +104,8 @@ def test_what_the_toy_refuses(arguments, message, tmp_path, capsys):
 
 
 def test_bad_toy_usage(capsys):
-    for arguments in (["--symbols", "27"], ["--hops", "-1"], ["--alpha", "nan"], ["--samples", "1", "--estimator", "jensen"],
+    for arguments in (["--symbols", "27"], ["--hops", "-1"], ["--hops", "10"], ["--alpha", "nan"], ["--alpha", "inf"],
+                      ["--estimator", "exact", "--entropy-bonus", "1"], ["--samples", "1", "--estimator", "jensen"],
                       ["--samples", "1", "--estimator", "best", "--entropy-bonus", "0.1"]):
         with pytest.raises(SystemExit) as stop:
             train.main(["--task", "toy", *arguments])

@@ -194,7 +194,9 @@ def test_grpo_weighs_by_standard_deviations():
 def test_alpha_spans_frozen_marginal_and_best():
     R = torch.randn(6, 4, **F64)
     for alpha, name in ((0.0, "frozen"), (1e6, "best")):
-        torch.testing.assert_close(make("marginal", alpha * R)[1], make(name, R)[1])
+        (a, b), (a_limit, b_limit) = make("marginal", alpha * R), make(name, R)
+        torch.testing.assert_close(b, b_limit)
+        torch.testing.assert_close(a, a_limit - (1 / 4 if name == "best" else 0))  # marginal keeps its baseline
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -429,6 +431,18 @@ def test_diagnostics_by_hand():
     assert d["ess"].item() == pytest.approx(1 / (0.25**2 + 0.75**2) + 2.0)
     assert d["entropy"].item() == pytest.approx(4.0)
     assert d["distinct"].item() == pytest.approx(1.0 + 0.5)
+
+
+def test_diagnostics_of_all_warmups_are_weighted_by_the_policy():
+    """exact: what sampling would give in the mean, without the noise."""
+    log_pi, R = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.0, -2.0]])
+    d = diagnostics(R, log_pi, torch.tensor([[[4], [5]]]), exact=True)
+    p = 0.25 + 0.75 * math.exp(-2.0)
+    assert d["nll"].item() == pytest.approx(-math.log(p)) and d["reward"].item() == pytest.approx(-1.5)
+    assert d["spread"].item() == pytest.approx((0.25 * 1.5**2 + 0.75 * 0.5**2) ** 0.5)
+    assert d["ess"].item() == pytest.approx(1 / ((0.25 / p) ** 2 + (1 - 0.25 / p) ** 2))
+    assert d["entropy"].item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
+    assert d["distinct"].item() == 1.0
 
 
 def test_swap_gap_is_zero_when_the_target_ignores_c_and_not_otherwise():

@@ -87,6 +87,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=400, help="updates (default: 400)")
     parser.add_argument("--seeds", type=int, default=10, help="runs (default: 10)")
     args = parser.parse_args()
+    if args.samples < 2 and set(args.estimator) - {"best", "frozen", "exact"}:
+        parser.error("all but best, frozen and exact compare warmups: --samples must be at least 2")
     for name in args.estimator:
         values = torch.tensor([solve(args.toy, name, args.samples, args.steps, args.alpha, s) for s in range(args.seeds)])
         print(f"{args.toy} {name:10} nats: lowest {values.min():.2f}  median {values.median():.2f}  highest {values.max():.2f}")
