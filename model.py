@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MASKED = -1e9  # added to a score to hide a key. Finite: a row whose keys are all hidden stays free of NaN.
 
@@ -234,6 +235,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(c, decoder) for _ in range(layers))
         self.biases = nn.ModuleList(PositionBias(c, not decoder) for _ in range(1 if c.shared_bias else layers))
         self.norm, self.dropout = RMSNorm(c.width), Dropout(c.dropout)
+        self.recompute = False  # True: keep a block's input only, and compute the rest again for the backward pass
 
     def position_biases(self, length: int) -> list[Tensor]:
         """One (1,H,L,L) per layer, or a single one that all layers share; causal in the decoder."""
@@ -246,7 +248,11 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, biases: list[Tensor], memory=None, cache=None) -> Tensor:
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, biases[layer if len(biases) > 1 else 0], memory, cache, layer)
+            bias = biases[layer if len(biases) > 1 else 0]
+            if self.recompute and torch.is_grad_enabled():  # dropout is drawn again from the same random state
+                x = checkpoint(block, x, bias, memory, None, layer, use_reentrant=False)
+            else:
+                x = block(x, bias, memory, cache, layer)
         return self.dropout(self.norm(x))
 
 
@@ -308,7 +314,7 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.smoothing, ctx.chunk, ctx.kept = smoothing, chunk, None
         log_probs = hidden.new_empty(len(targets), dtype=torch.float32)
         for at in range(0, len(targets), chunk):
-            rows = slice(at, at + chunk)
+            rows, kept = slice(at, at + chunk), None  # None: let go of the last chunk before the next is made
             log_probs[rows], *kept = _chunk(hidden[rows], weight, targets[rows], forbidden, smoothing)
         if len(targets) <= chunk:
             ctx.kept = kept
@@ -327,7 +333,11 @@ class _TokenLogProbs(torch.autograd.Function):
             d.scatter_add_(1, targets[rows, None], (1 - s) * g)
             d = (d.add_(g * (s / len(weight))) if s else d).to(weight.dtype)
             grad_hidden[rows] = d @ weight  # (n,E)
-            grad_weight += d.T @ hidden[rows]  # (V,E); many chunks add up in float32 also when they are bfloat16
+            if d.dtype == torch.float32:
+                grad_weight.addmm_(d.T, hidden[rows])  # (V,E), without a second one for the product
+            else:
+                grad_weight += d.T @ hidden[rows]  # many chunks add up in float32 also when they are bfloat16
+            exps = d = None  # let go of this chunk before the next is made
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
