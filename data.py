@@ -440,8 +440,8 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
         splits, origin = task.read(pair, folder), str(folder.resolve())
         print(f"data: {origin}{f', {pair}' * parallel}")
     elif not task.draw:
-        raise UserError(f"task {config.task} has no built-in sample: python data.py {config.task} --pair {pair} downloads "
-                        "it, --data DIR takes files of your own (README, Your own text)")
+        raise UserError(f"task {config.task} has no built-in sample: python data.py {config.task} --pair {pair} fills "
+                        f"{folder}/, --data DIR takes a folder of your own files (README, Your own text)")
     elif not task.read and config.data not in ("", "sample"):
         raise UserError(f"task {config.task} is generated: leave --data out")
     else:
@@ -699,10 +699,10 @@ def plain_rows(files: list[str], *paths: Path) -> Iterator[dict[str, str]]:
 
 
 def table_rows(files: list[str], path: Path) -> Iterator[dict[str, str]]:
-    """Two columns. News Commentary marks the end of a document by an empty side."""
+    """Two columns. An empty side, which ends a document in News Commentary, went with read_lines' strip."""
     for line in read_lines(path):
-        sides = [side.strip() for side in line.split("\t")]
-        yield dict(zip(files, sides)) if len(sides) == 2 and all(sides) else {}
+        sides = line.split("\t")
+        yield {name: side.strip() for name, side in zip(files, sides)} if len(sides) == 2 else {}
 
 
 def members(archive: Path) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
@@ -775,7 +775,10 @@ OFFERED = {"wmt": list(FLORES), "multi30k": ["cs", "de", "en", "fr"]}
 
 
 def receive(url: str, part: Path) -> None:
-    """Append to the file part what it lacks of url. OSError, HTTPException: not all came; what did is kept."""
+    """Append to the file part what it lacks of url. OSError, HTTPException: not all came; what did is kept.
+
+    Should url have changed since part began, the mixture fails its checksum, or as JSON.
+    """
     start = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "warmup"} | ({"Range": f"bytes={start}-"} if start else {})
     with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as answer:
