@@ -4,22 +4,34 @@
 
 A task is a row of TASKS. Data is looked for in this order, and the choice is printed: `--data DIR`, then
 `data/<task>/`, then the built-in sample, which is generated from a seed and needs no download.
+
+    python data.py wmt --pair de-en             download real data into data/wmt/
 """
 
+import argparse
 import gzip
+import hashlib
 import json
 import random
 import re
 import struct
+import sys
+import tarfile
+import time
 import zlib
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Callable, Iterator, NamedTuple
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from warmup import Batch
 
@@ -160,8 +172,8 @@ def sentence(r: random.Random) -> tuple[str, str]:
 def translation_sample(r: random.Random, config) -> Example:
     """One pair of the sample, --pair de-en or en-de."""
     if config.pair not in ("de-en", "en-de"):
-        raise UserError(f"the built-in sample is German-English: use --pair de-en or en-de, not {config.pair}, "
-                        "or --data DIR")
+        raise UserError(f"the built-in sample is German-English: use --pair de-en or en-de, not {config.pair}, or "
+                        f"real text: python data.py wmt --pair {config.pair}, or --data DIR")
     en, de = sentence(r)
     return translation(config.pair, *((en, de) if config.pair == "en-de" else (de, en)))
 
@@ -428,14 +440,14 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
         splits, origin = task.read(pair, folder), str(folder.resolve())
         print(f"data: {origin}{f', {pair}' * parallel}")
     elif not task.draw:
-        raise UserError(f"task {config.task} has no built-in sample: put train.LANG, valid.LANG and test.LANG for the "
-                        f"two languages of {pair} into {folder}/, or name their folder with --data DIR")
+        raise UserError(f"task {config.task} has no built-in sample: python data.py {config.task} --pair {pair} fills "
+                        f"{folder}/, --data DIR takes a folder of your own files (README, Your own text)")
     elif not task.read and config.data not in ("", "sample"):
         raise UserError(f"task {config.task} is generated: leave --data out")
     else:
         splits, origin = generate_splits(task.draw, config), "sample"
-        print(f"data: built-in sample{f', {pair}' * parallel}" + (task.read is not None) * ". For real text (README, Your "
-              f"own text): python train.py --task {config.task}{f' --pair {pair}' * parallel} --data FOLDER")
+        print(f"data: built-in sample{f', {pair}' * parallel}" + (task.read is not None) * ". For real text: python "
+              f"data.py {config.task}{f' --pair {pair}' * parallel}, or --data FOLDER (README, Your own text)")
     if "test" not in splits:
         print("data: no test split, so the validation split, which also picks the checkpoint, is scored in its place")
     prefix = source_prefix(config)
@@ -662,3 +674,237 @@ def in_order(data: Encoded, batch_tokens: int) -> Iterator[tuple[np.ndarray, Bat
     """Every example once, longest sources first, with its indices: for validation and decoding."""
     for index in bucket(data, batch_tokens, -np.array([len(s) for s in data.source])):
         yield index, collate(data, index)
+
+
+# ----------------------------------------------------------------------------- download real data
+
+TRIES, PAUSE, TIMEOUT = 5, 1.0, 60  # attempts at a file; seconds before the second, doubled each time; of silence
+
+
+class Source(NamedTuple):
+    """A corpus: its files on the net and what becomes of them. {a} and {b}: the two languages, sorted."""
+
+    about: str  # name, home, licence
+    urls: dict[str, str | None]  # url -> SHA-256, where somebody states it
+    files: list[str]  # what is written into the task's folder
+    rows: Callable[..., Iterator[dict[str, str]]]  # (files, *downloaded) -> {file: its next line}; {}: a row left out
+
+
+def plain_rows(files: list[str], *paths: Path) -> Iterator[dict[str, str]]:
+    for name, path in zip(files, paths):
+        for line in read_lines(path):
+            if name.endswith(".txt"):  # LogiQA, which has no checksum: an error page is no JSON, and is refused here
+                logiqa_row(json.loads(line))
+            yield {name: line}
+
+
+def table_rows(files: list[str], path: Path) -> Iterator[dict[str, str]]:
+    """Two columns. An empty side, which ends a document in News Commentary, went with read_lines' strip."""
+    for line in read_lines(path):
+        sides = line.split("\t")
+        yield {name: side.strip() for name, side in zip(files, sides)} if len(sides) == 2 else {}
+
+
+def members(archive: Path) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
+    """Name and content of each file in a tar archive, as a stream: nothing is unpacked to disk."""
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            if name.is_absolute() or ".." in name.parts:
+                raise UserError(f"its member {name} points out of the archive")
+            if member.isfile():
+                yield name, tar.extractfile(member)
+
+
+FLORES = dict(de="deu_Latn", en="eng_Latn", fr="fra_Latn", ru="rus_Cyrl", zh="zho_Hans")
+
+
+def flores_rows(files: list[str], archive: Path) -> Iterator[dict[str, str]]:
+    """dev/CODE.dev, devtest/CODE.devtest: line i is the same sentence in every language, so any pair can be formed."""
+    wanted = [f"{split}/{code}.{split}" for split in ("dev", "devtest") for code in FLORES.values()]
+    for name, file in members(archive):
+        if (end := "/".join(name.parts[-2:])) in wanted:
+            yield from ({files[wanted.index(end)]: line} for line in file.read().decode().strip().split("\n"))
+
+
+BUTTONS = {"Share this with", "Email", "Facebook", "Messenger", "Twitter", "Pinterest", "WhatsApp", "Linkedin",
+           "LinkedIn", "Copy this link", "These are external links and will open in a new window"}  # of the web page
+
+
+def xsum_rows(files: list[str], archive: Path, ids: Path) -> Iterator[dict[str, str]]:
+    """ID.summary holds sections, "[SN]NAME[SN] text"; the summary is FIRST-SENTENCE. ids: {split: its articles}."""
+    splits = json.loads(ids.read_bytes())
+    where = {i: file for split, file in zip(("train", "validation", "test"), files) for i in splits[split]}
+    for name, file in members(archive):
+        if name.stem in where:
+            text = "\n".join(line for line in file.read().decode().split("\n") if line.strip() not in BUTTONS)
+            parts = [part.strip() for part in text.split("[SN]")]  # "", name, text, name, text, ...
+            row = {"document": parts[parts.index("RESTBODY") + 1], "summary": parts[parts.index("FIRST-SENTENCE") + 1]}
+            target = where.pop(name.stem)
+            yield {target: json.dumps(row, ensure_ascii=False)} if all(row.values()) else {}
+    if where:
+        raise UserError(f"it lacks {len(where)} articles")
+
+
+# FLORES' checksum is from MLCommons' Croissant 1.0 specification, XSum's are from dataset_infos.json in Hugging Face
+# datasets; we know of no others. A .gz file has a checksum of its own.
+GITHUB, NEWS = "https://raw.githubusercontent.com", "https://data.statmt.org/news-commentary"
+SIDES = [f"{split}.{side}" for split in ("train", "val", "test_2016_flickr") for side in ("{a}", "{b}")]
+SOURCES = {
+    "wmt": [Source(f"News Commentary v18.1, {NEWS}: free for research; for other uses ask its owners",
+                   {NEWS + "/v18.1/training/news-commentary-v18.{a}-{b}.tsv.gz": None},
+                   ["train.{a}-{b}.{a}", "train.{a}-{b}.{b}"], table_rows),
+            Source("FLORES-200, https://github.com/facebookresearch/flores: CC BY-SA 4.0",
+                   {"https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz":
+                    "b8b0b76783024b85797e5cc75064eb83fc5288b41e9654dabc7be6ae944011f6"},
+                   [f"{split}.{lang}" for split in ("valid", "test") for lang in FLORES], flores_rows)],
+    "multi30k": [Source("Multi30k task 1, https://github.com/multi30k/dataset: no licence stated; for research",
+                        {f"{GITHUB}/multi30k/dataset/master/data/task1/raw/{side}.gz": None for side in SIDES},
+                        SIDES, plain_rows)],
+    "xsum": [Source("XSum, https://github.com/EdinburghNLP/XSum: the articles are the BBC's; for research",
+                    {"http://bollin.inf.ed.ac.uk/public/direct/XSUM-EMNLP18-Summary-Data-Original.tar.gz":
+                     "10b48aa187fc9c904b30f76ca97e2da0de8d3a1238acc26acadef93e2001af90",
+                     f"{GITHUB}/EdinburghNLP/XSum/master/XSum-Dataset/XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json":
+                     "9c0c5d8f048a90bd68b19a34e4c30577ed270d3247b2119fa06a04ef46292068"},
+                    ["train.jsonl", "valid.jsonl", "test.jsonl"], xsum_rows)],
+    "logiqa": [Source("LogiQA 2.0, https://github.com/csitfun/LogiQA2.0: CC BY-NC-SA 4.0",
+                      {f"{GITHUB}/csitfun/LogiQA2.0/main/logiqa/DATA/LOGIQA/{name}.txt": None
+                       for name in ("train", "dev", "test")}, ["train.txt", "dev.txt", "test.txt"], plain_rows)],
+}
+OFFERED = {"wmt": list(FLORES), "multi30k": ["cs", "de", "en", "fr"]}
+
+
+def receive(url: str, part: Path) -> None:
+    """Append to the file part what it lacks of url. OSError, HTTPException: not all came; what did is kept.
+
+    Should url have changed since part began, the mixture fails its checksum, or as JSON.
+    """
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "warmup"} | ({"Range": f"bytes={start}-"} if start else {})
+    with urlopen(Request(url, headers=headers), timeout=TIMEOUT) as answer:
+        if answer.status != 206:  # the whole file, be it that the server cannot continue one
+            start = 0
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise ConnectionError("the server sent another part than the one we lack")
+        total = None if answer.length is None else start + answer.length
+        bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=part.stem, dynamic_ncols=True)
+        with bar, open(part, "ab" if start else "wb") as file:
+            while chunk := answer.read(2**16):
+                bar.update(file.write(chunk))
+            if total is not None and file.tell() < total:
+                raise ConnectionError(f"the connection ended after {file.tell():,} of {total:,} bytes")
+
+
+def fetch(url: str, path: Path, sha256: str | None) -> None:
+    """Download url unless path is there. Cut off, it goes on from path.part. UserError: it cannot be had."""
+    part, by_hand = path.with_name(path.name + ".part"), f"You can put the file into {path.parent}/ by hand"
+    for attempt in range(0 if path.exists() else TRIES):
+        try:
+            receive(url, part)
+            part.replace(path)
+            break
+        except (OSError, HTTPException) as error:
+            problem, code = error, getattr(error, "code", None)
+        if code == 416:  # our part is longer than the file
+            part.unlink(missing_ok=True)
+        elif code and code < 500 and code not in (408, 429):  # those may pass
+            raise UserError(f"{url}: {problem}. {by_hand} and run the same command again")
+        elif attempt == 0 and not code and isinstance(problem, URLError):
+            raise UserError(f"cannot reach {url}: {problem.reason}. Is there a network? {by_hand}")
+        if attempt == TRIES - 1:
+            raise UserError(f"{url}: {problem}, at the last of {TRIES} attempts. The same command goes on from here")
+        print(f"{path.name}: {problem}; again in {PAUSE * 2**attempt:g} s")
+        time.sleep(PAUSE * 2**attempt)
+    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        path.unlink()
+        raise UserError(f"{url}: its checksum is wrong, so it was deleted. Run the same command again. {by_hand}")
+
+
+def convert(source: Source, paths: list[Path]) -> dict[str, int]:
+    """Write a source's files beside its downloads, as FILE.new. How many lines has each?"""
+    counts, left_out = dict.fromkeys(source.files, 0), 0
+    try:
+        with ExitStack() as stack:
+            how = dict(mode="w", encoding="utf-8", newline="\n")
+            out = {name: stack.enter_context(open(paths[0].with_name(f"{name}.new"), **how)) for name in counts}
+            for row in source.rows(source.files, *paths):
+                left_out += not row
+                for name, line in row.items():
+                    out[name].write(line + "\n")
+                    counts[name] += 1
+        if not all(counts.values()):
+            raise UserError(f"nothing for {', '.join(name for name in counts if not counts[name])}")
+    except (UserError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, ValueError, LookupError,
+            TypeError, AttributeError) as error:
+        for path in paths:
+            path.unlink()
+        raise UserError(f"{' and '.join(source.urls)}: not what we expected, so it was deleted: "
+                        f"{str(error) or type(error).__name__}") from None
+    print(f"{paths[0].name}: left out {left_out:,} rows with an empty side\n" * (left_out > 0), end="")
+    return counts
+
+
+def download(task: str, pairs: list[str], folder: Path) -> None:
+    """Bring the real data of a task into folder. What was downloaded lies beside it until all is written.
+
+    Not in it: after a download that failed, an empty data/TASK/ would keep train.py from its sample.
+    """
+    todo: list[Source] = []
+    for a, b in (sorted(pair.split("-")) for pair in pairs):
+        for source in SOURCES[task]:
+            source = source._replace(urls={url.format(a=a, b=b): digest for url, digest in source.urls.items()},
+                                     files=[name.format(a=a, b=b) for name in source.files])
+            if source not in todo and not all((folder / name).exists() for name in source.files):
+                todo.append(source)
+    work = Path(f"{folder.resolve()}.downloads")
+    paths = [[work / url.rsplit("/", 1)[1] for url in source.urls] for source in todo]
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        for source, files in zip(todo, paths):
+            print(source.about)
+            for (url, digest), path in zip(source.urls.items(), files):
+                fetch(url, path, digest)
+        counts = [count for source, files in zip(todo, paths) for count in convert(source, files).items()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, count in counts:
+            if (folder / name).exists():  # from an earlier call, or the user's own: it stays
+                (work / f"{name}.new").unlink(missing_ok=True)
+            else:
+                (work / f"{name}.new").replace(folder / name)
+                print(f"wrote {folder / name}: {count:,} lines")
+        for path in (path for files in paths for path in files):
+            path.unlink(missing_ok=True)  # two pairs can share one
+    finally:
+        with suppress(OSError):  # not empty: the next call goes on from it
+            work.rmdir()
+    print(f"{folder} is complete" + (not todo) * ": nothing to download")
+    for pair in pairs if task in OFFERED else [""]:
+        print(f"next: python train.py --task {task}{pair and f' --pair {pair}'}"
+              + (folder != Path("data") / task) * f" --data {folder}" + " (sizes and steps: README, Your own text)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Download the real data of a task.", allow_abbrev=False)
+    parser.add_argument("task", choices=tuple(TASKS))
+    parser.add_argument("--pair", default="de-en", help="for wmt and multi30k: de-en (default), de-en,en-ru, ...")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: data/TASK, where train.py looks")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    known = OFFERED.get(args.task)
+    pairs = args.pair.split(",") if known else ["-"]
+    try:
+        if args.task not in SOURCES:
+            raise UserError(f"task {args.task} is generated, nothing to download: python train.py --task {args.task}")
+        if known and not all(len(set(pair.split("-")) & set(known)) == 2 == len(pair.split("-")) for pair in pairs):
+            raise UserError(f"--pair takes two of {' '.join(known)}, such as de-en, or several such pairs: de-en,en-fr")
+        download(args.task, pairs, args.out or Path("data") / args.task)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
