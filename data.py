@@ -12,6 +12,7 @@ import random
 import re
 import struct
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from warmup import Batch
@@ -598,6 +600,65 @@ def shorten(data: Encoded, max_tokens: int, drop: bool) -> tuple[Encoded, int]:
     return data._replace(source=[s[:max_tokens] for s in data.source]), sum(long)
 
 
+# ----------------------------------------------------------------------------- several processes
+#
+# Under torchrun N processes run the same program, each on its share of the batches. They meet in `gather` and
+# `add_up`, which all must call in the same order. Alone, a process gets back what it gave.
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0. Rank 0 prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def meeting():
+    """What torch raises where processes meet means that one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"a process of this job died, or is out of reach ({' '.join(str(error).split())[:100]} …). The last "
+                        "checkpoint is whole: go on with torchrun … train.py --resume RUN") from None
+
+
+@meeting()
+def gather(thing) -> list:
+    """The `thing` of every process, by rank."""
+    everyone = [thing] * processes()
+    if processes() > 1:
+        dist.all_gather_object(everyone, thing)
+    return everyone
+
+
+@meeting()
+def add_up(x: torch.Tensor) -> torch.Tensor:
+    """x, summed over the processes in place."""
+    if processes() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_sums(sums: dict) -> dict:
+    """Named numbers, summed over the processes. One that had no batch has fewer names."""
+    if processes() == 1:
+        return sums
+    everyone = gather({name: float(value) for name, value in sums.items()})
+    return {name: torch.tensor(sum(one.get(name, 0.0) for one in everyone), dtype=torch.float64)
+            for name in max(everyone, key=len)}
+
+
+def first_to_fail() -> bool:
+    """Whether to report an error: those of the other processes are the same, or come of this one."""
+    try:
+        return processes() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the store is gone, with the machine of rank 0
+        return True
+
+
 # ----------------------------------------------------------------------------- batches
 
 
@@ -628,7 +689,10 @@ def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray
 
 
 class Batches:
-    """Endless training batches of similar lengths. (seed, epoch, position) determines the next: resumable."""
+    """Endless training batches of similar lengths. (seed, epoch, position) determines the next: resumable.
+
+    N processes take turns: one `next` goes N batches on, and rank r gets the r-th of them.
+    """
 
     def __init__(self, data: Encoded, batch_tokens: int, seed: int):
         self.data, self.batch_tokens, self.seed = data, batch_tokens, seed
@@ -643,12 +707,15 @@ class Batches:
         batches = bucket(self.data, self.batch_tokens, key)
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def __next__(self) -> Batch:
+    def _advance(self) -> np.ndarray:
         if self.position == len(self.order):
             self.epoch, self.position = self.epoch + 1, 0
             self.order = self._shuffle()
         self.position += 1
-        return collate(self.data, self.order[self.position - 1])
+        return self.order[self.position - 1]
+
+    def __next__(self) -> Batch:
+        return collate(self.data, [self._advance() for _ in range(processes())][rank()])
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -659,6 +726,6 @@ class Batches:
 
 
 def in_order(data: Encoded, batch_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, longest sources first, with its indices: for validation and decoding."""
-    for index in bucket(data, batch_tokens, -np.array([len(s) for s in data.source])):
+    """Every example once, longest sources first, with its indices: for validation and decoding. Processes share them."""
+    for index in bucket(data, batch_tokens, -np.array([len(s) for s in data.source]))[rank() :: processes()]:
         yield index, collate(data, index)
