@@ -621,8 +621,8 @@ def meeting():
     try:
         yield
     except RuntimeError as error:
-        raise UserError(f"a process of this job died, or is out of reach ({' '.join(str(error).split())[:100]} …). The last "
-                        "checkpoint is whole: go on with torchrun … train.py --resume RUN") from None
+        raise UserError("a process of this job died or is out of reach; the last checkpoint is whole: go on with torchrun "
+                        f"… train.py --resume RUN. torch says: {' '.join(str(error).split())[:150]}") from None
 
 
 @meeting()
@@ -691,7 +691,7 @@ def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray
 class Batches:
     """Endless training batches of similar lengths. (seed, epoch, position) determines the next: resumable.
 
-    N processes take turns: one `next` goes N batches on, and rank r gets the r-th of them.
+    N processes take turns: `next` moves on by N batches and gives the rank-th of them.
     """
 
     def __init__(self, data: Encoded, batch_tokens: int, seed: int):
@@ -707,15 +707,15 @@ class Batches:
         batches = bucket(self.data, self.batch_tokens, key)
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def _advance(self) -> np.ndarray:
-        if self.position == len(self.order):
-            self.epoch, self.position = self.epoch + 1, 0
-            self.order = self._shuffle()
-        self.position += 1
-        return self.order[self.position - 1]
-
     def __next__(self) -> Batch:
-        return collate(self.data, [self._advance() for _ in range(processes())][rank()])
+        for turn in range(processes()):
+            if self.position == len(self.order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self.order = self._shuffle()
+            if turn == rank():
+                index = self.order[self.position]
+            self.position += 1
+        return collate(self.data, index)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -726,6 +726,6 @@ class Batches:
 
 
 def in_order(data: Encoded, batch_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, longest sources first, with its indices: for validation and decoding. Processes share them."""
+    """Every example once, longest sources first, with its indices: for validation and decoding, shared by processes."""
     for index in bucket(data, batch_tokens, -np.array([len(s) for s in data.source]))[rank() :: processes()]:
         yield index, collate(data, index)

@@ -92,14 +92,15 @@ def warmup_spec(stage: str, config, tokenizer: Tokenizer) -> WarmupSpec | None:
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's mps, else the CPU. UserError for a device that is not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and processes() == 1, "cpu": True}
+    mps = torch.backends.mps.is_available() and processes() == 1  # gloo knows the CPU alone, NCCL CUDA
+    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if not here.get(name, True):
         raise UserError(f"torch finds no {name} device here: choose another with --device")
     device = torch.device(name if name != "auto" else next(device for device in here if here[device]))
     if device.type == "cuda" and processes() > 1:
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= count:
-            raise UserError(f"each process needs a GPU of its own, and here are {count}: torchrun --nproc_per_node {count}")
+            raise UserError(f"each process needs a GPU of its own: torchrun --nproc_per_node {count}, or --device cpu")
         torch.cuda.set_device(number)
     return device
 

@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, add_up, all_sums, encode, first_to_fail, gather,
-                  load, pretrained_tokenizer, processes, prompt_tags, rank, shorten, special_ids, train_tokenizer)
+from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, add_up, all_sums, encode, first_to_fail,
+                  gather, load, pretrained_tokenizer, processes, prompt_tags, rank, shorten, special_ids, train_tokenizer)
 from eval import (CONTROLS, FORMAT, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
                   make_metrics, pick_device, precision, print_examples, print_table, score_stage, signatures, validate,
                   warmup_spec)
@@ -377,10 +377,10 @@ class Run:
                          data=self.fingerprint(), log_bytes=log_bytes)
 
     def resume(self, saved: dict) -> None:
-        """Take up last.pt: the next update is bit for bit the one that would have followed (on a CPU, one process)."""
+        """Take up last.pt: the next update is bit for bit what would have followed (on a CPU, by one process)."""
         if saved["data"] != self.fingerprint():
-            raise UserError(f"the training data in {self.config.data} is not what {self.folder} was trained on, or not what "
-                            "rank 0 reads: bring it back, or start a new run")
+            raise UserError(f"the training data in {self.config.data} is not what {self.folder} was trained on, or not "
+                            "what rank 0 reads: bring it back, or start a new run")
         self.state = State(**saved["state"])
         if self.state.stage == "done":
             return
@@ -393,7 +393,7 @@ class Run:
             torch.cuda.set_rng_state(saved["cuda_rng"][0])  # rank 0's GPU
         if saved["mps_rng"]:
             torch.mps.set_rng_state(saved["mps_rng"][0])
-        if rank():  # draws of its own. The file holds those of rank 0
+        if rank():  # draws of its own; the file holds rank 0's
             torch.manual_seed(hash((self.config.seed, rank(), self.state.step)))
         elif (self.folder / "log.jsonl").exists():
             os.truncate(self.folder / "log.jsonl", saved["log_bytes"])  # forget what came after the checkpoint
@@ -491,7 +491,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, lis
     run = Run(config, examples, data, tokenizer, model)
     if not resume:
         run.save()
-    if resume or rank():  # the other processes start from what rank 0 wrote: the same weights, checked for the same data
+    if resume or rank():  # all start from what rank 0 wrote: the same weights, and checked for the same data
         run.resume(saved if resume else load_checkpoint(config.folder / "last.pt", "state"))
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, "
