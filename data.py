@@ -19,7 +19,7 @@ import sys
 import tarfile
 import time
 import zlib
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import accumulate
@@ -30,6 +30,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -610,6 +611,65 @@ def shorten(data: Encoded, max_tokens: int, drop: bool) -> tuple[Encoded, int]:
     return data._replace(source=[s[:max_tokens] for s in data.source]), sum(long)
 
 
+# ----------------------------------------------------------------------------- several processes
+#
+# Under torchrun N processes run the same program, each on its share of the batches. They meet in `gather` and
+# `add_up`, which all must call in the same order. Alone, a process gets back what it gave.
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0. Rank 0 prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def meeting():
+    """What torch raises where processes meet means that one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError("a process of this job died or is out of reach; the last checkpoint is whole: go on with torchrun "
+                        f"… train.py --resume RUN. torch says: {' '.join(str(error).split())[:150]}") from None
+
+
+@meeting()
+def gather(thing) -> list:
+    """The `thing` of every process, by rank."""
+    everyone = [thing] * processes()
+    if processes() > 1:
+        dist.all_gather_object(everyone, thing)
+    return everyone
+
+
+@meeting()
+def add_up(x: torch.Tensor) -> torch.Tensor:
+    """x, summed over the processes in place."""
+    if processes() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_sums(sums: dict) -> dict:
+    """Named numbers, summed over the processes. One that had no batch has fewer names."""
+    if processes() == 1:
+        return sums
+    everyone = gather({name: float(value) for name, value in sums.items()})
+    return {name: torch.tensor(sum(one.get(name, 0.0) for one in everyone), dtype=torch.float64)
+            for name in max(everyone, key=len)}
+
+
+def first_to_fail() -> bool:
+    """Whether to report an error: those of the other processes are the same, or come of this one."""
+    try:
+        return processes() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the store is gone, with the machine of rank 0
+        return True
+
+
 # ----------------------------------------------------------------------------- batches
 
 
@@ -640,7 +700,10 @@ def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray
 
 
 class Batches:
-    """Endless training batches of similar lengths. (seed, epoch, position) determines the next: resumable."""
+    """Endless training batches of similar lengths. (seed, epoch, position) determines the next: resumable.
+
+    N processes take turns: `next` moves on by N batches and gives the rank-th of them.
+    """
 
     def __init__(self, data: Encoded, batch_tokens: int, seed: int):
         self.data, self.batch_tokens, self.seed = data, batch_tokens, seed
@@ -656,11 +719,14 @@ class Batches:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def __next__(self) -> Batch:
-        if self.position == len(self.order):
-            self.epoch, self.position = self.epoch + 1, 0
-            self.order = self._shuffle()
-        self.position += 1
-        return collate(self.data, self.order[self.position - 1])
+        for turn in range(processes()):
+            if self.position == len(self.order):
+                self.epoch, self.position = self.epoch + 1, 0
+                self.order = self._shuffle()
+            if turn == rank():
+                index = self.order[self.position]
+            self.position += 1
+        return collate(self.data, index)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -671,8 +737,8 @@ class Batches:
 
 
 def in_order(data: Encoded, batch_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, longest sources first, with its indices: for validation and decoding."""
-    for index in bucket(data, batch_tokens, -np.array([len(s) for s in data.source])):
+    """Every example once, longest sources first, with its indices: for validation and decoding, shared by processes."""
+    for index in bucket(data, batch_tokens, -np.array([len(s) for s in data.source]))[rank() :: processes()]:
         yield index, collate(data, index)
 
 

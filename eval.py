@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import (SEP, TASKS, Encoded, Example, UserError, chain, encode, in_order, load, shorten, source_prefix,
-                  special_ids)
+from data import (SEP, TASKS, Encoded, Example, UserError, all_sums, chain, encode, gather, in_order, load, processes,
+                  shorten, source_prefix, special_ids)
 from model import EncoderDecoder, ModelConfig
 from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, sample_warmups, score, target_tokens
 
@@ -91,10 +92,17 @@ def warmup_spec(stage: str, config, tokenizer: Tokenizer) -> WarmupSpec | None:
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's mps, else the CPU. UserError for a device that is not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and processes() == 1  # gloo knows the CPU alone, NCCL CUDA
+    here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if not here.get(name, True):
         raise UserError(f"torch finds no {name} device here: choose another with --device")
-    return torch.device(name if name != "auto" else next(device for device in here if here[device]))
+    device = torch.device(name if name != "auto" else next(device for device in here if here[device]))
+    if device.type == "cuda" and processes() > 1:
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise UserError(f"each process needs a GPU of its own: torchrun --nproc_per_node {count}, or --device cpu")
+        torch.cuda.set_device(number)
+    return device
 
 
 @contextmanager
@@ -127,7 +135,15 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
                 new = evaluate_warmups(model, batch, spec, config.eval_samples)
         tokens += target_tokens(model, batch)
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
+    sums = all_sums(sums | {"tokens": tokens})
+    tokens = sums.pop("tokens")
     return averages(sums, len(data.source), tokens)
+
+
+def collect(rows: dict) -> list:
+    """{index: row} of this process -> the rows of all, in the order of the data."""
+    rows = {i: row for share in gather(rows) for i, row in share.items()}
+    return [rows[i] for i in range(len(rows))]
 
 
 def averages(sums: dict, examples: int, tokens: Tensor) -> dict[str, float]:
@@ -139,7 +155,7 @@ def averages(sums: dict, examples: int, tokens: Tensor) -> dict[str, float]:
 def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None, beams: int):
     """Hypotheses, and warmups (None without), as text in the order of the data. Greedy c, beam y."""
     device = next(model.parameters()).device
-    hypotheses, warmups = [""] * len(data.source), [None] * len(data.source)
+    rows = {}
     for index, batch in in_order(data, config.batch_tokens):
         length = min(config.max_tokens, 2 * batch.source.size(1) + 10)  # no translation is that much longer
         with precision(config, device):
@@ -147,9 +163,8 @@ def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | Non
                             barred=special_ids(tokenizer))
         texts = tokenizer.decode_batch(y.tolist(), skip_special_tokens=True)
         latent = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False) if spec else [None] * len(index)
-        for i, text, warmup in zip(index, texts, latent):
-            hypotheses[i], warmups[i] = text.strip(), warmup
-    return hypotheses, warmups
+        rows |= {i: (text.strip(), warmup) for i, text, warmup in zip(index, texts, latent)}
+    return [list(column) for column in zip(*collect(rows))]
 
 
 def translation_metrics(target_lang: str) -> dict:
@@ -206,7 +221,7 @@ def option_scores(config, examples: list[Example], hypotheses: list[str], warmup
 @torch.no_grad()
 def likeliest_option(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None) -> list[str]:
     """The letter of the largest log P(letter|x), or log P(letter|x,c) after the greedy warmup, per example."""
-    letters, chosen = sorted({tuple(row.tolist()) for row in data.target}), [""] * len(data.source)
+    letters, chosen = sorted({tuple(row.tolist()) for row in data.target}), {}
     device = next(model.parameters()).device
     for index, batch in in_order(data, config.batch_tokens):
         batch, scores = batch.to(device), []
@@ -219,7 +234,7 @@ def likeliest_option(model, tokenizer, data: Encoded, config, spec: WarmupSpec |
                               score(model, memory, batch.prompt, c, target, spec)[1][:, 0])
         for i, best in zip(index, torch.stack(scores, 1).argmax(1).tolist()):  # (B,letters)
             chosen[i] = tokenizer.decode(list(letters[best]))
-    return chosen
+    return collect(chosen)
 
 
 METRICS = {"translation": translation_scores, "pointers": pointer_scores, "summaries": rouge_scores,

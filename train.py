@@ -2,6 +2,7 @@
 
     python train.py --task wmt                  everything on the built-in sample, 4 minutes on 2 cores
     python train.py --resume runs/wmt           go on where a run was interrupted
+    torchrun --nproc_per_node 2 train.py …      the same by several processes: a GPU each, or CPUs
 
 A run folder holds config.json, tokenizer.json, log.jsonl, last.pt (all that --resume needs), the best
 checkpoint of each stage by validation (sft.pt, policy.pt, control.pt), and results.json.
@@ -20,11 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, encode, load, pretrained_tokenizer,
-                  prompt_tags, shorten, special_ids, train_tokenizer)
+from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, add_up, all_sums, encode, first_to_fail,
+                  gather, load, pretrained_tokenizer, processes, prompt_tags, rank, shorten, special_ids, train_tokenizer)
 from eval import (CONTROLS, FORMAT, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
                   make_metrics, pick_device, precision, print_examples, print_table, score_stage, signatures, validate,
                   warmup_spec)
@@ -62,7 +65,7 @@ class Config:
     control: bool = flag(True, "afterwards continue SFT for the warmup stage's time, the fair comparison")
     batch_tokens: int = flag(3000, "tokens of source and target, padding included, per SFT micro-batch")
     policy_batch_tokens: int = flag(1500, "the same for the warmup stage, which holds each target --samples times")
-    accumulate: int = flag(1, "micro-batches per update")
+    accumulate: int = flag(1, "micro-batches per update, of each process")
     lr: float = flag(3e-3, "peak learning rate of SFT")
     policy_lr: float = flag(1e-3, "peak learning rate of the warmup stage and of its control")
     lr_rampup_steps: int = flag(100, "updates of linear rise to the peak, at most a quarter of the stage; then linear fall")
@@ -146,17 +149,23 @@ def parse(argv: list[str]) -> tuple[Config, str]:
 
 
 def write_atomically(path: Path, save) -> None:
-    """save(temporary path), then rename: whatever interrupts us, `path` holds the old or the new, whole."""
+    """save(temporary path), then rename: whatever interrupts us, `path` holds the old or the new, whole.
+
+    By rank 0. The others wait: nobody still reads the old file, or already the new one, while it is written.
+    """
+    gather(None)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if rank() == 0:
+            save(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error}): free some disk space, then go on with "
                         f"python train.py --resume {path.parent}") from None
+    gather(None)
 
 
 def write_checkpoint(path: Path, what: str, **content) -> None:
@@ -245,7 +254,8 @@ class Run:
     def train(self) -> None:
         """One stage, from wherever the state stands: THE training loop."""
         c, s = self.config, self.state
-        with tqdm(total=s.total, initial=s.step, desc=s.stage, unit="step", dynamic_ncols=True, mininterval=1) as bar:
+        with tqdm(total=s.total, initial=s.step, desc=s.stage, unit="step", dynamic_ncols=True, mininterval=1,
+                  disable=rank() > 0) as bar:
             if s.step == 0 and s.stage != "sft":
                 self.validate_and_save()
             while s.step < s.total:
@@ -254,9 +264,9 @@ class Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate()
 
-                # -- the step: gradient of the summed loss over all micro-batches / all their target tokens
+                # -- the step: gradient of the summed loss over all processes' micro-batches / all their target tokens
                 micro_batches = [next(self.batches).to(self.device) for _ in range(c.accumulate)]
-                tokens = sum(target_tokens(self.model, batch) for batch in micro_batches)
+                tokens = add_up(sum(target_tokens(self.model, batch) for batch in micro_batches))
                 total_loss, stats = 0.0, {}
                 for batch in micro_batches:
                     with precision(c, self.device):
@@ -264,6 +274,7 @@ class Run:
                     (loss / tokens).backward()
                     total_loss += loss.detach()
                     stats = {name: stats.get(name, 0) + value for name, value in new.items()}
+                sum_gradients(self.model)
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
                 if not torch.isfinite(norm):
                     raise UserError(f"the gradient became {norm.item()} in {s.stage} update {s.step + 1}: start again "
@@ -272,24 +283,26 @@ class Run:
                 self.optimizer.zero_grad(set_to_none=True)
                 # -- end of the step
 
-                examples = sum(len(batch.source) for batch in micro_batches)
-                record = {"loss": (total_loss / tokens).item(), "grad_norm": norm.item(), "lr": self.learning_rate()}
+                pad = self.model.config.pad_id
+                stats |= {"loss": total_loss, "examples": sum(len(batch.source) for batch in micro_batches),
+                          "read": sum((b.source != pad).sum() + (b.target != pad).sum() for b in micro_batches)}
+                stats = all_sums(stats)
+                loss, examples, read = (stats.pop(name) for name in ("loss", "examples", "read"))
+                record = {"loss": (loss / tokens).item(), "grad_norm": norm.item(), "lr": self.learning_rate()}
                 record |= averages(stats, examples, tokens)
                 s.step += 1
                 seconds = time.perf_counter() - started
                 s.seconds += seconds
-                pad = self.model.config.pad_id
-                read = sum((b.source != pad).sum() + (b.target != pad).sum() for b in micro_batches)
                 record["tokens_per_second"] = read.item() / seconds
                 self.log("train", record)
                 bar.set_postfix(progress(self.held_out | record), refresh=False)
                 bar.update()
                 if s.step % c.eval_every == 0 or s.step == s.total:
                     self.validate_and_save()
-                if self.stop:
+                if any(gather(self.stop)):
                     self.save()
                     raise Interrupted
-        s.spent[s.stage] = [s.step, s.seconds]
+        s.spent[s.stage] = [s.step, gather(s.seconds)[0]]  # one clock, for the control's updates follow from it
         self.finish_stage()
 
     def validate_and_save(self) -> None:
@@ -337,6 +350,8 @@ class Run:
         self.stop = True
 
     def log(self, kind: str, numbers: dict) -> None:
+        if rank():
+            return
         line = {"kind": kind, "stage": self.state.stage, "step": self.state.step} | numbers
         try:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -362,10 +377,10 @@ class Run:
                          data=self.fingerprint(), log_bytes=log_bytes)
 
     def resume(self, saved: dict) -> None:
-        """Take up last.pt: the next update is bit for bit the one that would have followed (on a CPU)."""
+        """Take up last.pt: the next update is bit for bit what would have followed (on a CPU, by one process)."""
         if saved["data"] != self.fingerprint():
-            raise UserError(f"the training data in {self.config.data} is not what {self.folder} was trained on: "
-                            "bring it back, or start a new run")
+            raise UserError(f"the training data in {self.config.data} is not what {self.folder} was trained on, or not "
+                            "what rank 0 reads: bring it back, or start a new run")
         self.state = State(**saved["state"])
         if self.state.stage == "done":
             return
@@ -375,10 +390,12 @@ class Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"]:
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            torch.cuda.set_rng_state(saved["cuda_rng"][0])  # rank 0's GPU
         if saved["mps_rng"]:
             torch.mps.set_rng_state(saved["mps_rng"][0])
-        if (self.folder / "log.jsonl").exists():
+        if rank():  # draws of its own; the file holds rank 0's
+            torch.manual_seed(hash((self.config.seed, rank(), self.state.step)))
+        elif (self.folder / "log.jsonl").exists():
             os.truncate(self.folder / "log.jsonl", saved["log_bytes"])  # forget what came after the checkpoint
 
 
@@ -387,6 +404,13 @@ def progress(record: dict) -> dict[str, str]:
     names = ("nll", "reward", "spread", "ess", "entropy", "distinct", "swap_gap", "over_empty")
     shown = {name: f"{record[name]:.2f}" for name in (names if "nll" in record else ("loss",)) if name in record}
     return shown | {"tok/s": f"{record['tokens_per_second']:.0f}"}
+
+
+def sum_gradients(model: EncoderDecoder) -> None:
+    """Every gradient, summed over the processes, in one message. Simpler than DDP, which would send while computing."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if processes() > 1:
+        vector_to_parameters(add_up(parameters_to_vector(gradients)), gradients)
 
 
 def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.AdamW:
@@ -451,7 +475,8 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, lis
             raise UserError(f"{config.folder}/last.pt does not fit the tokenizer.json beside it")
     else:
         model, tokenizer = new_model(config, examples["train"])
-        new_folder(config)
+        if rank() == 0:
+            new_folder(config)
         write_text(config.folder / "tokenizer.json", tokenizer.to_str())
         write_text(config.folder / "config.json", json.dumps(asdict(config), indent=1))
     data = {}
@@ -464,10 +489,10 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, lis
     if not data["train"].source:
         raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}: raise it")
     run = Run(config, examples, data, tokenizer, model)
-    if resume:
-        run.resume(saved)
-    else:
+    if not resume:
         run.save()
+    if resume or rank():  # all start from what rank 0 wrote: the same weights, and checked for the same data
+        run.resume(saved if resume else load_checkpoint(config.folder / "last.pt", "state"))
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, "
           f"vocabulary {model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")
@@ -479,7 +504,7 @@ def report(run: Run, tokenizer: Tokenizer, examples: dict[str, list[Example]]) -
     config, split = run.config, "test" if "test" in examples else "valid"
     stages = ["sft", *(["control"] if run.has_control else []), *(["policy"] if config.policy_steps else [])]
     rows: list[Row] = []
-    with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False) as bar:
+    with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False, disable=rank() > 0) as bar:
         for stage in bar:
             rows.append(score_stage(config.folder, stage, config, tokenizer, examples[split], config.beams, run.device))
     print_table(rows, config, examples[split], split)
@@ -490,9 +515,18 @@ def report(run: Run, tokenizer: Tokenizer, examples: dict[str, list[Example]]) -
     print(f"\nsaved {config.folder}/results.json. Score again, or translate: python eval.py {config.folder}")
 
 
+def join_processes() -> None:
+    """Under torchrun: meet the others, by NCCL between GPUs and by gloo else. Only rank 0 prints."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
 def main(argv: list[str] | None = None) -> int:
     config, resume = parse(sys.argv[1:] if argv is None else argv)
     try:
+        join_processes()
         if resume:
             config = Config(**(vars(load_config(Path(resume))) | {"out": resume}))
         if config.threads:
@@ -505,14 +539,18 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: leave at once
             signal.signal(number, signal.default_int_handler)
         report(run, tokenizer, examples)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first_to_fail():
+            print(f"error: {error}", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
         folder = Path(resume) if resume else config.folder
         saved = (folder / "last.pt").exists()
         hint = f"go on with: python train.py --resume {folder}" if saved else "nothing was saved yet"
-        print(f"\nstopped; {hint}", file=sys.stderr)
+        if first_to_fail():
+            print(f"\nstopped; {hint}", file=sys.stderr)
         return 1
     return 0
 
