@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import IO, Any, Callable, Iterator, NamedTuple
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -426,6 +427,18 @@ TASKS = {
 }
 
 
+def for_pair(config, pair: str) -> SimpleNamespace:
+    """A run's settings for one of the directions that it has."""
+    return SimpleNamespace(**(vars(config) | {"pair": pair}))
+
+
+def load_pairs(config) -> tuple[dict[str, dict[str, list[Example]]], str]:
+    """{direction: its splits} for each of --pair, and where they come from. Other tasks: one, whatever its name."""
+    pairs = config.pair.split(",") if TASKS[config.task].metrics == "translation" else [config.pair]
+    loaded = {pair: load(for_pair(config, pair)) for pair in pairs}
+    return {pair: splits for pair, (splits, _) in loaded.items()}, loaded[pairs[0]][1]
+
+
 def load(config) -> tuple[dict[str, list[Example]], str]:
     """The splits of a task and where they come from ("sample" or a folder). Prints the choice in one line.
 
@@ -435,7 +448,7 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
     task, pair = TASKS[config.task], config.pair
     parallel = task.metrics == "translation"
     if len(pair.split("-")) != 2 or not all(lang.isalpha() for lang in pair.split("-")):
-        raise UserError(f"--pair takes two language codes such as de-en, not {pair!r}")
+        raise UserError(f"--pair takes two language codes such as de-en, or several such pairs (de-en,en-fr), not {pair!r}")
     folder = Path(config.data) if config.data else Path("data") / config.task
     if task.read and config.data != "sample" and (config.data or folder.is_dir()):
         splits, origin = task.read(pair, folder), str(folder.resolve())

@@ -12,6 +12,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import torch
@@ -21,8 +22,8 @@ from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import (SEP, TASKS, Encoded, Example, UserError, all_sums, chain, encode, gather, in_order, load, processes,
-                  shorten, source_prefix, special_ids)
+from data import (SEP, TASKS, Encoded, Example, UserError, all_sums, chain, encode, for_pair, gather, in_order,
+                  load_pairs, processes, shorten, source_prefix, special_ids)
 from model import EncoderDecoder, ModelConfig
 from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, sample_warmups, score, target_tokens
 
@@ -305,6 +306,15 @@ def print_table(rows: list[Row], config, examples: list[Example], split: str) ->
         print("acc, F1: accuracy and macro-F1 of the letter that was written; with a star: of the likeliest letter")
 
 
+def print_means(tables: dict[str, list[Row]]) -> None:
+    """Of several directions: each row's mean over them."""
+    if len(tables) > 1:
+        print(f"\nmean of {', '.join(tables)}")
+        for same in zip(*tables.values()):  # one row of each direction
+            means = (f"{name} {mean(row.metrics[name] for row in same):.2f}" for name in same[0].metrics)
+            print(f"{same[0].name:20}{'  '.join(means)}")
+
+
 def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> None:
     """The first test sentences: source, reference, and what each row makes of them."""
     for i, example in enumerate(examples[:count]):
@@ -361,6 +371,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a run folder that train.py made")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument("--stage", choices=tuple(STAGES), help="default: all that were trained; for --input policy or sft")
+    parser.add_argument("--pair", help="one direction of a run that has several; default: all, for --input the first")
     parser.add_argument("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
     parser.add_argument("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
     parser.add_argument("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
@@ -384,7 +395,11 @@ def run(args: argparse.Namespace) -> None:
     stages = [args.stage] if args.stage else trained
     if not stages:
         raise UserError(f"{args.run} holds no trained stage yet: python train.py --resume {args.run}")
+    if args.pair and args.pair not in config.pair.split(","):
+        raise UserError(f"{args.run} was trained on {config.pair}, not on {args.pair}")
+    several, config.pair = "," in config.pair, args.pair or config.pair
     if args.input:
+        config.pair = config.pair.split(",")[0]
         if TASKS[config.task].metrics != "translation":
             raise UserError(f"--input translates, and {args.run} was trained on {config.task}")
         try:
@@ -394,22 +409,24 @@ def run(args: argparse.Namespace) -> None:
         stage = args.stage or ("policy" if "policy" in trained else "sft")
         return translate(args.run, stage, text.removesuffix("\n").split("\n"), config, tokenizer, args, device)
     config.data = args.data or config.data
-    splits, _ = load(config)
-    split = args.split if args.split in splits else "valid"
-    rows = []
-    for stage in stages:
-        row = score_stage(args.run, stage, config, tokenizer, splits[split], args.beams or config.beams, device)
-        rows.append(row)
-        path = args.run / f"{split}.{stage}.txt"
-        try:
-            path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error}") from None
-        print(f"wrote {path}")
-    print_table(rows, config, splits[split], split)
-    print_examples(rows, splits[split])
-    if len(rows) > 1 and make_metrics(config):
-        print_significance(rows, config, splits[split])
+    tables = {}
+    for pair, splits in load_pairs(config)[0].items():
+        one, split = for_pair(config, pair), args.split if args.split in splits else "valid"
+        tables[pair] = rows = []
+        for stage in stages:
+            row = score_stage(args.run, stage, one, tokenizer, splits[split], args.beams or config.beams, device)
+            rows.append(row)
+            path = args.run / f"{split}{f'.{pair}' * several}.{stage}.txt"
+            try:
+                path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error}") from None
+            print(f"wrote {path}")
+        print_table(rows, one, splits[split], split)
+        print_examples(rows, splits[split])
+        if len(rows) > 1 and make_metrics(one):
+            print_significance(rows, one, splits[split])
+    print_means(tables)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,9 +27,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, add_up, all_sums, encode, first_to_fail,
-                  gather, load, pretrained_tokenizer, processes, prompt_tags, rank, shorten, special_ids, train_tokenizer)
+                  for_pair, gather, load_pairs, pretrained_tokenizer, processes, prompt_tags, rank, shorten, special_ids, train_tokenizer)
 from eval import (CONTROLS, FORMAT, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
-                  make_metrics, pick_device, precision, print_examples, print_table, score_stage, signatures, validate,
+                  make_metrics, pick_device, precision, print_examples, print_means, print_table, score_stage, signatures, validate,
                   warmup_spec)
 from model import SIZES, EncoderDecoder, ModelConfig, load_pretrained, pretrained_folder
 from warmup import ESTIMATORS, all_warmups, sft_loss, target_tokens, warmup_loss
@@ -44,7 +44,7 @@ class Config:
     """Every setting of a run. Each field is a flag (--sft-steps for sft_steps); saved as config.json."""
 
     task: str = flag("wmt", "what to train on", tuple(TASKS))
-    pair: str = flag("de-en", "source-target language codes")
+    pair: str = flag("de-en", "source-target language codes; several for one model of several directions: de-en,en-de,en-fr")
     data: str = flag("", "folder of parallel text; 'sample': the built-in one; default: data/TASK if it exists, else that")
     sample_size: int = flag(20000, "training examples to generate for the built-in sample")
     symbols: int = flag(16, "task toy: letters in the permutation, at most 26")
@@ -58,6 +58,8 @@ class Config:
     size: str = flag("tiny", "model size", tuple(SIZES))
     vocab_size: int = flag(4000, "tokens in the vocabulary (at most: a small corpus may have fewer)")
     dropout: float = flag(0.1, "probability of dropping an activation")
+    recompute: bool = flag(False, "keep each layer's input only and compute the rest again for the backward pass: "
+                           "far less memory, about a third more time")
     max_tokens: int = flag(128, "tokens; longer training pairs are left out, longer sources cut, outputs stopped")
     # optimisation
     sft_steps: int = flag(300, "updates of the SFT stage")
@@ -135,6 +137,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
         parser.error("--dropout and --label-smoothing must lie in [0, 1)")
     if config.symbols > 26 or config.hops > 9:
         parser.error("--symbols are letters, at most 26; --hops is a digit")
+    if config.eval_decode and "," in config.pair:
+        parser.error("--eval-decode scores one direction, and --pair names several")
     if config.entropy_bonus and config.estimator == "exact":
         parser.error("--entropy-bonus is for sampled warmups: leave it out with --estimator exact")
     if config.warmup_min_len > config.warmup_len:
@@ -204,6 +208,7 @@ class Run:
         self.folder = config.folder
         self.device = pick_device(config.device)
         self.model = model.to(self.device)
+        self.model.encoder.recompute = self.model.decoder.recompute = config.recompute
         self.state, self.stop = State(), False
         self.held_out: dict[str, float] = {}  # the last validation's numbers
         self.start_stage("sft")
@@ -462,10 +467,27 @@ def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, 
     return model, tokenizer
 
 
-def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, list[Example]]]:
+def memory_estimate(config: Config, c: ModelConfig, parameters: int, data: Encoded) -> dict[str, float]:
+    """MiB of one update of each stage in float32, to within a third (README, Memory, has measurements beside it)."""
+    s, t = (np.mean([len(row) for row in column]) for column in (data.source, data.target))
+    block = 28 * c.width + (5 if c.gated else 3) * c.ff  # numbers per token that a layer keeps for its backward pass
+    needs = {}
+    for stage, tokens, K, more in (("SFT", config.batch_tokens, 1, 0),
+                                   ("warmups", config.policy_batch_tokens, config.samples, config.warmup_len + 1)):
+        source, target, written = (tokens / (s + t) * n for n in (s, K * (t + more), K * t))  # tokens read, and scored
+        kept = (source * c.encoder_layers + target * c.decoder_layers) * (c.width if config.recompute else block)
+        kept += 2 * block * max(source, target) * config.recompute  # the one layer at work
+        logits = 2 * min(2**26, written * c.vocab_size)  # two chunks, see EncoderDecoder.token_logprobs
+        needs[stage] = 4 * (4 * parameters + kept + logits) / 2**20  # a parameter: weight, gradient, Adam's two moments
+    return needs
+
+
+def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, dict[str, list[Example]]]]:
     """Data, tokenizer and a run that is ready to train (resume: at the point where it stopped)."""
-    examples, origin = load(config)
-    make_metrics(config)  # a language that cannot be scored should fail now, not after training
+    pairs, origin = load_pairs(config)
+    for pair in pairs:  # a language that cannot be scored should fail now, not after training
+        make_metrics(for_pair(config, pair))
+    examples = {split: [e for splits in pairs.values() for e in splits[split]] for split in ("train", "valid")}
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     torch.manual_seed(config.seed)
     if resume:
@@ -496,21 +518,29 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, lis
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, "
           f"vocabulary {model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")
-    return run, tokenizer, examples
+    needs = memory_estimate(config, model.config, parameters, data["train"])
+    print(f"memory: about {' and '.join(f'{mib:,.0f} MiB for {stage}' for stage, mib in needs.items())}. Too much? Lower "
+          "--batch-tokens and --policy-batch-tokens and raise --accumulate, or add --recompute")
+    return run, tokenizer, pairs
 
 
-def report(run: Run, tokenizer: Tokenizer, examples: dict[str, list[Example]]) -> None:
-    """Decode the test split with each stage's best checkpoint: the table, three examples, results.json."""
-    config, split = run.config, "test" if "test" in examples else "valid"
+def report(run: Run, tokenizer: Tokenizer, pairs: dict[str, dict[str, list[Example]]]) -> None:
+    """Decode the test split with each stage's best checkpoint: a table and three examples a direction, results.json."""
+    config, tables = run.config, {}
     stages = ["sft", *(["control"] if run.has_control else []), *(["policy"] if config.policy_steps else [])]
-    rows: list[Row] = []
-    with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False, disable=rank() > 0) as bar:
-        for stage in bar:
-            rows.append(score_stage(config.folder, stage, config, tokenizer, examples[split], config.beams, run.device))
-    print_table(rows, config, examples[split], split)
-    print_examples(rows, examples[split])
-    results = {"task": config.task, "pair": config.pair, "data": config.data, "split": split,
-               "rows": [row.to_json() for row in rows], "signature": signatures(config, examples[split])}
+    results = {"task": config.task, "pair": config.pair, "data": config.data, "rows": [], "signature": {}}
+    for pair, splits in pairs.items():
+        one, split, rows = for_pair(config, pair), "test" if "test" in splits else "valid", []
+        with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False, disable=rank() > 0) as bar:
+            for stage in bar:
+                rows.append(score_stage(config.folder, stage, one, tokenizer, splits[split], config.beams, run.device))
+        print_table(rows, one, splits[split], split)
+        print_examples(rows, splits[split])
+        tables[pair] = rows
+        results["rows"] += [{"pair": pair, "split": split} | row.to_json() for row in rows]
+        results["signature"] |= {name + f" {pair}" * (len(pairs) > 1): text
+                                 for name, text in signatures(one, splits[split]).items()}
+    print_means(tables)
     write_text(config.folder / "results.json", json.dumps(results, indent=1))
     print(f"\nsaved {config.folder}/results.json. Score again, or translate: python eval.py {config.folder}")
 
@@ -531,19 +561,25 @@ def main(argv: list[str] | None = None) -> int:
             config = Config(**(vars(load_config(Path(resume))) | {"out": resume}))
         if config.threads:
             torch.set_num_threads(config.threads)
-        run, tokenizer, examples = prepare(config, bool(resume))
+        run, tokenizer, pairs = prepare(config, bool(resume))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.interrupt)
         while run.state.stage != "done":
             run.train()
         for number in (signal.SIGINT, signal.SIGTERM):  # all is saved: leave at once
             signal.signal(number, signal.default_int_handler)
-        report(run, tokenizer, examples)
+        report(run, tokenizer, pairs)
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
         if first_to_fail():
             print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # GPU, CPU
+            raise
+        print("error: out of memory. Start again with fewer --batch-tokens (SFT, its control) or --policy-batch-tokens "
+              "(warmups) and as much more --accumulate, or with --recompute", file=sys.stderr)
         return 1
     except (Interrupted, KeyboardInterrupt):
         folder = Path(resume) if resume else config.folder

@@ -167,6 +167,24 @@ def test_dropout_gradient_uses_the_same_mask():
     torch.testing.assert_close(x.grad * x, out)
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_recomputing_a_layer_changes_no_gradient(layers):
+    """Dropout on: the second pass must draw the same masks as the first. And it does keep less."""
+    c = ModelConfig(vocab_size=20, width=16, heads=2, head_size=8, ff=32, encoder_layers=layers, decoder_layers=2, dropout=0.3)
+    torch.manual_seed(0)
+    model, gradients, kept = EncoderDecoder(c), [], []
+    for model.encoder.recompute, model.decoder.recompute in ((False, False), (True, True)):
+        torch.manual_seed(1)
+        count = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: count.append(x.numel()) or x, lambda x: x):
+            logits = model.logits(model.decode(torch.tensor([[0, 3, 4, 5]] * 2), model.encode(SOURCE % 20)))
+        gradients.append(torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()), allow_unused=True))
+        kept.append(sum(count))
+    for once, twice in zip(*gradients):
+        assert (once is None) == (twice is None) and (once is None or torch.equal(once, twice))
+    assert kept[1] < kept[0] / 2
+
+
 # ----------------------------------------------------------------------------- log-probs
 
 

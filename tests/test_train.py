@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -145,7 +146,7 @@ def test_a_run_leaves_what_the_readme_says(finished_run):
     assert set(results) >= {"task", "pair", "data", "rows", "signature"}
     assert [row["name"] for row in results["rows"]] == ["sft", "sft, same compute", "warmup"]
     for row in results["rows"]:
-        assert set(row) == {"name", "metrics", "nll", "updates", "seconds"}
+        assert set(row) == {"pair", "split", "name", "metrics", "nll", "updates", "seconds"}
         assert set(row["metrics"]) == {"BLEU", "chrF++"} and 0 < row["nll"] < math.inf
     assert results["rows"][2]["updates"] == 4 + 3 and "tok:13a" in results["signature"]["BLEU"]
 
@@ -239,3 +240,52 @@ def test_importing_has_no_side_effects():
     code = "import torch; s = torch.get_rng_state(); import train, eval, sys; sys.exit(not torch.equal(s, torch.get_rng_state()))"
     done = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_one_model_for_several_directions(tmp_path, capsys):
+    """Trained on both, scored in each, a mean over them; eval.py takes one of them, for scoring and for new text."""
+    folder = tmp_path / "both"
+    assert train.main(["--task", "wmt", "--pair", "de-en,en-de", *TINY, "--policy-steps", "0", "--out", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert int(re.search(r"(\d+) training pairs", out)[1]) > 300 and "wmt de-en, test" in out and "wmt en-de, test" in out
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["pair"] for row in rows] == ["de-en", "en-de"]
+    mean = sum(row["metrics"]["chrF++"] for row in rows) / 2
+    assert f"mean of de-en, en-de\nsft                 BLEU" in out and f"chrF++ {mean:.2f}" in out
+    assert evaluation.main([str(folder), "--pair", "en-de"]) == 0
+    again = capsys.readouterr().out
+    assert (folder / "test.en-de.sft.txt").exists() and not (folder / "test.de-en.sft.txt").exists()
+    assert f"{rows[1]['nll']:.3f}" in again and "wmt de-en" not in again
+    seen, original = [], evaluation.generate
+    evaluation.generate = lambda model, batch, *more, **flags: seen.append(batch.prompt) or original(model, batch, *more, **flags)
+    (tmp_path / "in.txt").write_text("Ein Kind.\n")
+    assert evaluation.main([str(folder), "--input", str(tmp_path / "in.txt")]) == 0
+    assert evaluation.main([str(folder), "--input", str(tmp_path / "in.txt"), "--pair", "en-de"]) == 0
+    evaluation.generate = original
+    tokenizer = evaluation.load_tokenizer(folder)
+    assert [tokenizer.id_to_token(int(prompt)) for prompt in seen] == ["<2en>", "<2de>"]
+    assert evaluation.main([str(folder), "--pair", "fr-en"]) == 1
+    assert "trained on de-en,en-de, not on fr-en" in capsys.readouterr().err
+
+
+def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Run, "loss", lambda run, batch: torch.empty(2**60))
+    assert train.main(["--task", "wmt", *TINY, "--out", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: out of memory") and "--batch-tokens" in error and "--recompute" in error
+
+
+def test_the_memory_estimate_grows_with_what_it_should():
+    """By hand, for one layer a side, no logits to speak of: 4 bytes times numbers. (Measured beside it: README.)"""
+    from data import Encoded
+    from model import ModelConfig
+
+    c = ModelConfig(vocab_size=1, width=10, ff=20, encoder_layers=1, decoder_layers=1)
+    data = Encoded([[0] * 30] * 2, [[], []], [[0] * 10] * 2)  # 3/4 of the tokens are source
+    config = train.Config(batch_tokens=4000, policy_batch_tokens=400, samples=4, warmup_len=4)
+    mib = train.memory_estimate(config, c, 1000, data)
+    layer = 28 * 10 + 3 * 20
+    assert mib["SFT"] * 2**20 == pytest.approx(4 * (4000 + 3000 * layer + 1000 * layer + 2 * 1000))
+    assert mib["warmups"] * 2**20 == pytest.approx(4 * (4000 + 300 * layer + 4 * (100 + 10 * 5) * layer + 2 * 400))
+    less = train.memory_estimate(train.replace(config, recompute=True), c, 1000, data)
+    assert less["SFT"] * 2**20 == pytest.approx(4 * (4000 + 4000 * 10 + 2 * layer * 3000 + 2 * 1000))
