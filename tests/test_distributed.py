@@ -124,8 +124,9 @@ def test_batches_are_dealt_out_without_overlap_or_loss(monkeypatch):
         assert mine == sequence[r:27:3]
     for r in range(2):
         assert of(r, 2, state, 6)[0] == sequence[27 + r :: 2]
-    for count in (2, 3, len(shared) + 2):  # the last: two have nothing to do
-        assert sorted(sum((of(r, count, start, 0)[2] for r in range(count)), [])) == sorted(shared)
+    for count in (1, 2, 3, len(shared) + 2):  # the last: two have nothing to do
+        shares = [of(r, count, start, 0)[2] for r in range(count)]
+        assert sorted(i for share in shares for index in share for i in index) == list(range(50))
 
 
 def test_what_processes_share_and_what_not(tmp_path):
