@@ -685,7 +685,8 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
     Every tensor is used or named in a ValueError; OSError for what cannot be read.
     """
     folder = pretrained_folder(source)
-    c = replace(t5_config(read_json(folder / "config.json")), **changes)
+    settings = read_json(folder / "config.json")
+    c = replace(t5_config(settings), **changes)
     tensors = read_weights(folder)
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):  # the same under other names
         copy = tensors.pop(name, None)
@@ -696,6 +697,8 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
         if not torch.equal(head, tensors.get("shared.weight", head)):  # umT5: scaled as if tied, and is not
             c = replace(c, tied=False)
             tensors["lm_head.weight"] = head.float() * c.width**-0.5
+    if not c.tied and settings.get("tie_word_embeddings"):  # transformers 5 ties a new v1.1 or mT5, without scaling
+        tensors.setdefault("lm_head.weight", tensors.get("shared.weight"))
     tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)  # never used, by anyone
     names = t5_names(c)
     missing = [name for parts in names.values() for name in parts if name not in tensors]

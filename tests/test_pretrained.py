@@ -147,6 +147,21 @@ def test_old_files_with_copies_and_an_unused_tensor(tmp_path):
         load_pretrained(str(folder))
 
 
+@pytest.mark.parametrize("kind", ("t5-v1.1", "mt5"))
+def test_transformers_5_ties_what_it_makes_new(kind, tmp_path):
+    """A v1.1 or mT5 made by it, not loaded, is written without lm_head, and computes with the embedding, unscaled."""
+    folder, tensors = copy(kind, tmp_path), read_weights(GOLDEN / kind)
+    del tensors["lm_head.weight"]
+    torch.save(tensors, folder / "pytorch_model.bin")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match="lacks lm_head.weight"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    model = load_pretrained(folder)
+    assert torch.equal(model.output.weight, model.embedding.weight) and model.output.weight is not model.embedding.weight
+
+
 @pytest.mark.parametrize("change, complaint", [
     ({"model_type": "bart"}, "'bart' is not a T5"),
     ({"model_type": "bert"}, "'bert' is not a T5"),
