@@ -137,8 +137,7 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
         tokens += target_tokens(model, batch)
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
     sums = all_sums(sums | {"tokens": tokens})
-    tokens = sums.pop("tokens")
-    return averages(sums, len(data.source), tokens)
+    return averages(sums, len(data.source), sums.pop("tokens"))
 
 
 def collect(rows: dict) -> list:
