@@ -8,9 +8,10 @@
 Both sides have the same weights (T5's, random) and read the same tokens, no padding; `check` sees first that they
 compute the same. Times are medians of calls in turn (ours, theirs, ours, ...; the first round is dropped, the fourth is
 the last once 2 minutes are over), ratios are medians over rounds. Floor: the larger of FLOPs / matmul rate and bytes /
-copy rate, the counts from `work`, the rates measured before and after the rows. Peak memory is what one call adds: on a CPU the
-highest resident size less that before the call, in a fresh process that holds weights and optimizer state and has done
-the same for one example (so gradients count, AdamW's moments do not); on a GPU the same of torch.cuda's allocations.
+copy rate, the counts from `work`, the rates measured before and after the rows. Peak memory is what one call adds: on
+a CPU the highest resident size less that before the call, in a fresh process that holds weights and optimizer state
+and has done the same for one example (so gradients count, AdamW's moments do not); on a GPU the same of torch.cuda's
+allocations.
 """
 
 import argparse
