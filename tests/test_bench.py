@@ -1,0 +1,36 @@
+"""The floor's arithmetic (tests/bench.py) against torch's own count of what the model computes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+import model
+from warmup import Batch
+
+
+@pytest.mark.parametrize("shape", (dict(), dict(gated=True, tied=False)))
+def test_flops_are_what_torch_counts(monkeypatch, shape):
+    """Every row, to the last operation. Torch does not count the CPU's fused attention, so the plain one stands in."""
+    monkeypatch.setattr(model, "attention", model.plain_attention)
+    c = model.ModelConfig(vocab_size=50, width=24, heads=3, head_size=6, ff=40, encoder_layers=2, decoder_layers=3, **shape)
+    batch = Batch(torch.randint(3, 50, (2, 5)), torch.empty(2, 0, dtype=torch.long), torch.randint(3, 50, (2, 7)))
+    side, expected = bench.Ours(model.EncoderDecoder(c)), bench.work(c, 2, 5, 7)
+    for row in ("sft", "warmup", "sample", "beam"):
+        with FlopCounterMode(display=False) as counter:
+            getattr(side, row)(batch)
+        assert counter.get_total_flops() == expected[row][0], row
+    with FlopCounterMode(display=False) as counter:
+        side.warmup(batch, K=3, W=2)
+    assert counter.get_total_flops() == bench.work(c, 2, 5, 7, K=3, W=2)["warmup"][0]
+
+
+def test_flops_and_bytes_of_the_loss_and_of_an_update():
+    c = model.ModelConfig(vocab_size=50, width=24, encoder_layers=0, decoder_layers=0)
+    side = bench.Ours(model.EncoderDecoder(c))
+    with FlopCounterMode(display=False) as counter:
+        side.loss(Batch(torch.randn(9, 24), torch.empty(9, 0), torch.randint(50, (9,))))
+    assert counter.get_total_flops() == bench.work(c, 9, 24, 9)["loss"][0]
+    c = model.ModelConfig(**model.SIZES["small"])
+    matrices = [p for name, p in model.EncoderDecoder(c).named_parameters() if p.dim() == 2 and "biases" not in name]
+    assert bench.work(c, 1, 1, 1)["sft"][1] == 28 * sum(p.numel() for p in matrices)
