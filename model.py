@@ -426,7 +426,9 @@ class EncoderDecoder(nn.Module):
             raise ValueError(f"{tokens.size(0)} decoder rows are not a multiple of {len(memory.bias)} examples")
         biases = cache.biases if cache else self.decoder.position_biases(L)
         biases = [bias[:, :, past : past + L, : past + L] for bias in biases]  # (1,H,L,past+L)
-        hidden = self.decoder(self.embed(tokens, past), biases, memory, cache)  # (R,L,E)
+        # a cached step is longer each time: `forward` goes past what train.py --compile made of the decoder
+        decoder = self.decoder.forward if cache else self.decoder
+        hidden = decoder(self.embed(tokens, past), biases, memory, cache)  # (R,L,E)
         if cache:
             cache.length += L
         return hidden

@@ -289,3 +289,34 @@ def test_the_memory_estimate_grows_with_what_it_should():
     assert mib["warmups"] * 2**20 == pytest.approx(4 * (4000 + 300 * layer + 4 * (100 + 10 * 5) * layer + 2 * 400))
     less = train.memory_estimate(train.replace(config, recompute=True), c, 1000, data)
     assert less["SFT"] * 2**20 == pytest.approx(4 * (4000 + 4000 * 10 + 2 * layer * 3000 + 2 * 1000))
+
+
+def test_compile_makes_a_handful_of_graphs_and_changes_nothing():
+    """Eight shapes of batch; SFT, warmups, validation: the same losses and gradients. Cached steps are left alone."""
+    from torch._dynamo.testing import CompileCounter
+
+    from model import EncoderDecoder, ModelConfig
+    from warmup import Batch, WarmupSpec, evaluate_warmups, warmup_loss
+
+    torch.manual_seed(0)
+    model = EncoderDecoder(ModelConfig(vocab_size=40, width=16, heads=2, head_size=8, ff=32, encoder_layers=1, decoder_layers=1,
+                                       dropout=0.0))
+    spec, results, counter = WarmupSpec(3, (0, 1, 2, 3), 4, 4), [], CompileCounter()
+    for compiled in (False, True):
+        if compiled:
+            train.compile_stacks(model, backend=counter)
+        torch.manual_seed(1)
+        numbers = []
+        for _ in range(8):
+            (B, S, T), ids = torch.randint(0, 5, (3,)) + torch.tensor([4, 10, 20]), lambda *shape: torch.randint(4, 40, shape)
+            batch = Batch(ids(B, S), torch.full((B, 1), 5), ids(B, T))
+            model.train()
+            loss = sft_loss(model, batch)
+            model.decoder.eval()
+            numbers += [loss.detach(), *warmup_loss(model, batch, spec, samples=3)[1].values()]
+            (loss + warmup_loss(model, batch, spec, samples=3)[0]).backward()
+            numbers += evaluate_warmups(model.eval(), batch, spec, 2).values()
+        results.append((numbers, [p.grad for p in model.parameters()]))
+        model.zero_grad()
+    torch.testing.assert_close(*results)
+    assert 1 <= counter.frame_count <= 8, counter.frame_count
