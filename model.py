@@ -55,6 +55,7 @@ class ModelConfig:
 SIZES = {
     "toy": dict(width=64, heads=4, head_size=16, ff=256, encoder_layers=0, decoder_layers=1, tied=False,
                 absolute=False),
+    "puzzle": dict(width=64, heads=4, head_size=16, ff=256, encoder_layers=3, decoder_layers=1, tied=False),
     "nano": dict(width=64, heads=2, head_size=32, ff=256, encoder_layers=2, decoder_layers=2),
     "tiny": dict(width=192, heads=6, head_size=32, ff=512, encoder_layers=3, decoder_layers=3),
     "small": dict(width=256, heads=4, head_size=64, ff=1024, encoder_layers=4, decoder_layers=4),

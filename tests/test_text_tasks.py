@@ -22,20 +22,26 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 
 def test_every_puzzle_has_one_answer_and_it_is_the_target():
     """By trying all 24 orders against the clues: no other is consistent, and the letter names who is asked for."""
-    r, letters = random.Random(0), Counter()
-    for _ in range(300):
+    r, letters, stated = random.Random(0), Counter(), 0
+    for _ in range(600):
         example = puzzle(r, None)
         names = dict(re.findall(r"\(([A-D])\) (\w+)", example.source))
         more = [(a, b) for a, b in re.findall(r"(\w+) is \w+er than (\w+)\.", example.source)]
         more += [(b, a) for a, b in re.findall(r"(\w+) is not as \w+ as (\w+)\.", example.source)]
-        assert len(more) == 3 and len(set(names.values())) == 4
+        assert len(set(names.values())) == 4
+        asked = re.search(r"Who is (.*)\?", example.source)[1]
+        if not more:
+            stated += 1
+            assert example.source.startswith(f"{names[example.target]} is {asked}.")
+            continue
+        assert len(more) == 3
         orders = [o for o in itertools.permutations(names.values()) if all(o.index(a) < o.index(b) for a, b in more)]
         second, word = re.search(r"Who is the (second )?(\w+)\?", example.source).groups()
         place = 1 if second else 0
         place = 3 - place if word in ("youngest", "shortest", "slowest", "poorest") else place
         assert len(orders) == 1 and names[example.target] == orders[0][place]
-        letters[example.target] += 1
-    assert min(letters.values()) > 50  # no letter is a good guess
+        letters[example.target] += 1  # of those to be derived
+    assert 360 < stated < 480 and min(letters.values()) > 25  # no letter is a good guess
 
 
 def test_summaries_say_what_the_news_say():
@@ -136,7 +142,8 @@ def test_the_whole_path(task, columns, tmp_path, capsys):
     folder = str(tmp_path / "r")
     assert train.main(["--task", task, *TINY, "--out", folder]) == 0
     out = capsys.readouterr().out
-    assert "300 of 300 train examples are longer than --max-tokens 40: their source is cut" in out and "warmup y" in out
+    assert re.search(r"[1-9]\d* of 300 train examples are longer than --max-tokens 40: their source is cut", out)
+    assert "warmup y" in out
     rows = json.loads((tmp_path / "r" / "results.json").read_text())["rows"]
     assert [set(row["metrics"]) for row in rows] == [columns] * 3
     assert evaluation.main([folder, "--stage", "policy"]) == 0 and train.main(["--resume", folder]) == 0
