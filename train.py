@@ -490,7 +490,7 @@ def memory_estimate(config: Config, c: ModelConfig, parameters: int, data: Encod
                                    ("warmups", config.policy_batch_tokens, config.samples, config.warmup_len + 1)):
         source, target, written = (tokens / (s + t) * n for n in (s, K * (t + more), K * t))  # tokens read, and scored
         kept = (source * c.encoder_layers + target * c.decoder_layers) * (c.width if config.recompute else block)
-        kept += 2 * block * max(source, target) * config.recompute  # the one layer at work
+        kept += 3 * block * max(source, target) * config.recompute  # the one layer at work, and its gradients
         logits = 2 * min(2**26, written * c.vocab_size)  # two chunks, see EncoderDecoder.token_logprobs
         needs[stage] = 4 * (4 * parameters + kept + logits) / 2**20  # a parameter: weight, gradient, Adam's two moments
     return needs
