@@ -2,7 +2,8 @@
 
     pip install transformers && python tests/bench.py
     python tests/bench.py --shapes t5-base mt5-base --rows sft warmup
-    python tests/bench.py --gpu                        on CUDA in bfloat16; the SFT step also compiled
+    python tests/bench.py --bfloat16                   products in bfloat16 by autocast, on both sides
+    python tests/bench.py --gpu                        on CUDA, in bfloat16; the SFT step also compiled
     python tests/bench.py --picture assets/cost.png    instead: how a warmup step's time grows (pip install matplotlib)
 
 Both sides have the same weights (T5's, random) and read the same tokens, no padding; `check` sees first that they
@@ -94,7 +95,7 @@ def seconds(call) -> float:
 
 def rates(device: str, *shape: int) -> tuple[float, float, float]:
     """FLOP/s of a large square product, of one of `shape` (M,K,N), and bytes/s of a copy. The best of 6 each."""
-    side, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    side, dtype = 8192 if device == "cuda" else 2048, torch.bfloat16 if Ours.bfloat16 else torch.float32
     found = []
     for m, k, n in ((side, side, side), shape):
         a, b = (torch.randn(size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
@@ -111,9 +112,11 @@ class Ours:
     def __init__(self, model):
         self.model, self.optimizer = model, make_optimizer(model, 0.01)
 
-    def low(self):  # products in bfloat16 on CUDA; ours without a cache of cast weights, as in train.py
+    bfloat16 = False  # set by --bfloat16 and --gpu
+
+    def low(self):  # ours without a cache of cast weights, as in train.py
         device = next(self.model.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=isinstance(self, Theirs))
+        return torch.autocast(device, torch.bfloat16, enabled=Ours.bfloat16, cache_enabled=isinstance(self, Theirs))
 
     def step(self, loss):
         loss.backward()
@@ -265,7 +268,8 @@ def child(shape: str, rows: list[str], what: str, mode: str, device: str, repeat
         side, sides = sides[int(what)], None  # the other one goes
         getattr(side, rows[0])(batch.index(slice(1)))
         return {"peak": peak(lambda: getattr(side, rows[0])(batch), device)}
-    note = check(*sides, batch) if len(sides) == 2 and shape in SHAPES and mode == "eager" else ""
+    comparable = len(sides) == 2 and shape in SHAPES and mode == "eager" and not Ours.bfloat16
+    note = check(*sides, batch) if comparable else ""
     size, times = (batch.target.numel(), c.width, c.ff), {}
     before = rates(device, *size)
     for row in rows:
@@ -279,7 +283,8 @@ def child(shape: str, rows: list[str], what: str, mode: str, device: str, repeat
 def ask(args, *question: str) -> dict:
     """What `child` gives back; {} and a line on stderr if it failed (for want of memory, say)."""
     command = [sys.executable, __file__, f"--threads={args.threads}", f"--repeats={args.repeats}", "--child", *question]
-    done = subprocess.run(command + ["--gpu"] * args.gpu, capture_output=True, text=True)
+    command += ["--gpu"] * args.gpu + ["--bfloat16"] * args.bfloat16
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(*question, *(done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]), file=sys.stderr)
         return {}
@@ -359,7 +364,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "t5-small"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--gpu", action="store_true", help="CUDA in bfloat16; the SFT step also compiled")
+    parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16, on both sides")
+    parser.add_argument("--gpu", action="store_true", help="CUDA, in bfloat16; the SFT step also compiled")
     parser.add_argument("--repeats", type=int, default=9, help="rounds that count (default: 9)")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--picture", type=Path, help="draw this PNG instead of the table")
@@ -369,7 +375,7 @@ def main() -> None:
         parser.error("--repeats and --threads must be at least 1")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = "cuda" if args.gpu else "cpu"
+    device, Ours.bfloat16 = "cuda" if args.gpu else "cpu", args.gpu or args.bfloat16
     if args.child:
         shape, rows, what, mode = args.child
         return print(json.dumps(child(shape, rows.split(","), what, mode, device, args.repeats)))
@@ -384,7 +390,7 @@ def main() -> None:
         theirs = f"transformers {metadata.version('transformers')}"
     except metadata.PackageNotFoundError:
         theirs = "without Hugging Face: pip install transformers"
-    print(f"{machine}, {'bfloat16' if args.gpu else 'float32'}, torch {torch.__version__}, {theirs}, "
+    print(f"{machine}, {'bfloat16' if Ours.bfloat16 else 'float32'}, torch {torch.__version__}, {theirs}, "
           f"load {os.getloadavg()[0]:.1f} at the start, {args.repeats} rounds\n\n"
           "| | ours | theirs | ratio | target | floor | share | peak MB |\n|---|---|---|---|---|---|---|---|")
     layers, notes = [row for row in args.rows if row != "loss"], []
