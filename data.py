@@ -32,7 +32,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from warmup import Batch
@@ -410,8 +410,9 @@ class Task:
     read: Callable[[str, Path], dict[str, list[Example]]] | None  # (pair, folder) -> splits
     metrics: str  # a key of eval.METRICS
     prefix: str = ""  # see source_prefix
-    cut: bool = False  # a long training source is cut, not left out: its beginning says enough
+    cut: str = ""  # which part a long source can do without, "end" or "start"; "": a long training pair is left out
     settings: dict = field(default_factory=dict)  # defaults of train.Config that are other than usual
+    scratch: dict = field(default_factory=dict)  # more of them, for a model from scratch
 
 
 TOY = dict(size="toy", sample_size=100000, dropout=0.0, label_smoothing=0.0, weight_decay=0.0, sft_steps=400,
@@ -421,11 +422,12 @@ TASKS = {
     "toy": Task(pointers, None, "pointers", settings=TOY),
     "wmt": Task(translation_sample, read_parallel, "translation"),
     "multi30k": Task(None, read_parallel, "translation"),
-    "xsum": Task(news, lambda pair, folder: read_json_lines(xsum_row, folder), "summaries", "summarize: ", True,
+    "xsum": Task(news, lambda pair, folder: read_json_lines(xsum_row, folder), "summaries", "summarize: ", "end",
                  dict(warmup_len=8, max_tokens=512, policy_batch_tokens=3000)),
-    "logiqa": Task(puzzle, lambda pair, folder: read_json_lines(logiqa_row, folder), "options", "", True,
-                   dict(size="puzzle", max_tokens=512, sft_steps=1000, batch_tokens=12000, policy_batch_tokens=3000, lr=4e-3,
-                        sample_size=50000, dropout=0.0, weight_decay=0.0, label_smoothing=0.0, beams=1)),
+    "logiqa": Task(puzzle, lambda pair, folder: read_json_lines(logiqa_row, folder), "options", "", "start",
+                   dict(max_tokens=512, policy_batch_tokens=3000, label_smoothing=0.0, beams=1),
+                   dict(size="puzzle", sample_size=50000, sft_steps=1000, batch_tokens=12000, lr=4e-3, dropout=0.0,
+                        weight_decay=0.0)),
 }
 
 
@@ -449,7 +451,7 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
     """
     task, pair = TASKS[config.task], config.pair
     parallel = task.metrics == "translation"
-    if len(pair.split("-")) != 2 or not all(lang.isalpha() for lang in pair.split("-")):
+    if parallel and (len(set(pair.split("-"))) != 2 or not all(lang.isalpha() for lang in pair.split("-"))):
         raise UserError(f"--pair takes two language codes such as de-en, or several such pairs (de-en,en-fr), not {pair!r}")
     folder = Path(config.data) if config.data else Path("data") / config.task
     if task.read and config.data != "sample" and (config.data or folder.is_dir()):
@@ -585,6 +587,8 @@ def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Toke
         token["content"] = names.get(token["content"], token["content"])
         token["lstrip"] = token["rstrip"] = False  # T5's sentinels swallow the spaces around them
     tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.post_processor = processors.TemplateProcessing(  # T5 has read all its sources with </s> at the end
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))])
     unused = [f"<unused_{i}>" for i in range(vocab_size - len(numbers))]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)
                                   for text in (*ours, *sentinels[len(ours) :], *unused)])
@@ -608,7 +612,9 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
     """Token ids. "</s>" in a source or target is text, spelled out in pieces; only prompts hold special tokens."""
     columns, unknown = [], tokenizer.token_to_id(UNK)
     special = set(special_ids(tokenizer))
-    for name, texts, end in zip(Example._fields, zip(*examples), ([], [], [tokenizer.token_to_id(EOS)])):
+    end = [tokenizer.token_to_id(EOS)]
+    source_end = end if tokenizer.post_processor else []  # set by pretrained_tokenizer
+    for name, texts, end in zip(Example._fields, zip(*examples), (source_end, [], end)):
         tokenizer.encode_special_tokens = name != "prompt"
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         rows = (encoding.ids for encoding in encodings)
@@ -618,12 +624,27 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
     return Encoded(*columns)
 
 
-def shorten(data: Encoded, max_tokens: int, drop: bool) -> tuple[Encoded, int]:
-    """drop: pairs beyond max_tokens on a side are left out; else the source is cut, the target kept. How many?"""
-    long = [len(s) > max_tokens or (drop and len(t) > max_tokens) for s, t in zip(data.source, data.target)]
-    if drop:
+def shorten(data: Encoded, max_tokens: int, cut: str) -> tuple[Encoded, int]:
+    """How many sources are longer than max_tokens? cut: they lose their "end" (but the last token) or their "start".
+
+    cut "": pairs with a side that is longer are left out.
+    """
+    long = [len(s) > max_tokens or (not cut and len(t) > max_tokens) for s, t in zip(data.source, data.target)]
+    if not cut:
         return Encoded(*([row for row, out in zip(column, long) if not out] for column in data)), sum(long)
-    return data._replace(source=[s[:max_tokens] for s in data.source]), sum(long)
+    rows = zip(data.source, long)
+    source = [s if not out else s[-max_tokens:] if cut == "start" else np.append(s[: max_tokens - 1], s[-1]) for s, out in rows]
+    return data._replace(source=source), sum(long)
+
+
+def encode_split(tokenizer: Tokenizer, examples: list[Example], config, split: str) -> Encoded:
+    """A split as token ids, cut or thinned out by --max-tokens. Prints how many examples that concerns."""
+    cut = TASKS[config.task].cut or ("" if split == "train" else "end")  # what is scored keeps all its examples
+    data, long = shorten(encode(tokenizer, examples), config.max_tokens, cut)
+    if long:
+        print(f"data: {long} of {len(examples)} {split} examples are longer than --max-tokens {config.max_tokens}: "
+              f"{f'their source loses its {cut}' if cut else 'left out'}")
+    return data
 
 
 # ----------------------------------------------------------------------------- several processes

@@ -2,6 +2,7 @@
 
     python eval.py runs/wmt                     the table that train.py printed
     python eval.py runs/wmt --input text.de     translate a file, one line in, one line out
+    python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 """
 
 import argparse
@@ -22,9 +23,9 @@ from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data import (SEP, TASKS, Encoded, Example, UserError, all_sums, chain, encode, for_pair, gather, in_order,
-                  load_pairs, processes, shorten, source_prefix, special_ids)
-from model import EncoderDecoder, ModelConfig
+from data import (EOS, PAD, SEP, TASKS, UNK, Encoded, Example, UserError, all_sums, chain, encode, encode_split, for_pair,
+                  gather, in_order, load_pairs, processes, source_prefix, special_ids)
+from model import EncoderDecoder, ModelConfig, save_pretrained
 from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, sample_warmups, score, target_tokens
 
 STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # file name -> row of the table
@@ -221,7 +222,8 @@ def option_scores(config, examples: list[Example], hypotheses: list[str], warmup
 @torch.no_grad()
 def likeliest_option(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None) -> list[str]:
     """The letter of the largest log P(letter|x), or log P(letter|x,c) after the greedy warmup, per example."""
-    letters, chosen = sorted({tuple(row.tolist()) for row in data.target}), {}
+    letters = [row.tolist() for row in encode(tokenizer, [Example("", "", letter) for letter in "ABCD"]).target]
+    chosen: dict[int, str] = {}
     device = next(model.parameters()).device
     for index, batch in in_order(data, config.batch_tokens):
         batch, scores = batch.to(device), []
@@ -233,7 +235,7 @@ def likeliest_option(model, tokenizer, data: Encoded, config, spec: WarmupSpec |
                 scores.append(direct_logprobs(model, memory, replace(batch, target=target)) if c is None else
                               score(model, memory, batch.prompt, c, target, spec)[1][:, 0])
         for i, best in zip(index, torch.stack(scores, 1).argmax(1).tolist()):  # (B,letters)
-            chosen[i] = tokenizer.decode(list(letters[best]))
+            chosen[i] = "ABCD"[best]
     return collect(chosen)
 
 
@@ -269,11 +271,11 @@ def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], c
     return scores, hypotheses, warmups
 
 
-def score_stage(folder: Path, stage: str, config, tokenizer, examples: list[Example], beams: int, device) -> Row:
-    """Decode and score one stage's best checkpoint on some examples."""
+def score_stage(folder: Path, stage: str, config, tokenizer, examples: list[Example], data: Encoded, beams: int,
+                device) -> Row:
+    """Decode and score one stage's best checkpoint on some examples; data: the same as token ids."""
     torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
     model, checkpoint = load_model(folder / f"{stage}.pt", device)
-    data, _ = shorten(encode(tokenizer, examples), config.max_tokens, drop=False)
     spec = warmup_spec(stage, config, tokenizer)
     scores, hypotheses, warmups = decode_and_score(model, tokenizer, data, examples, config, spec, beams)
     scores = {name: round(score, 4) for name, score in scores.items()}
@@ -362,6 +364,21 @@ def translate(folder: Path, stage: str, lines: list[str], config, tokenizer, arg
         print(f"{warmup}\t{text}" if args.show_warmup and warmup is not None else text)
 
 
+def export(folder: Path, stage: str, out: Path, tokenizer: Tokenizer) -> None:
+    """A stage as a folder that transformers (AutoModelForSeq2SeqLM, AutoTokenizer) and --init load."""
+    model, _ = load_model(folder / f"{stage}.pt", "cpu")
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty: choose another folder")
+        save_pretrained(model, out)
+        tokenizer.save(str(out / "tokenizer.json"))
+        (out / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot export {stage}.pt to {out}: {error}") from None
+    print(f"wrote {out}: {STAGES[stage]}" + (stage == "policy") * ". Its decoder writes c <sep> y: see README")
+
+
 # ----------------------------------------------------------------------------- the program
 
 
@@ -369,10 +386,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, help="a run folder that train.py made")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
-    parser.add_argument("--stage", choices=tuple(STAGES), help="default: all that were trained; for --input policy or sft")
+    parser.add_argument("--stage", choices=tuple(STAGES), help="default: all that were trained; for --input and --export policy or sft")
     parser.add_argument("--pair", help="one direction of a run that has several; default: all, for --input the first")
     parser.add_argument("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
     parser.add_argument("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="write the stage as a folder for Hugging Face transformers")
     parser.add_argument("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     parser.add_argument("--data", default="", help="folder of the data, if it has moved since training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: the run's --device")
@@ -394,26 +412,31 @@ def run(args: argparse.Namespace) -> None:
     stages = [args.stage] if args.stage else trained
     if not stages:
         raise UserError(f"{args.run} holds no trained stage yet: python train.py --resume {args.run}")
+    translates = TASKS[config.task].metrics == "translation"
+    one_stage = args.stage or ("policy" if "policy" in trained else "sft")
+    if args.export:
+        return export(args.run, one_stage, args.export, tokenizer)
+    if args.pair and not translates:
+        raise UserError(f"--pair is for translation, and {args.run} was trained on {config.task}")
     if args.pair and args.pair not in config.pair.split(","):
         raise UserError(f"{args.run} was trained on {config.pair}, not on {args.pair}")
     several, config.pair = "," in config.pair, args.pair or config.pair
     if args.input:
         config.pair = config.pair.split(",")[0]
-        if TASKS[config.task].metrics != "translation":
+        if not translates:
             raise UserError(f"--input translates, and {args.run} was trained on {config.task}")
         try:
             text = sys.stdin.read() if args.input == "-" else Path(args.input).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --input {args.input}: {error}") from None
-        stage = args.stage or ("policy" if "policy" in trained else "sft")
-        return translate(args.run, stage, text.removesuffix("\n").split("\n"), config, tokenizer, args, device)
+        return translate(args.run, one_stage, text.removesuffix("\n").split("\n"), config, tokenizer, args, device)
     config.data = args.data or config.data
     tables = {}
     for pair, splits in load_pairs(config)[0].items():
         one, split = for_pair(config, pair), args.split if args.split in splits else "valid"
-        tables[pair] = rows = []
+        tables[pair], data = (rows := []), encode_split(tokenizer, splits[split], one, split)
         for stage in stages:
-            row = score_stage(args.run, stage, one, tokenizer, splits[split], args.beams or config.beams, device)
+            row = score_stage(args.run, stage, one, tokenizer, splits[split], data, args.beams or config.beams, device)
             rows.append(row)
             path = args.run / f"{split}{f'.{pair}' * several}.{stage}.txt"
             try:

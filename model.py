@@ -335,7 +335,7 @@ class _TokenLogProbs(torch.autograd.Function):
             d = (d.add_(g * (s / len(weight))) if s else d).to(weight.dtype)
             grad_hidden[rows] = d @ weight  # (n,E)
             if d.dtype == torch.float32:
-                grad_weight.addmm_(d.T, hidden[rows])  # (V,E), without a second one for the product
+                torch.addmm(grad_weight, d.T, hidden[rows], out=grad_weight)  # (V,E), in place: no second one
             else:
                 grad_weight += d.T @ hidden[rows]  # many chunks add up in float32 also when they are bfloat16
             exps = d = None  # let go of this chunk before the next is made
@@ -580,9 +580,10 @@ def t5_config(settings: dict) -> ModelConfig:
     get, family = settings.get, settings.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"a model of type {family!r} is not a T5: we read {', '.join(FAMILIES)}")
-    missing = {"vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers"} - settings.keys()
+    missing = [name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
+               if not isinstance(get(name), int)]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"config.json lacks {', '.join(missing)}, or has something else than a number there")
     act = get("feed_forward_proj") or ("gated-gelu" if get("is_gated_act") else get("dense_act_fn") or "relu")
     same = {"feed_forward_proj": (act if act in ("relu", "gated-gelu") else None, act),
             "layer_norm_epsilon": (1e-6, get("layer_norm_epsilon", 1e-6)),
@@ -629,7 +630,7 @@ def pretrained_folder(source: str | Path) -> Path:
     """The folder itself, or where the Hugging Face hub's files of that name lie (downloaded, or in its cache)."""
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source):
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)):
         raise OSError(f"{source} is neither a folder nor a name on the Hugging Face hub")
     from huggingface_hub import snapshot_download  # comes with tokenizers
 
@@ -641,7 +642,8 @@ def pretrained_folder(source: str | Path) -> Path:
         return folder
     except Exception as error:  # the hub, its HTTP library and the cache raise a zoo of types
         raise OSError(f"{source} is no folder here, and the Hugging Face hub did not give it "
-                      f"({type(error).__name__}): download it elsewhere and name its folder") from None
+                      f"({type(error).__name__}). Is the name right, and is there a network? If not: download it "
+                      "elsewhere and name its folder") from None
 
 
 def read_json(path: Path) -> dict:
@@ -651,6 +653,8 @@ def read_json(path: Path) -> dict:
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         return content
+    except FileNotFoundError:
+        raise OSError(f"{path} does not exist") from None
     except ValueError as error:  # UnicodeDecodeError is one, too
         raise ValueError(f"{path} is not JSON: {error}") from None
 
@@ -662,7 +666,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if not (folder / name).exists():
             if not index.exists():
                 continue
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            try:
+                files = sorted(set(read_json(index)["weight_map"].values()))
+            except (KeyError, AttributeError, TypeError):
+                raise ValueError(f"{index} has no weight_map: it is no index of shards") from None
         tensors: dict[str, Tensor] = {}
         for path in (folder / Path(file).name for file in files):
             try:

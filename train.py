@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, add_up, all_sums, encode, first_to_fail,
-                  for_pair, gather, load_pairs, pretrained_tokenizer, processes, prompt_tags, rank, shorten, special_ids, train_tokenizer)
+from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, add_up, all_sums, encode_split, first_to_fail,
+                  for_pair, gather, load_pairs, pretrained_tokenizer, processes, prompt_tags, rank, special_ids, train_tokenizer)
 from eval import (CONTROLS, FORMAT, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
                   make_metrics, pick_device, precision, print_examples, print_means, print_table, score_stage, signatures, validate,
                   warmup_spec)
@@ -93,7 +93,8 @@ class Config:
     # machine
     device: str = flag("auto", "auto: cuda, else mps, else cpu", ("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "of matrix products; auto: bfloat16 on CUDA", ("auto", "float32", "bfloat16"))
-    compile: bool = flag(False, "torch.compile for encoder and decoder: minutes at first, then faster on a GPU")
+    compile: bool = flag(False, "torch.compile for encoder and decoder: minutes at first, which count as SFT's time and so "
+                         "shorten the control of a short run")
     threads: int = flag(0, "CPU threads; 0: torch's choice")
 
     @property
@@ -107,7 +108,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
     task.add_argument("--task", default=Config.task)
     task.add_argument("--init")
     known = task.parse_known_args(argv)[0]
-    settings = dict(TASKS[known.task].settings) if known.task in TASKS else {}  # the task's own; --help shows them too
+    own = TASKS.get(known.task)  # the task's settings; --help shows them too
+    settings = own.settings | ({} if known.init else own.scratch) if own else {}
     settings |= {"lr": 3e-4, "policy_lr": 1e-4} if known.init else {}  # T5's weights are large and need no big steps
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=formatter, allow_abbrev=False)
@@ -138,6 +140,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
         parser.error("--dropout and --label-smoothing must lie in [0, 1)")
     if config.symbols > 26 or config.hops > 9:
         parser.error("--symbols are letters, at most 26; --hops is a digit")
+    if config.init and any(word.split("=")[0] in ("--size", "--vocab-size") for word in argv):
+        parser.error("--init brings its own size and vocabulary: leave --size and --vocab-size out")
     if config.eval_decode and "," in config.pair:
         parser.error("--eval-decode scores one direction, and --pair names several")
     if config.entropy_bonus and config.estimator == "exact":
@@ -482,15 +486,17 @@ def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, 
 
 
 def memory_estimate(config: Config, c: ModelConfig, parameters: int, data: Encoded) -> dict[str, float]:
-    """MiB of one update of each stage in float32, to within a third (README, Memory, has measurements beside it)."""
+    """MiB of one update of each stage in float32. README, Memory, has measurements beside it: a third off at most,
+    and some 200 MiB for data and libraries."""
     s, t = (np.mean([len(row) for row in column]) for column in (data.source, data.target))
     block = 28 * c.width + (5 if c.gated else 3) * c.ff  # numbers per token that a layer keeps for its backward pass
     needs = {}
     for stage, tokens, K, more in (("SFT", config.batch_tokens, 1, 0),
                                    ("warmups", config.policy_batch_tokens, config.samples, config.warmup_len + 1)):
         source, target, written = (tokens / (s + t) * n for n in (s, K * (t + more), K * t))  # tokens read, and scored
-        kept = (source * c.encoder_layers + target * c.decoder_layers) * (c.width if config.recompute else block)
-        kept += 3 * block * max(source, target) * config.recompute  # the one layer at work, and its gradients
+        kept = (source * c.encoder_layers + target * c.decoder_layers) * block
+        if config.recompute:  # each layer's input, and the one layer at work with its gradients
+            kept = min(kept, kept / block * c.width + 3 * block * max(source, target))
         logits = 2 * min(2**26, written * c.vocab_size)  # two chunks, see EncoderDecoder.token_logprobs
         needs[stage] = 4 * (4 * parameters + kept + logits) / 2**20  # a parameter: weight, gradient, Adam's two moments
     return needs
@@ -517,11 +523,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, dic
         write_text(config.folder / "config.json", json.dumps(asdict(config), indent=1))
     data = {}
     for split in ("train", "valid"):
-        drop = split == "train" and not TASKS[config.task].cut
-        data[split], long = shorten(encode(tokenizer, examples[split]), config.max_tokens, drop)
-        if long:
-            print(f"data: {long} of {len(examples[split])} {split} examples are longer than --max-tokens "
-                  f"{config.max_tokens}: {'left out' if drop else 'their source is cut'}")
+        data[split] = encode_split(tokenizer, examples[split], config, split)
     if not data["train"].source:
         raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}: raise it")
     run = Run(config, examples, data, tokenizer, model)
@@ -534,7 +536,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, dic
           f"vocabulary {model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")
     needs = memory_estimate(config, model.config, parameters, data["train"])
     print(f"memory: about {' and '.join(f'{mib:,.0f} MiB for {stage}' for stage, mib in needs.items())}. Too much? Lower "
-          "--batch-tokens and --policy-batch-tokens and raise --accumulate, or add --recompute")
+          f"--batch-tokens and --policy-batch-tokens and raise --accumulate{', or add --recompute' * (not config.recompute)}")
     return run, tokenizer, pairs
 
 
@@ -545,9 +547,10 @@ def report(run: Run, tokenizer: Tokenizer, pairs: dict[str, dict[str, list[Examp
     results = {"task": config.task, "pair": config.pair, "data": config.data, "rows": [], "signature": {}}
     for pair, splits in pairs.items():
         one, split, rows = for_pair(config, pair), "test" if "test" in splits else "valid", []
+        data = encode_split(tokenizer, splits[split], one, split)
         with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False, disable=rank() > 0) as bar:
             for stage in bar:
-                rows.append(score_stage(config.folder, stage, one, tokenizer, splits[split], config.beams, run.device))
+                rows.append(score_stage(config.folder, stage, one, tokenizer, splits[split], data, config.beams, run.device))
         print_table(rows, one, splits[split], split)
         print_examples(rows, splits[split])
         tables[pair] = rows

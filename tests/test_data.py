@@ -493,10 +493,11 @@ def test_shorten_drops_training_pairs_and_cuts_sources_elsewhere():
         return [[len(row) for row in column] for column in rows]
 
     rows = Encoded(*([np.arange(n) for n in column] for column in ([3, 9, 2], [1, 1, 1], [4, 2, 8])))
-    dropped, count = shorten(rows, 5, drop=True)
+    dropped, count = shorten(rows, 5, "")
     assert count == 2 and lengths(dropped) == [[3], [1], [4]]
-    cut, count = shorten(rows, 5, drop=False)
-    assert count == 1 and lengths(cut) == [[3, 5, 2], [1, 1, 1], [4, 2, 8]]
+    for cut, kept in (("end", [0, 1, 2, 3, 8]), ("start", [4, 5, 6, 7, 8])):  # the last token may be T5's </s>
+        short, count = shorten(rows, 5, cut)
+        assert count == 1 and lengths(short) == [[3, 5, 2], [1, 1, 1], [4, 2, 8]] and short.source[1].tolist() == kept
 
 
 # ------------------------------------------------------------------------------------------ batches

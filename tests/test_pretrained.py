@@ -195,5 +195,13 @@ def test_missing_or_broken_files(tmp_path, monkeypatch):
         load_pretrained(str(folder))
     with pytest.raises(OSError, match="neither a folder nor a name"):
         load_pretrained("/no/such/folder")
+    with pytest.raises(OSError, match="neither a folder nor a name"):
+        load_pretrained(Path("/no/such/folder"))
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="no weight_map"):
+        read_weights(folder)
+    sizes = dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_layers"), 1)
+    with pytest.raises(ValueError, match="lacks num_heads, or has something else than a number"):
+        t5_config({"model_type": "t5", "num_heads": "4"} | sizes)
     with pytest.raises(ValueError, match="lacks d_ff"):
         t5_config({"model_type": "t5", "vocab_size": 1, "d_model": 1, "d_kv": 1, "num_heads": 1, "num_layers": 1})

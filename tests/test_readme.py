@@ -61,6 +61,8 @@ def test_all_commands_run_in_the_order_printed(tmp_path, monkeypatch, capsys):
                     continue
                 arguments = words[2:] if "--resume" in words else [*words[2:], *TINY]
                 assert train.main(arguments) == 0, command
+            elif "--export" in words:
+                evaluation.parse(words[2:])  # of a model that was not trained here
             elif words[1] == "data.py":
                 assert data.main(words[2:]) == 0, command
             elif words[1] == "eval.py":

@@ -134,6 +134,18 @@ def test_the_likeliest_option_is_the_one_that_the_loss_prefers():
         loss = {y: sft_loss(model, Batch(*(torch.tensor(x)[None].long() for x in (source, [], ids)))) for y, ids in letter.items()}
         assert choice == min(loss, key=loss.get)
     assert len(set(chosen)) > 1
+    alike = encode(tokenizer, [example._replace(target="A") for example in examples])  # the answers are no hint
+    assert evaluation.likeliest_option(model, tokenizer, alike, config, None) == chosen
+
+
+def test_a_long_puzzle_keeps_its_question_and_options(capsys):
+    from data import encode_split
+
+    example = logiqa_row(LOGIQA | {"text": "word " * 99})
+    tokenizer = train_tokenizer([example], 300)
+    data = encode_split(tokenizer, [example], train.Config(task="logiqa", max_tokens=40), "train")
+    assert tokenizer.decode(data.source[0].tolist()).endswith("word So? (A) a b (B) b (C) c c (D) d")
+    assert "1 of 1 train examples are longer than --max-tokens 40: their source loses its start" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task, columns", [("xsum", {"ROUGE-1", "ROUGE-2", "ROUGE-L"}), ("logiqa", {"acc", "F1", "acc*", "F1*"})])
@@ -142,11 +154,20 @@ def test_the_whole_path(task, columns, tmp_path, capsys):
     folder = str(tmp_path / "r")
     assert train.main(["--task", task, *TINY, "--out", folder]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"[1-9]\d* of 300 train examples are longer than --max-tokens 40: their source is cut", out)
+    assert re.search(r"[1-9]\d* of 300 train examples are longer than --max-tokens 40: their source loses its", out)
     assert "warmup y" in out
     rows = json.loads((tmp_path / "r" / "results.json").read_text())["rows"]
     assert [set(row["metrics"]) for row in rows] == [columns] * 3
     assert evaluation.main([folder, "--stage", "policy"]) == 0 and train.main(["--resume", folder]) == 0
+    assert evaluation.main([folder, "--pair", "de-en"]) == 1 and "--pair is for translation" in capsys.readouterr().err
+
+
+def test_settings_for_training_from_scratch_are_not_those_for_pretrained_models():
+    scratch, tuned = (train.parse(["--task", "logiqa", *more])[0] for more in ([], ["--init", "x"]))
+    assert (scratch.size, scratch.dropout, tuned.dropout) == ("puzzle", 0.0, 0.1) and tuned.lr == 3e-4
+    assert scratch.max_tokens == tuned.max_tokens == 512
+    with pytest.raises(SystemExit):
+        train.parse(["--init", "x", "--size", "tiny"])
 
 
 def test_prefixes_for_pretrained_models():

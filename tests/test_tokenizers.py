@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 import train
 from conftest import TINY
-from data import EOS, PAD, SEP, UNK, Example, UserError, encode, pretrained_tokenizer, read_spiece, special_ids
+from data import EOS, PAD, SEP, UNK, Example, UserError, encode, pretrained_tokenizer, read_spiece, special_ids, train_tokenizer
+from model import load_pretrained
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GOLDEN = Path(__file__).parent / "golden"
@@ -96,7 +97,7 @@ def test_tags_are_prompts_and_special_tokens_in_a_text_are_not(folder):
     tokenizer = pretrained_tokenizer(folder, ["<2de>"], 140)
     data = encode(tokenizer, [Example("a</s>b <2de> <sep>", "<2de>", "a <pad>")])
     assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2de>")]
-    assert not set(data.source[0].tolist()) & set(special_ids(tokenizer)) - {2}
+    assert not set(data.source[0][:-1].tolist()) & set(special_ids(tokenizer)) - {2}
     assert data.target[0].tolist().count(1) == 1 and data.target[0][-1] == 1 and 0 not in data.target[0]
 
 
@@ -149,6 +150,31 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
     assert train.main(["--resume", runs[0]]) == 0 and evaluation.main([runs[0], "--stage", "sft"]) == 0
     model = evaluation.load_model(Path(runs[0]) / "policy.pt", torch.device("cpu"))[0]
     assert not model.config.scaled and model.config.vocab_size == 140
+
+    out = tmp_path / "out"  # and back to Hugging Face's format, from which another run can start
+    assert evaluation.main([runs[0], "--export", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"}
+    again = load_pretrained(out)
+    assert all(torch.allclose(p, again.get_parameter(name), rtol=1e-6) for name, p in model.named_parameters())
+    assert pretrained_tokenizer(out, ["<2de>"], 140).get_vocab_size() == 140
+    assert train.main([*arguments[:-4], "--threads", "1", "--init", str(out), "--out", runs[1], "--policy-steps", "0"]) == 0
+    capsys.readouterr()
+    assert evaluation.main([runs[0], "--export", str(out)]) == 1 and "is not empty" in capsys.readouterr().err
+
+
+def test_a_model_with_absolute_positions_cannot_leave(finished_run, tmp_path, capsys):
+    import eval as evaluation
+
+    assert evaluation.main([str(finished_run), "--export", str(tmp_path / "out")]) == 1
+    assert "no absolute positions" in capsys.readouterr().err
+
+
+def test_t5_reads_sources_that_end(folder):
+    """Its pretraining and fine-tuning closed every source with </s>; a vocabulary from scratch has no need to."""
+    example = Example("a house", "<2de>", "house")
+    own = encode(train_tokenizer([example], 300), [example])
+    t5 = encode(pretrained_tokenizer(folder, ["<2de>"], 140), [example])
+    assert t5.source[0][-1] == 1 == t5.target[0][-1] and own.source[0][-1] != 1 == own.target[0][-1]
 
 
 def test_learning_rates_default_lower_for_pretrained_models():

@@ -363,9 +363,30 @@ def test_the_sft_term_and_the_entropy_bonus_reach_the_gradient():
 
     plain, with_sft = gradient(), gradient(sft_weight=0.3)
     check([(a - b) / 0.3 for a, b in zip(plain, with_sft)], -sft_loss(model, batch), parameters)
-    assert max((a - b).abs().max() for a, b in zip(plain, gradient(entropy_bonus=0.3))) > 1e-4
     for a, b in zip(gradient(alpha=0.0), gradient(estimator="frozen")):
         torch.testing.assert_close(a, b)
+
+
+def test_alpha_entropy_bonus_and_temperature_as_by_hand():
+    """warmup_loss(alpha, entropy_bonus) on given warmups, drawn at the temperature at which they are scored."""
+    model, batch, s = toy_model(), toy_batch(), spec(2, temperature=0.5)
+    torch.manual_seed(1)
+    loss, _ = warmup_loss(model, batch, s, "marginal", 4, alpha=2.5, entropy_bonus=0.3)
+    torch.manual_seed(1)
+    memory = model.encode(batch.source)
+    c, _ = sample_warmups(model, memory.detach(), batch.prompt, s, 4)
+    log_pi, log_p = score(model, memory, batch.prompt, c, batch.target, s)
+    a, b = marginal(2.5 * log_p.detach())
+    a = a + 0.3 * entropy_gradient(log_pi.detach())
+    by_hand = torch.autograd.grad(surrogate(a, b, log_pi, log_p), list(model.parameters()))
+    for ours, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), by_hand):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_cold_policy_samples_its_favourite():
+    """At temperature 0.001 every sample is the greedy warmup, in warmup_loss, too: else it would be off-policy."""
+    model, batch, s = toy_model(2), toy_batch(), spec(2, temperature=1e-3)
+    assert warmup_loss(model, batch, s, "frozen", 8)[1]["distinct"].item() == pytest.approx(2 / 8)
 
 
 def test_pause_is_a_constant_warmup_without_a_policy():
@@ -502,6 +523,38 @@ def test_bfloat16_reaches_every_parameter(monkeypatch):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
     assert norms[0] == pytest.approx(norms[1], rel=0.1)
+
+
+def test_gain_over_empty_by_hand():
+    """mean_k log P(y|x,c_k) - log P(y|x), and the swap gap against the neighbour's warmups, on the same samples."""
+    model, batch, s = toy_model(), toy_batch(), spec(2)
+    torch.manual_seed(0)
+    numbers = evaluate_warmups(model, batch, s, 3)
+    torch.manual_seed(0)
+    memory = model.encode(batch.source)
+    c, _ = sample_warmups(model, memory, batch.prompt, s, 3)
+    log_p, swapped = (score(model, memory, batch.prompt, x, batch.target, s)[1] for x in (c, c.flip(0)))
+    direct = direct_logprobs(model, memory, batch)
+    assert numbers["over_empty"].item() == pytest.approx((log_p.mean(1) - direct).sum().item())
+    assert numbers["swap_gap"].item() == pytest.approx((log_p - swapped).mean(1).sum().item())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_passes_on_what_is_barred(beams):
+    model, batch, s = toy_model(2), toy_batch(), spec(2)
+    favourites = {token for token in generate(model, batch, s, 4, beams=beams)[1].flatten().tolist() if token > 1}
+    assert favourites
+    for token in favourites:
+        assert not (generate(model, batch, s, 4, beams=beams, barred=(token,))[1] == token).any()
+
+
+def test_generate_passes_on_the_length_penalty(monkeypatch):
+    import warmup
+
+    given, original = [], warmup.beam_search
+    monkeypatch.setattr(warmup, "beam_search", lambda *a, **how: given.append(how["length_penalty"]) or original(*a, **how))
+    generate(toy_model(), toy_batch(), spec(), 4, beams=2, length_penalty=0.6)
+    assert given == [0.6]
 
 
 def test_swap_gap_does_not_count_an_example_without_a_neighbour():

@@ -15,8 +15,7 @@ def jensen(R: Tensor) -> tuple[Tensor, Tensor]:
 
     a_k = (R_k - mean of the other samples' R) / K,   b_k = 1/K
     """
-    K = R.size(1)
-    return (R - (R.sum(1, keepdim=True) - R) / (K - 1)) / K, torch.full_like(R, 1 / K)
+    raise NotImplementedError
 
 
 def iwae(R: Tensor) -> tuple[Tensor, Tensor]:
