@@ -495,7 +495,7 @@ def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *
     hidden = model.decode(prefix, memory, cache)[:, -1].repeat_interleave(samples, 0)  # (R,E)
     cache.select(torch.arange(B, device=prefix.device).repeat_interleave(samples))
     tokens = prefix.new_full((B * samples, length), fill)  # (R,length)
-    log_probs = torch.zeros(tokens.shape, device=prefix.device)
+    log_probs = torch.zeros(tokens.shape, device=prefix.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
     done = torch.zeros(B * samples, dtype=torch.bool, device=prefix.device)  # (R,)
     for t in range(length):
         logits = model.logits(hidden if temperature in (0, 1) else hidden / temperature)  # (R,V)

@@ -235,7 +235,7 @@ def test_sampler_reports_the_logprobs_that_teacher_forcing_gives():
         memory = model.encode(SOURCE)
         tokens, log_probs = sample(model, memory, prefix, 5, samples=3)
         forced = teacher_forced(model, memory, prefix.repeat_interleave(3, 0), tokens.view(6, 5))
-    torch.testing.assert_close(log_probs.view(6, 5).double(), forced, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_probs.view(6, 5), forced, rtol=1e-10, atol=1e-10)
 
 
 def test_samples_follow_the_distribution():

@@ -2,6 +2,21 @@
 
 The toy: 4 warmups (or a tiny transformer with few), K=3 samples, so all 64 triples can be enumerated, each
 weighted by its probability, and the summed autograd gradients compared with the gradient of log P(y|x).
+
+Each line of the paper's mathematics was broken once to see a test fail:
+    marginal without -1/K, softmax over the batch     test_equal_rewards_…, test_marginal_equals_the_gradient_of_…
+    jensen without baseline, or over K for K-1        test_weights_sum_…, test_jensen_prob_and_iwae_are_exact
+    iwae's baseline with k itself; prob with b = w    test_jensen_prob_and_iwae_are_exact
+    grpo without its mean; best takes the worst       test_weights_sum_…, test_better_warmups_are_pushed_up_…
+    truncated counts repeats; forgets pi              test_truncated_is_exact_…, test_fisher_identity_…
+    frozen with b = 1                                 test_frozen_is_exact_for_the_target_alone
+    weights with a graph; target term detached        test_weights_carry_no_graph_…, test_fisher_identity_…
+    scored without mask; forced <sep> scored          test_the_probabilities_of_all_warmups_sum_to_one
+    other temperature, or <sep> unbarred, in one      test_sampled_and_teacher_forced_logprobs_agree
+    y one place late                                  test_score_is_the_chain_rule_over_the_full_sequence
+    entropy bonus turned round; alpha ignored         test_alpha_entropy_bonus_and_temperature_as_by_hand
+    swapped with itself; gain turned round            test_swap_gap_is_zero_…, test_gain_over_empty_by_hand
+    barred ids, length penalty not passed on          test_generate_passes_on_…
 """
 
 import itertools
@@ -276,7 +291,7 @@ def test_sampled_and_teacher_forced_logprobs_agree(length, min_length, temperatu
     memory = model.encode(batch.source)
     c, sampled = sample_warmups(model, memory.detach(), batch.prompt, s, samples=40)
     scored, _ = score(model, memory, batch.prompt, c, batch.target, s)
-    torch.testing.assert_close(sampled.double(), scored, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sampled, scored, rtol=1e-10, atol=1e-10)
     assert {tuple(row) for row in c.view(-1, length).tolist()} <= {tuple(row) for row in all_warmups(s, V).tolist()}
 
 
