@@ -576,7 +576,7 @@ def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Toke
         raise UserError(f"{folder} has neither tokenizer.json nor spiece.model")
     numbers = {token: re.fullmatch(r"▁?<extra_id_(\d+)>", token) for token in tokenizer.get_vocab()}
     sentinels = sorted((token for token, found in numbers.items() if found), key=lambda token: int(numbers[token][1]))
-    ours = [SEP, *tags]
+    ours = [token for token in (SEP, *tags) if token not in numbers]  # what eval.py --export wrote has them
     if not {PAD, EOS, UNK} <= numbers.keys() or len(sentinels) < len(ours) or len(numbers) > vocab_size:
         raise UserError(f"the tokenizer in {folder} is not that of its T5: it has {len(numbers)} tokens (the model: "
                         f"{vocab_size}), {len(sentinels)} of them sentinels <extra_id_N> ({len(ours)} needed)")
@@ -591,7 +591,7 @@ def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Toke
         single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))])
     unused = [f"<unused_{i}>" for i in range(vocab_size - len(numbers))]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True)
-                                  for text in (*ours, *sentinels[len(ours) :], *unused)])
+                                  for text in (SEP, *tags, *sentinels[len(ours) :], *unused)])
     return tokenizer
 
 

@@ -157,7 +157,8 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == {"config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"}
     again = load_pretrained(out)
     assert all(torch.allclose(p, again.get_parameter(name), rtol=1e-6) for name, p in model.named_parameters())
-    assert pretrained_tokenizer(out, ["<2de>"], 140).get_vocab_size() == 140
+    own = evaluation.load_tokenizer(Path(runs[0]))
+    assert pretrained_tokenizer(out, ["<2en>"], 140).get_vocab() == own.get_vocab()  # <sep> is the one it learnt
     assert train.main([*arguments[:-1], str(out), "--out", runs[1], "--policy-steps", "0"]) == 0
     capsys.readouterr()
     assert evaluation.main([runs[0], "--export", str(out)]) == 1 and "is not empty" in capsys.readouterr().err
