@@ -612,9 +612,9 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
     """Token ids. "</s>" in a source or target is text, spelled out in pieces; only prompts hold special tokens."""
     columns, unknown = [], tokenizer.token_to_id(UNK)
     special = set(special_ids(tokenizer))
-    end = [tokenizer.token_to_id(EOS)]
-    source_end = end if tokenizer.post_processor else []  # set by pretrained_tokenizer
-    for name, texts, end in zip(Example._fields, zip(*examples), (source_end, [], end)):
+    eos = [tokenizer.token_to_id(EOS)]
+    ends = (eos if tokenizer.post_processor else [], [], eos)  # pretrained_tokenizer sets a post_processor
+    for name, texts, end in zip(Example._fields, zip(*examples), ends):
         tokenizer.encode_special_tokens = name != "prompt"
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         rows = (encoding.ids for encoding in encodings)

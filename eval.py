@@ -374,8 +374,8 @@ def export(folder: Path, stage: str, out: Path, tokenizer: Tokenizer) -> None:
         save_pretrained(model, out)
         tokenizer.save(str(out / "tokenizer.json"))
         (out / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot export {stage}.pt to {out}: {error}") from None
+    except (OSError, RuntimeError, ValueError) as error:  # torch.save reports a full disk as RuntimeError
+        raise UserError(f"cannot export {stage}.pt to {out}, which may be incomplete: {error}") from None
     print(f"wrote {out}: {STAGES[stage]}" + (stage == "policy") * ". Its decoder writes c <sep> y: see README")
 
 

@@ -59,7 +59,7 @@ class Config:
     vocab_size: int = flag(4000, "tokens in the vocabulary (at most: a small corpus may have fewer)")
     dropout: float = flag(0.1, "probability of dropping an activation")
     recompute: bool = flag(False, "keep each layer's input only and compute the rest again for the backward pass: "
-                           "far less memory, about a third more time")
+                           "less memory, the time of one more forward pass")
     max_tokens: int = flag(128, "tokens; longer training pairs are left out, longer sources cut, outputs stopped")
     # optimisation
     sft_steps: int = flag(300, "updates of the SFT stage")

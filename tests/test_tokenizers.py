@@ -164,11 +164,19 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
     assert evaluation.main([runs[0], "--export", str(out)]) == 1 and "is not empty" in capsys.readouterr().err
 
 
-def test_a_model_with_absolute_positions_cannot_leave(finished_run, tmp_path, capsys):
+def test_what_cannot_leave_says_so(finished_run, tmp_path, capsys, monkeypatch):
+    """A model with absolute positions; any model onto a full disk."""
     import eval as evaluation
 
     assert evaluation.main([str(finished_run), "--export", str(tmp_path / "out")]) == 1
     assert "no absolute positions" in capsys.readouterr().err
+
+    def full(*_):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(evaluation, "save_pretrained", full)
+    assert evaluation.main([str(finished_run), "--export", str(tmp_path / "out")]) == 1
+    assert "may be incomplete: unexpected pos" in capsys.readouterr().err
 
 
 def test_t5_reads_sources_that_end(folder):
