@@ -60,10 +60,11 @@ def table(text: str) -> list[list[str]]:
 # Nouns: English singular, plural, German singular, plural, gender.
 PEOPLE = table("""man men Mann Männer m|woman women Frau Frauen f|child children Kind Kinder n
 girl girls Mädchen Mädchen n|friend friends Freund Freunde m|teacher teachers Lehrer Lehrer m
-dog dogs Hund Hunde m|cat cats Katze Katzen f|sister sisters Schwester Schwestern f|doctor doctors Arzt Ärzte m|horse horses Pferd Pferde n""")
+dog dogs Hund Hunde m|cat cats Katze Katzen f|sister sisters Schwester Schwestern f
+doctor doctors Arzt Ärzte m|horse horses Pferd Pferde n""")
 THINGS = table("""house houses Haus Häuser n|book books Buch Bücher n|letter letters Brief Briefe m
-door doors Tür Türen f|window windows Fenster Fenster n|table tables Tisch Tische m|lamp lamps Lampe Lampen f|car cars Auto Autos n
-picture pictures Bild Bilder n|key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f
+door doors Tür Türen f|window windows Fenster Fenster n|table tables Tisch Tische m|lamp lamps Lampe Lampen f
+car cars Auto Autos n|picture pictures Bild Bilder n|key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f
 coat coats Mantel Mäntel m""")
 NAMES = "Anna Peter Maria Paul Lena Karl Sophie Jonas".split()
 ADJECTIVES = table("""young jung|friendly freundlich|old alt|small klein|big groß|new neu|beautiful schön
@@ -367,7 +368,8 @@ def read_json_lines(row: Callable[[dict], Example], folder: Path) -> dict[str, l
     """Splits train, valid (val, validation, dev) and test of a folder: SPLIT.jsonl (or .json, .txt), plain or .gz."""
     splits = {}
     for split, names in {"train": ["train"], "valid": ["valid", "val", "validation", "dev"], "test": ["test"]}.items():
-        files = (folder / f"{name}.{kind}{end}" for name in names for kind in ("jsonl", "json", "txt") for end in ("", ".gz"))
+        endings = [f"{kind}{end}" for kind in ("jsonl", "json", "txt") for end in ("", ".gz")]
+        files = (folder / f"{name}.{ending}" for name in names for ending in endings)
         path = next((file for file in files if file.exists()), None)
         if path is None:
             if split == "test":
@@ -632,14 +634,14 @@ def shorten(data: Encoded, max_tokens: int, cut: str) -> tuple[Encoded, int]:
     long = [len(s) > max_tokens or (not cut and len(t) > max_tokens) for s, t in zip(data.source, data.target)]
     if not cut:
         return Encoded(*([row for row, out in zip(column, long) if not out] for column in data)), sum(long)
-    rows = zip(data.source, long)
-    source = [s if not out else s[-max_tokens:] if cut == "start" else np.append(s[: max_tokens - 1], s[-1]) for s, out in rows]
+    shorter = {"start": lambda s: s[-max_tokens:], "end": lambda s: np.append(s[: max_tokens - 1], s[-1])}[cut]
+    source = [shorter(s) if out else s for s, out in zip(data.source, long)]
     return data._replace(source=source), sum(long)
 
 
-def encode_split(tokenizer: Tokenizer, examples: list[Example], config, split: str) -> Encoded:
-    """A split as token ids, cut or thinned out by --max-tokens. Prints how many examples that concerns."""
-    cut = TASKS[config.task].cut or ("" if split == "train" else "end")  # what is scored keeps all its examples
+def encode_split(tokenizer: Tokenizer, examples: list[Example], config, split: str, scored: bool = True) -> Encoded:
+    """A split as token ids, cut or (unless scored) thinned out by --max-tokens. Prints how many examples that concerns."""
+    cut = TASKS[config.task].cut or ("end" if scored else "")  # what is scored keeps all its examples
     data, long = shorten(encode(tokenizer, examples), config.max_tokens, cut)
     if long:
         print(f"data: {long} of {len(examples)} {split} examples are longer than --max-tokens {config.max_tokens}: "

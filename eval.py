@@ -96,6 +96,7 @@ def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's mps, else the CPU. UserError for a device that is not here."""
     mps = torch.backends.mps.is_available() and processes() == 1  # gloo knows the CPU alone, NCCL CUDA
     here = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and no two batches are alike
     if not here.get(name, True):
         raise UserError(f"torch finds no {name} device here: choose another with --device")
     device = torch.device(name if name != "auto" else next(device for device in here if here[device]))
@@ -114,6 +115,10 @@ def precision(config, device: torch.device):
     # no weight cache: older torch would fill it while sampling, without gradients, and reuse it for scoring
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
         yield
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # GPU, CPU
 
 
 # ----------------------------------------------------------------------------- scoring
@@ -159,9 +164,15 @@ def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | Non
     rows = {}
     for index, batch in in_order(data, config.batch_tokens):
         length = min(config.max_tokens, 2 * batch.source.size(1) + 10)  # no translation is that much longer
-        with precision(config, device):
-            c, y = generate(model, batch.to(device), spec, length, beams=beams, length_penalty=config.length_penalty,
-                            barred=special_ids(tokenizer))
+        try:
+            with precision(config, device):
+                c, y = generate(model, batch.to(device), spec, length, beams=beams, length_penalty=config.length_penalty,
+                                barred=special_ids(tokenizer))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(f"out of memory while decoding with beam width {beams}. A trained run is scored by python eval.py "
+                            "RUN with --beams 1 or --device cpu; to train again, lower --batch-tokens or --beams") from None
         texts = tokenizer.decode_batch(y.tolist(), skip_special_tokens=True)
         latent = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False) if spec else [None] * len(index)
         rows |= {i: (text.strip(), warmup) for i, text, warmup in zip(index, texts, latent)}
@@ -197,7 +208,7 @@ def pointer_scores(config, examples: list[Example], hypotheses: list[str], warmu
         hops, between, answer = len(symbols) - 1, symbols[1:-1], symbols[-1]
         right[f"{hops} hop{'s' * (hops != 1)}"].append(hypothesis == answer)
         if warmup is not None and between:
-            right["hit rate"].append(warmup.split()[: len(between)] == between)
+            right["hit rate"].append(warmup.replace(SEP, " ").split()[: len(between)] == between)
     return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
 
 
@@ -386,11 +397,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, help="a run folder that train.py made")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
-    parser.add_argument("--stage", choices=tuple(STAGES), help="default: all that were trained; for --input and --export policy or sft")
+    parser.add_argument("--stage", choices=tuple(STAGES), help="default: all that were trained; for "
+                        "--input and --export policy or sft")
     parser.add_argument("--pair", help="one direction of a run that has several; default: all, for --input the first")
     parser.add_argument("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
     parser.add_argument("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="write the stage as a folder for Hugging Face transformers")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
     parser.add_argument("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     parser.add_argument("--data", default="", help="folder of the data, if it has moved since training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: the run's --device")
@@ -398,8 +410,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.show_warmup and not args.input:
         parser.error("--show-warmup goes with --input")
-    if args.beams is not None and args.beams < 1:
-        parser.error("--beams must be at least 1")
+    if any(number is not None and number < 1 for number in (args.beams, args.threads)):
+        parser.error("--beams and --threads must be at least 1")
     return args
 
 

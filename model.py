@@ -99,13 +99,13 @@ class Dropout(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
-    """softmax(q kᵀ + bias) v by torch's fused kernel: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D).
+    """softmax(q kᵀ + bias) v: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D), by a fused kernel where torch has one.
 
-    bias (broadcast to (B,H,L,S)) holds position bias and masks. scale multiplies q kᵀ: 1 for T5, see
-    ModelConfig.scaled. Attention weights are not dropped out (our choice: the fused CPU kernel cannot, and
-    the other dropouts suffice).
+    bias (broadcast to (B,H,L,S)) holds position bias and masks; if it needs a gradient, a CPU has none.
+    scale multiplies q kᵀ: 1 for T5, see ModelConfig.scaled. Attention weights are not dropped out (our choice:
+    the fused CPU kernel cannot, and the other dropouts suffice).
     """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: there 5x slower with its backward
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: the fused one is 5x slower to train
         return plain_attention(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
@@ -217,7 +217,7 @@ class PositionBias(nn.Module):
     def forward(self, length: int) -> Tensor:
         at = torch.arange(length, device=self.weight.device)
         bias = self.weight[self.bucket(at[None, :] - at[:, None])]  # (L,L,H)
-        return bias.permute(2, 0, 1).unsqueeze(0)  # (1,H,L,L)
+        return bias.permute(2, 0, 1).unsqueeze(0).contiguous()  # (1,H,L,L); CUDA's fused kernels ask for such a mask
 
 
 def sinusoids(length: int, width: int, device) -> Tensor:
@@ -274,11 +274,11 @@ class Memory:
 class Cache:
     """Preallocated self-attention keys and values of the tokens that R decoder rows have read."""
 
-    def __init__(self, model: "EncoderDecoder", rows: int, room: int):
+    def __init__(self, model: "EncoderDecoder", room: int):
         self.biases = model.decoder.position_biases(room)  # once, then sliced at every step
         self.kv: list[Tensor | None] = [None] * len(model.decoder.blocks)  # each (R,2,H,room,D), on first use
         self.spare: list[Tensor | None] = [None] * len(model.decoder.blocks)  # `select` copies there, then swaps
-        self.rows, self.room, self.length = rows, room, 0
+        self.room, self.length = room, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write L new positions, give back all so far: (R,H,L,D) x2 -> (R,H,length+L,D) x2."""
@@ -294,8 +294,9 @@ class Cache:
         for layer, kv in enumerate(self.kv):
             if self.spare[layer] is None or len(self.spare[layer]) != len(rows):
                 self.spare[layer] = kv.new_empty(len(rows), *kv.shape[1:])
-            self.kv[layer], self.spare[layer] = torch.index_select(kv, 0, rows, out=self.spare[layer]), kv
-        self.rows = len(rows)
+            used = self.spare[layer][:, :, :, : self.length]  # the rest of the room holds nothing yet
+            torch.index_select(kv[:, :, :, : self.length], 0, rows, out=used)
+            self.kv[layer], self.spare[layer] = self.spare[layer], kv
 
 
 # ----------------------------------------------------------------------------- log-probs of given tokens
@@ -491,7 +492,7 @@ def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *
     (barred from the first min_length places) a row holds `fill`, with log-prob 0: it is no longer a choice.
     """
     B, P = prefix.shape
-    cache = Cache(model, B, P + length)
+    cache = Cache(model, P + length)
     hidden = model.decode(prefix, memory, cache)[:, -1].repeat_interleave(samples, 0)  # (R,E)
     cache.select(torch.arange(B, device=prefix.device).repeat_interleave(samples))
     tokens = prefix.new_full((B * samples, length), fill)  # (R,length)
@@ -508,8 +509,8 @@ def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *
             token, total = exps.argmax(-1, keepdim=True), exps.sum(-1, keepdim=True)  # (R,1) both
         else:  # invert the cumulative distribution: one random number a row instead of V
             cdf = exps.cumsum(-1)  # (R,V)
-            if cdf.is_cuda:  # a parallel sum may dip by a rounding error, which would open a gap for a barred token
-                cdf = cdf.cummax(-1).values
+            if cdf.is_cuda:  # a parallel sum rounds up and down: nothing may open a gap for a token of probability 0
+                cdf = cdf.masked_fill_(exps == 0, 0.0).cummax(-1).values
             total = cdf[:, -1:]
             u = torch.rand(len(cdf), 1, device=cdf.device, dtype=cdf.dtype) * (1 - 2**-20)  # never all the mass
             token = torch.searchsorted(cdf, u * total, right=True)  # first token whose cdf exceeds it
@@ -534,7 +535,7 @@ def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: i
     present length, cannot beat its worst finished one. What is open at `length` counts as finished.
     """
     (B, P), n, c = prefix.shape, beams, model.config
-    cache = Cache(model, B, P + length)
+    cache = Cache(model, P + length)
     hidden = model.decode(prefix, memory, cache)[:, -1].repeat_interleave(n, 0)  # (B·n,E)
     rows = torch.arange(B, device=prefix.device)[:, None] * n  # (B,1): first row of each example
     cache.select(torch.arange(B, device=prefix.device).repeat_interleave(n))

@@ -27,10 +27,11 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from data import (EOS, PAD, TASKS, Batches, Encoded, Example, UserError, add_up, all_sums, encode_split, first_to_fail,
-                  for_pair, gather, load_pairs, pretrained_tokenizer, processes, prompt_tags, rank, special_ids, train_tokenizer)
-from eval import (CONTROLS, FORMAT, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
-                  make_metrics, pick_device, precision, print_examples, print_means, print_table, score_stage, signatures, validate,
-                  warmup_spec)
+                  for_pair, gather, load_pairs, pretrained_tokenizer, processes, prompt_tags, rank, special_ids,
+                  train_tokenizer)
+from eval import (CONTROLS, FORMAT, STAGES, Row, averages, decode_and_score, load_checkpoint, load_config, load_tokenizer,
+                  make_metrics, out_of_memory, pick_device, precision, print_examples, print_means, print_table,
+                  score_stage, signatures, validate, warmup_spec)
 from model import SIZES, EncoderDecoder, ModelConfig, load_pretrained, pretrained_folder
 from warmup import ESTIMATORS, all_warmups, sft_loss, target_tokens, warmup_loss
 
@@ -44,7 +45,8 @@ class Config:
     """Every setting of a run. Each field is a flag (--sft-steps for sft_steps); saved as config.json."""
 
     task: str = flag("wmt", "what to train on", tuple(TASKS))
-    pair: str = flag("de-en", "source-target language codes; several for one model of several directions: de-en,en-de,en-fr")
+    pair: str = flag("de-en", "source-target language codes; several for one model of several directions: "
+                     "de-en,en-de,en-fr")
     data: str = flag("", "folder of parallel text; 'sample': the built-in one; default: data/TASK if it exists, else that")
     sample_size: int = flag(20000, "training examples to generate for the built-in sample")
     symbols: int = flag(16, "task toy: letters in the permutation, at most 26")
@@ -131,8 +133,8 @@ def parse(argv: list[str]) -> tuple[Config, str]:
                 "lr_rampup_steps": 0, "threads": 0, "symbols": 2, "hops": 0, "eval_decode": 0, "alpha": 0,
                 "entropy_bonus": 0, "sft_weight": 0, "length_penalty": 0}
     for name, low in at_least.items():
-        if not low <= getattr(config, name) < math.inf:  # nan is no setting either
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}, and finite")
+        if not low <= getattr(config, name) < 2**63:  # nan is no setting either
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, and below 2**63")
     for name in ("lr", "policy_lr", "clip", "temperature"):
         if not 0 < getattr(config, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be above 0 and finite")
@@ -268,7 +270,7 @@ class Run:
         c, s = self.config, self.state
         with tqdm(total=s.total, initial=s.step, desc=s.stage, unit="step", dynamic_ncols=True, mininterval=1,
                   disable=rank() > 0) as bar:
-            if s.step == 0 and s.stage != "sft":
+            if s.step == 0 and s.stage != "sft" and s.best == math.inf:  # not if resumed after it
                 self.validate_and_save()
             while s.step < s.total:
                 started = time.perf_counter()
@@ -378,7 +380,7 @@ class Run:
 
     def save(self) -> None:
         """last.pt: everything that the next update depends on."""
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        cuda = [torch.cuda.get_rng_state()] if self.device.type == "cuda" else []  # of rank 0's GPU
         mps = [torch.mps.get_rng_state()] if self.device.type == "mps" else []
         log = self.folder / "log.jsonl"
         log_bytes = log.stat().st_size if log.exists() else 0
@@ -401,9 +403,9 @@ class Run:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"]:
-            torch.cuda.set_rng_state(saved["cuda_rng"][0])  # rank 0's GPU
-        if saved["mps_rng"]:
+        if saved["cuda_rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"][0])
+        if saved["mps_rng"] and self.device.type == "mps":
             torch.mps.set_rng_state(saved["mps_rng"][0])
         if rank():  # draws of its own; the file holds rank 0's
             torch.manual_seed(hash((self.config.seed, rank(), self.state.step)))
@@ -451,12 +453,13 @@ def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.Ad
 def new_folder(config: Config) -> None:
     """Make the run folder. An earlier run in it is refused, or with --overwrite removed (our files only)."""
     folder = config.folder
-    ours = ("config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt", "sft.pt", "policy.pt", "control.pt")
-    if any((folder / name).exists() for name in ours):
+    ours = [folder / name for name in ("config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt")]
+    ours += [path for stage in STAGES for path in (folder / f"{stage}.pt", *folder.glob(f"*.{stage}.txt"))]
+    if any(path.exists() for path in ours):
         if not config.overwrite:
-            raise UserError(f"{folder} holds a run: continue it with --resume {folder}, replace it with --overwrite, "
-                            "or choose another folder with --out")
-        for path in [*(folder / name for name in ours), *folder.glob("*.*.txt")]:
+            run = f"a run: continue it with --resume {folder}," if (folder / "last.pt").exists() else "files named as ours:"
+            raise UserError(f"{folder} holds {run} replace it with --overwrite, or choose another folder with --out")
+        for path in ours:
             path.unlink(missing_ok=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -510,6 +513,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, dic
     examples = {split: [e for splits in pairs.values() for e in splits[split]] for split in ("train", "valid")}
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     torch.manual_seed(config.seed)
+    pick_device(config.device)  # what cannot be had should fail before an earlier run is overwritten
     if resume:
         saved = load_checkpoint(config.folder / "last.pt", "state")
         model, tokenizer = EncoderDecoder(ModelConfig(**saved["model_config"])), load_tokenizer(config.folder)
@@ -517,15 +521,16 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, dic
             raise UserError(f"{config.folder}/last.pt does not fit the tokenizer.json beside it")
     else:
         model, tokenizer = new_model(config, examples["train"])
+    data = {}
+    for split in ("train", "valid"):
+        data[split] = encode_split(tokenizer, examples[split], config, split, scored=split != "train")
+    if not data["train"].source:
+        raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}: raise it")
+    if not resume:
         if rank() == 0:
             new_folder(config)
         write_text(config.folder / "tokenizer.json", tokenizer.to_str())
         write_text(config.folder / "config.json", json.dumps(asdict(config), indent=1))
-    data = {}
-    for split in ("train", "valid"):
-        data[split] = encode_split(tokenizer, examples[split], config, split)
-    if not data["train"].source:
-        raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}: raise it")
     run = Run(config, examples, data, tokenizer, model)
     if not resume:
         run.save()
@@ -533,10 +538,12 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, dic
         run.resume(saved if resume else load_checkpoint(config.folder / "last.pt", "state"))
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, "
-          f"vocabulary {model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs; run folder {config.folder}")
+          f"vocabulary {model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs; "
+          f"run folder {config.folder}")
     needs = memory_estimate(config, model.config, parameters, data["train"])
     print(f"memory: about {' and '.join(f'{mib:,.0f} MiB for {stage}' for stage, mib in needs.items())}. Too much? Lower "
-          f"--batch-tokens and --policy-batch-tokens and raise --accumulate{', or add --recompute' * (not config.recompute)}")
+          f"--batch-tokens and --policy-batch-tokens and raise --accumulate"
+          + ", or add --recompute" * (not config.recompute))
     return run, tokenizer, pairs
 
 
@@ -550,7 +557,8 @@ def report(run: Run, tokenizer: Tokenizer, pairs: dict[str, dict[str, list[Examp
         data = encode_split(tokenizer, splits[split], one, split)
         with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False, disable=rank() > 0) as bar:
             for stage in bar:
-                rows.append(score_stage(config.folder, stage, one, tokenizer, splits[split], data, config.beams, run.device))
+                rows.append(score_stage(config.folder, stage, one, tokenizer, splits[split], data, config.beams,
+                                        run.device))
         print_table(rows, one, splits[split], split)
         print_examples(rows, splits[split])
         tables[pair] = rows
@@ -593,7 +601,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # GPU, CPU
+        if not out_of_memory(error):
             raise
         print("error: out of memory. Start again with fewer --batch-tokens (SFT, its control) or --policy-batch-tokens "
               "(warmups) and as much more --accumulate, or with --recompute", file=sys.stderr)

@@ -49,11 +49,12 @@ LOSSES = {"V = 32,128": 32128, "V = 250,112": 250112}  # the row `loss` has no l
 ROWS = {
     "sft": "SFT step",  # forward, backward, clip, fused AdamW. Dropout 0.1; Hugging Face drops attention weights, too
     "warmup": f"warmup step, K = {SAMPLES}, W = {LENGTH}",  # the same without dropout, against the naive recipe
+    "recompute": "warmup step with --recompute",  # of ours; the naive recipe as it is
     "sample": f"sample {SAMPLES} × {LENGTH} tokens",  # from the full softmax, the encoder included
     "beam": f"beam {BEAMS}, {WRITTEN} tokens",  # the encoder included
     "loss": "loss of 4,096 tokens",  # token_logprobs and its gradients, against plain_token_logprobs
 }
-TARGETS = {"sft": 1.5, "warmup": 3, "sample": 4, "beam": 3}
+TARGETS = {"sft": 1.5, "warmup": 3, "recompute": "1/3 of the memory", "sample": 4, "beam": 3}
 
 
 # ----------------------------------------------------------------------------- the floor
@@ -80,7 +81,8 @@ def work(c: ModelConfig, B: int, S: int, T: int, K: int = SAMPLES, W: int = LENG
     update, read = 28 * (source + target + V * E * (1 if c.tied else 2)), 4 * (target + V * E)
     sft = encode + decode(B, T, T) + 2 * B * T * E * V
     scored = encode + decode(B * K, W + 1 + T, W + 1 + T) + 2 * B * K * (W + T) * E * V
-    return {"sft": (3 * sft, update), "warmup": (write(K, W) + 3 * scored, update + W * read),
+    warmup = (write(K, W) + 3 * scored, update + W * read)
+    return {"sft": (3 * sft, update), "warmup": warmup, "recompute": warmup,  # to compute twice is no need
             "sample": (encode + write(K, W), W * read), "beam": (encode + write(BEAMS, WRITTEN), WRITTEN * read),
             "loss": (6 * B * E * V, 8 * V * E)}  # B tokens
 
@@ -134,6 +136,11 @@ class Ours:
             loss, _ = warmup_loss(self.model.eval(), batch, WarmupSpec(SEP, BARRED, W, W), estimator, K)
         self.step(loss / batch.target.numel())
 
+    def recompute(self, batch):
+        self.model.encoder.recompute = self.model.decoder.recompute = True
+        self.warmup(batch)
+        self.model.encoder.recompute = self.model.decoder.recompute = False
+
     def sample(self, batch):
         return self.write(batch, LENGTH, samples=SAMPLES)
 
@@ -168,6 +175,8 @@ class Theirs(Ours):
             a, b = marginal(log_p.detach())
             loss = -(a * log_pi + b * log_p).sum() / batch.target.numel()
         self.step(loss)
+
+    recompute = warmup
 
     def score(self, batch, c):
         """log P(c|x), log P(y|x,c), both (B,K), of c (B,K,W): all inputs repeated K times, all logits held."""
@@ -268,7 +277,7 @@ def child(shape: str, rows: list[str], what: str, mode: str, device: str, repeat
         side, sides = sides[int(what)], None  # the other one goes
         getattr(side, rows[0])(batch.index(slice(1)))
         return {"peak": peak(lambda: getattr(side, rows[0])(batch), device)}
-    comparable = len(sides) == 2 and shape in SHAPES and mode == "eager" and not Ours.bfloat16
+    comparable = len(sides) == 2 and shape in SHAPES and mode == "eager"
     note = check(*sides, batch) if comparable else ""
     size, times = (batch.target.numel(), c.width, c.ff), {}
     before = rates(device, *size)

@@ -111,6 +111,7 @@ def parallel(folder: Path, **files) -> Path:
     ("--temperature 0", "--temperature"), ("--temperature nan", "--temperature"), ("--samples 1", "--samples"),
     ("--estimator marginal --samples 1", "--samples"), ("--warmup-min-len 5 --warmup-len 4", "--warmup-min-len"),
     ("--warmup-len 0", "--warmup-len"), ("--seed -1", "--seed"), ("--lr nan", "--lr"), ("--clip -1", "--clip"),
+    ("--seed 99999999999999999999", "--seed"),
     ("--resume run --samples 8", "--resume"), ("--resume run --seed 0", "--resume"), ("--resume", "--resume"),
 ])
 def test_training_refuses_bad_usage(flags, named, capsys, monkeypatch):
@@ -122,7 +123,7 @@ def test_training_refuses_bad_usage(flags, named, capsys, monkeypatch):
 @pytest.mark.parametrize("flags, named", [
     ("", "run"), ("run --no-such-flag", "--no-such-flag"), ("run --split dev", "dev"), ("run --stage rl", "rl"),
     ("run --beams many", "many"), ("run --beams -1", "--beams"), ("run --beams 0", "--beams"),
-    ("run --device tpu", "tpu"), ("run --input", "--input"),
+    ("run --device tpu", "tpu"), ("run --input", "--input"), ("run --threads -1", "--threads"),
 ])
 def test_scoring_refuses_bad_usage(flags, named, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "run", lambda *_: pytest.fail("accepted"))
@@ -224,6 +225,28 @@ def test_folder_already_holds_a_run(capsys, run):
     said = complaint(capsys, train, *TINY, "--out", run)
     assert "--resume" in said and "--overwrite" in said and "--out" in said
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_overwriting_takes_our_files_and_waits_until_all_else_is_well(capsys, run, monkeypatch):
+    (run / "notes.v2.txt").write_text("mine")
+    (run / "test.sft.txt").write_text("ours")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags in (["--device", "cuda"], ["--max-tokens", "2"]):
+        complaint(capsys, train, *TINY, "--out", run, "--overwrite", *flags)
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+        complaint(capsys, train, *TINY, "--out", "new", *flags)
+        assert not Path("new").exists()  # so that the command, mended, is not refused
+    monkeypatch.setattr(train.Run, "train", lambda run: setattr(run, "state", train.State("done")))
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    assert train.main([*TINY, "--out", str(run), "--overwrite"]) == 0
+    assert {path.name for path in run.iterdir()} == {"config.json", "tokenizer.json", "last.pt", "notes.v2.txt"}
+
+
+def test_folder_holds_another_programs_files(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    said = complaint(capsys, train, *TINY, "--out", tmp_path)
+    assert "--resume" not in said and "--overwrite" in said and (tmp_path / "config.json").read_text() == "{}"
 
 
 def test_run_folder_cannot_be_made(capsys, tmp_path):

@@ -104,7 +104,7 @@ def test_cached_decoding_equals_uncached(shared_bias):
     model = tiny_model(shared_bias=shared_bias)
     with torch.no_grad():
         memory, tokens = model.encode(SOURCE), torch.randint(2, 11, (2, 6))
-        cache = Cache(model, 2, 6)
+        cache = Cache(model, 6)
         steps = [model.decode(tokens[:, :2], memory, cache)]
         steps += [model.decode(tokens[:, t : t + 1], memory, cache) for t in (2, 3)]
         torch.testing.assert_close(torch.cat(steps, 1), model.decode(tokens[:, :4], memory), rtol=1e-10, atol=1e-10)

@@ -56,7 +56,7 @@ def test_loss_and_every_gradient_equal(golden):
 def test_cached_decoding_equals(golden):
     model, expected, _ = golden
     memory, tokens = model.encode(expected["source"]), decoder_input(expected["target"])
-    cache = Cache(model, 3, tokens.size(1))
+    cache = Cache(model, tokens.size(1))
     steps = [model.logits(model.decode(tokens[:, t : t + 1], memory, cache)) for t in range(tokens.size(1))]
     real = expected["target"] != 0
     assert torch.allclose(torch.cat(steps, 1)[real], expected["logits"][real], rtol=1e-4, atol=1e-5)

@@ -28,6 +28,7 @@ def test_scores_by_hops_and_hit_rate():
     three = Example("ab bc ca", "<3hops> a", "a")
     assert evaluation.pointer_scores(None, [three], ["a"], ["b c"]) == {"3 hops": 1.0, "hit rate": 1.0}
     assert evaluation.pointer_scores(None, [three], ["a"], ["b b"])["hit rate"] == 0.0
+    assert evaluation.pointer_scores(None, [three], ["a"], ["b c<sep>"])["hit rate"] == 1.0  # a warmup that stopped early
 
 
 def test_a_task_brings_its_own_settings_and_flags_go_before_them():

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -21,14 +22,16 @@ def log_of(folder, kind=None):
     return [line for line in lines if kind in (None, line["kind"])]
 
 
-def stop_at(monkeypatch, stage, step):
-    """As if Ctrl-C came during that update."""
+def stop_at(monkeypatch, stage, step, killed=False):
+    """As if Ctrl-C came during that update; killed: twice, so that nothing more is saved."""
     log = train.Run.log
 
     def interrupting(run, kind, numbers):
         log(run, kind, numbers)
         if kind == "train" and (run.state.stage, run.state.step) == (stage, step):
             run.stop = True
+            if killed:
+                run.interrupt()
 
     monkeypatch.setattr(train.Run, "log", interrupting)
 
@@ -36,14 +39,15 @@ def stop_at(monkeypatch, stage, step):
 # ----------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("stage, step", [("sft", 3), ("sft", 4), ("policy", 1), ("policy", 3)])
-def test_a_resumed_run_is_the_same_run_bit_for_bit(stage, step, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("stage, step, killed", [("sft", 3, False), ("sft", 4, False), ("policy", 1, False),
+                                                 ("policy", 3, False), ("policy", 1, True), ("policy", 3, True)])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(stage, step, killed, tmp_path, monkeypatch, capsys):
     """N updates = n, interrupt, resume, N - n: weights, optimizer, every logged number. Dropout is on."""
     settings = ["--task", "wmt", *TINY, "--no-control", "--dropout", "0.3"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main([*settings, "--out", str(whole)]) == 0
     with monkeypatch.context() as patch:
-        stop_at(patch, stage, step)
+        stop_at(patch, stage, step, killed)
         assert train.main([*settings, "--out", str(parts)]) == 1
     assert f"--resume {parts}" in capsys.readouterr().err
     assert train.main(["--resume", str(parts)]) == 0
@@ -81,6 +85,22 @@ def test_other_data_is_not_trained_on_after_resuming(finished_run, tmp_path, cap
     run.data["train"].source[7][0] += 1
     with pytest.raises(train.UserError, match="not what"):
         run.resume(evaluation.load_checkpoint(run.folder / "last.pt", "state"))
+
+
+def test_a_run_from_another_kind_of_device_can_be_resumed(finished_run, tmp_path):
+    run, *_ = train.prepare(train.Config(**vars(evaluation.load_config(finished_run)) | {"out": str(tmp_path / "r")}), False)
+    saved = evaluation.load_checkpoint(run.folder / "last.pt", "state")
+    run.resume(saved | {"mps_rng": [saved["rng"]], "cuda_rng": [saved["rng"]]})
+
+
+def test_the_training_split_is_scored_whole(finished_run, tmp_path, capsys):
+    """Pairs longer than --max-tokens are left out of training only: else line i would be scored against line i + 1."""
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_tokens": 12}))
+    assert evaluation.main([str(folder), "--split", "train", "--stage", "sft"]) == 0
+    assert "their source loses its end" in capsys.readouterr().out
+    assert len((folder / "train.sft.txt").read_text().splitlines()) == config["sample_size"]
 
 
 def test_a_run_remembers_its_data(finished_run, tmp_path, monkeypatch, capsys):
@@ -274,6 +294,17 @@ def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
     assert train.main(["--task", "wmt", *TINY, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: out of memory") and "--batch-tokens" in error and "--recompute" in error
+
+
+def test_out_of_memory_while_decoding_keeps_what_was_trained(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: torch.empty(2**60))
+    for program, argv in ((train, ["--task", "wmt", *TINY, "--out", str(folder)]), (evaluation, [str(folder)])):
+        assert program.main(argv) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: out of memory while decoding") and "eval.py RUN" in error
+    monkeypatch.undo()
+    assert evaluation.main([str(folder), "--beams", "1"]) == 0
 
 
 def test_the_memory_estimate_grows_with_what_it_should():
