@@ -104,7 +104,8 @@ def check_8(module):
     logits = torch.tensor([[1.0, 0.5, 0.0, -0.5, -1.0, 0.2]])
     tokens, log_probs = module.draw_tokens(logits, 50_000)
     torch.testing.assert_close(log_probs.exp(), logits.softmax(-1)[0, tokens])
-    torch.testing.assert_close(tokens[0].bincount(minlength=6) / 50_000, logits.softmax(-1)[0], rtol=0, atol=0.01)
+    torch.testing.assert_close(tokens[0].bincount(minlength=6) / 50_000, logits.softmax(-1)[0], rtol=0, atol=0.01,
+                               msg=lambda m: f"tokens are drawn at other rates than their log-probs say. {m}")
 
 
 def check_9(module):
@@ -112,8 +113,9 @@ def check_9(module):
     a, b, log_pi, log_p = torch.randn(4, 2, 3)
     log_pi.requires_grad_(), log_p.requires_grad_()
     module.surrogate(a, b, log_pi, log_p).backward()
-    for weight, value in ((a, log_pi), (b, log_p)):
-        assert value.grad is not None and torch.equal(value.grad, -weight)
+    for name, weight, value in (("log_pi", a, log_pi), ("log_p", b, log_p)):
+        assert value.grad is not None, f"{name} gets no gradient at all"
+        assert torch.equal(value.grad, -weight), f"the gradient of {name} is {value.grad}, not {-weight}"
 
 
 def check_10(module):
@@ -121,7 +123,8 @@ def check_10(module):
     pi, p = torch.tensor([0.6, 0.1]).log(), torch.tensor([0.2, 0.9]).log()
     pick = torch.tensor([[0, 0, 1]])
     a, _ = module.truncated_weights(p[pick], pi[pick], pick[..., None])
-    torch.testing.assert_close(torch.stack([a[0, :2].sum(), a[0, 2]]), (pi + p).softmax(0))
+    torch.testing.assert_close(torch.stack([a[0, :2].sum(), a[0, 2]]), (pi + p).softmax(0),
+                               msg=lambda m: f"(c, c, d) does not give c and d the weights that (c, d) gives. {m}")
 
 
 CHECKS = {8: check_8, 9: check_9, 10: check_10}
