@@ -3,7 +3,8 @@
     pip install transformers && python tests/bench.py
     python tests/bench.py --shapes t5-base mt5-base --rows sft warmup
     python tests/bench.py --bfloat16                   products in bfloat16 by autocast, on both sides
-    python tests/bench.py --gpu                        on CUDA, in bfloat16; the SFT step also compiled
+    python tests/bench.py --rows sft --compiled        the SFT step also by torch.compile
+    python tests/bench.py --gpu                        on CUDA, in bfloat16, the SFT step also compiled
     python tests/bench.py --picture assets/cost.png    instead: how a warmup step's time grows (pip install matplotlib)
 
 Both sides have the same weights (T5's, random) and read the same tokens, no padding; `check` sees first that they
@@ -34,7 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import (SIZES, EncoderDecoder, ModelConfig, beam_search, plain_token_logprobs, sample,  # noqa: E402
                    save_pretrained)
-from train import make_optimizer  # noqa: E402
+from train import compile_stacks, make_optimizer  # noqa: E402
 from warmup import Batch, WarmupSpec, marginal, score, sft_loss, warmup_loss  # noqa: E402
 
 SAMPLES, LENGTH, BEAMS, WRITTEN = 4, 8, 4, 24
@@ -229,8 +230,9 @@ def both(shape: str, c: ModelConfig, device: str, compiled: bool) -> list[Ours]:
         save_pretrained(ours, folder)
         theirs = AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="sdpa").to(device)
     ours.to(device)
-    for module in (ours.encoder, ours.decoder, theirs) if compiled else ():
-        module.compile()
+    if compiled:
+        compile_stacks(ours)
+        theirs.compile(dynamic=True)
     return [Ours(ours), Theirs(theirs)]
 
 
@@ -374,7 +376,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "t5-small"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16, on both sides")
-    parser.add_argument("--gpu", action="store_true", help="CUDA, in bfloat16; the SFT step also compiled")
+    parser.add_argument("--gpu", action="store_true", help="CUDA, in bfloat16; implies --compiled")
+    parser.add_argument("--compiled", action="store_true", help="the SFT step also compiled, as by train.py --compile")
     parser.add_argument("--repeats", type=int, default=9, help="rounds that count (default: 9)")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--picture", type=Path, help="draw this PNG instead of the table")
@@ -403,7 +406,7 @@ def main() -> None:
           f"load {os.getloadavg()[0]:.1f} at the start, {args.repeats} rounds\n\n"
           "| | ours | theirs | ratio | target | floor | share | peak MB |\n|---|---|---|---|---|---|---|---|")
     layers, notes = [row for row in args.rows if row != "loss"], []
-    for mode in ("eager", "compiled") if args.gpu else ("eager",):
+    for mode in ("eager", "compiled") if args.gpu or args.compiled else ("eager",):
         if mode == "compiled":  # cached decoding has another shape at each step: torch would compile for minutes
             layers = [row for row in layers if row == "sft"]
         notes += [table(shape, layers, mode, args) for shape in args.shapes if layers]
