@@ -171,8 +171,9 @@ def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | Non
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            raise UserError(f"out of memory while decoding with beam width {beams}. A trained run is scored by python eval.py "
-                            "RUN with --beams 1 or --device cpu; to train again, lower --batch-tokens or --beams") from None
+            raise UserError(f"out of memory while decoding with beam width {beams}. A trained run is scored by python "
+                            "eval.py RUN with --beams 1 or --device cpu; to train again, lower --batch-tokens or --beams"
+                            ) from None
         texts = tokenizer.decode_batch(y.tolist(), skip_special_tokens=True)
         latent = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False) if spec else [None] * len(index)
         rows |= {i: (text.strip(), warmup) for i, text, warmup in zip(index, texts, latent)}
@@ -349,6 +350,8 @@ def print_significance(rows: list[Row], config, examples: list[Example]) -> None
     for name, results in zip(metrics, (scores[key] for key in scores if key != "System")):
         for row, result in zip(rows, results):
             p = "" if result.p_value is None else f"  p = {result.p_value:.4f}"
+            if row is not rows[0] and row.hypotheses == rows[0].hypotheses:  # sacreBLEU would call that significant
+                p = "  the same outputs"
             print(f"  {name:7} {row.name:20} {result.score:6.2f}  mean {result.mean:6.2f} ± {result.ci:.2f}{p}")
 
 
@@ -382,10 +385,12 @@ def export(folder: Path, stage: str, out: Path, tokenizer: Tokenizer) -> None:
     try:
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty: choose another folder")
-        save_pretrained(model, out)
+        save_pretrained(model, out)  # ValueError before anything is written
         tokenizer.save(str(out / "tokenizer.json"))
         (out / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
-    except (OSError, RuntimeError, ValueError) as error:  # torch.save reports a full disk as RuntimeError
+    except ValueError as error:
+        raise UserError(f"cannot export {stage}.pt: {error}") from None
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"cannot export {stage}.pt to {out}, which may be incomplete: {error}") from None
     print(f"wrote {out}: {STAGES[stage]}" + (stage == "policy") * ". Its decoder writes c <sep> y: see README")
 
@@ -438,11 +443,15 @@ def run(args: argparse.Namespace) -> None:
         if not translates:
             raise UserError(f"--input translates, and {args.run} was trained on {config.task}")
         try:
-            text = sys.stdin.read() if args.input == "-" else Path(args.input).read_bytes().decode("utf-8-sig")
+            raw = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
+            text = raw.decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read --input {args.input}: {error}") from None
         return translate(args.run, one_stage, text.removesuffix("\n").split("\n"), config, tokenizer, args, device)
     config.data = args.data or config.data
+    if not (args.run / "results.json").exists():  # train.py's last file
+        print("note: this run is not finished; its stages are scored as last validated. Go on with python train.py "
+              f"--resume {args.run}")
     tables = {}
     for pair, splits in load_pairs(config)[0].items():
         one, split = for_pair(config, pair), args.split if args.split in splits else "valid"

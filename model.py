@@ -101,7 +101,7 @@ class Dropout(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
     """softmax(q kᵀ + bias) v: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D), by a fused kernel where torch has one.
 
-    bias (broadcast to (B,H,L,S)) holds position bias and masks; if it needs a gradient, a CPU has none.
+    bias (broadcast to (B,H,L,S)) holds position bias and masks; where it needs a gradient, CPUs have no such kernel.
     scale multiplies q kᵀ: 1 for T5, see ModelConfig.scaled. Attention weights are not dropped out (our choice:
     the fused CPU kernel cannot, and the other dropouts suffice).
     """
@@ -732,8 +732,10 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
 def save_pretrained(model: EncoderDecoder, folder: str | Path) -> None:
     """Write config.json and pytorch_model.bin that Hugging Face transformers loads, to the same logits."""
     c, folder = model.config, Path(folder)
-    if c.absolute or not c.encoder_layers:
-        raise ValueError("T5 has no absolute positions, and an encoder: this model is no T5")
+    if c.absolute:
+        raise ValueError("this model, trained from scratch, has absolute positions, and a T5 has none")
+    if not c.encoder_layers:
+        raise ValueError("this model has no encoder, and a T5 has one")
     tensors = {}
     for ours, theirs in t5_names(c).items():
         whole = model.get_parameter(ours).detach().cpu()

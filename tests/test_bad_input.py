@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import json
 import os
 import pickle
@@ -56,6 +57,12 @@ def half_run(tmp_path, monkeypatch, capsys):
     assert state_of(folder)["step"] == 1
     capsys.readouterr()
     return folder
+
+
+def test_scoring_an_unfinished_run_says_so(capsys, run):
+    (run / "results.json").unlink()
+    assert call(evaluation, run) == 0
+    assert f"not finished; its stages are scored as last validated. Go on with python train.py --resume {run}" in capsys.readouterr().out
 
 
 def state_of(folder: Path) -> dict:
@@ -358,9 +365,12 @@ def test_checkpoint_of_another_run(capsys, run, half_run):
     (b"ein Hund\n\nein Pferd\n", "line 2"), (b"", "line 1"), (b"ein Hund\n   \n", "line 2"),
     (b"ein Hund\nein Pferd\n" + b"Hund " * 200 + b"\n", "line 3"),
 ])
-def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_path):
+def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_path, monkeypatch):
+    """From a file and from standard input, which Python itself reads without complaint in some locales."""
     if content is not None:
         (tmp_path / "text").write_bytes(content)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), errors="surrogateescape"))
+        assert says.replace("--input text", "--input -") in complaint(capsys, evaluation, finished, "--input", "-")
     assert says in complaint(capsys, evaluation, finished, "--input", "text")
 
 

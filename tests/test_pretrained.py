@@ -93,7 +93,7 @@ def test_a_model_from_scratch_can_leave(tmp_path, tied):
     source, tokens = torch.randint(2, 30, (2, 7)), torch.randint(2, 30, (2, 5))
     logits = [m.logits(m.decode(tokens, m.encode(source))) for m in (model, again)]
     assert not again.config.scaled and torch.allclose(*logits, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="no T5"):
+    with pytest.raises(ValueError, match="a T5 has"):
         save_pretrained(EncoderDecoder(ModelConfig(vocab_size=30, width=16)), tmp_path)
 
 

@@ -49,7 +49,7 @@ def test_all_commands_run_in_the_order_printed(tmp_path, monkeypatch, capsys):
                 continue
             if words[0] == "torchrun":
                 words = ["python", *words[3:], "--init", "parse only"]
-            monkeypatch.setattr("sys.stdin", io.StringIO(standard_input))
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(standard_input.encode())))
             if words[1] == "train.py":
                 if "--help" in words:
                     with pytest.raises(SystemExit) as stop:

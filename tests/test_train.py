@@ -203,7 +203,19 @@ def test_eval_reproduces_the_table(finished_run, capsys):
         numbers = [float(word) for word in line[20:].split()]
         assert numbers[:2] == [row["metrics"]["BLEU"], row["metrics"]["chrF++"]]
         assert numbers[2] == pytest.approx(row["nll"], abs=6e-4) and numbers[3] == row["updates"]
+    assert "note: this run is not finished" not in out
     assert "paired bootstrap" in out and len((finished_run / "test.policy.txt").read_text().splitlines()) == 75
+
+
+def test_equal_outputs_are_no_significant_difference(capsys):
+    """sacreBLEU's bootstrap gives two equal systems the smallest p there is."""
+    examples, texts = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)], ["a dog sees cats"] * 20
+    rows = [evaluation.Row(stage, stage, {}, 0.0, 1, 1.0, texts, [None] * 20) for stage in ("sft", "control", "policy")]
+    rows[2].hypotheses = ["a small dog sees cats"] * 20
+    evaluation.print_significance(rows, train.Config(), examples)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("the same outputs" in line and " sft " in line for line in lines) == 2  # BLEU, chrF++
+    assert all(("p = " in line) == (" policy " in line) for line in lines)
 
 
 def test_monte_carlo_scores_draw_the_same_warmups_every_time(finished_run, monkeypatch):
