@@ -457,8 +457,9 @@ def new_folder(config: Config) -> None:
     ours += [path for stage in STAGES for path in (folder / f"{stage}.pt", *folder.glob(f"*.{stage}.txt"))]
     if any(path.exists() for path in ours):
         if not config.overwrite:
-            run = f"a run: continue it with --resume {folder}," if (folder / "last.pt").exists() else "files named as ours:"
-            raise UserError(f"{folder} holds {run} replace it with --overwrite, or choose another folder with --out")
+            begun = (folder / "last.pt").exists()
+            what = f"a run: continue it with --resume {folder}, replace it" if begun else "files named as ours: replace them"
+            raise UserError(f"{folder} holds {what} with --overwrite, or choose another folder with --out")
         for path in ours:
             path.unlink(missing_ok=True)
     try:
@@ -542,7 +543,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, Tokenizer, dict[str, dic
           f"run folder {config.folder}")
     needs = memory_estimate(config, model.config, parameters, data["train"])
     print(f"memory: about {' and '.join(f'{mib:,.0f} MiB for {stage}' for stage, mib in needs.items())}. Too much? Lower "
-          f"--batch-tokens and --policy-batch-tokens and raise --accumulate"
+          "--batch-tokens and --policy-batch-tokens and raise --accumulate"
           + ", or add --recompute" * (not config.recompute))
     return run, tokenizer, pairs
 

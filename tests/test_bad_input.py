@@ -59,12 +59,6 @@ def half_run(tmp_path, monkeypatch, capsys):
     return folder
 
 
-def test_scoring_an_unfinished_run_says_so(capsys, run):
-    (run / "results.json").unlink()
-    assert call(evaluation, run) == 0
-    assert f"not finished; its stages are scored as last validated. Go on with python train.py --resume {run}" in capsys.readouterr().out
-
-
 def state_of(folder: Path) -> dict:
     return evaluation.load_checkpoint(folder / "last.pt", "state")["state"]
 
@@ -254,6 +248,13 @@ def test_folder_holds_another_programs_files(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     said = complaint(capsys, train, *TINY, "--out", tmp_path)
     assert "--resume" not in said and "--overwrite" in said and (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_scoring_an_unfinished_run_says_so(capsys, run):
+    (run / "results.json").unlink()
+    assert call(evaluation, run) == 0
+    said = capsys.readouterr().out
+    assert "this run is not finished" in said and f"train.py --resume {run}" in said
 
 
 def test_run_folder_cannot_be_made(capsys, tmp_path):
