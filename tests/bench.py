@@ -5,7 +5,8 @@
     python tests/bench.py --bfloat16                   products in bfloat16 by autocast, on both sides
     python tests/bench.py --rows sft --compiled        the SFT step also by torch.compile
     python tests/bench.py --gpu                        on CUDA, in bfloat16, the SFT step also compiled
-    python tests/bench.py --picture assets/cost.png    instead: how a warmup step's time grows (pip install matplotlib)
+    python tests/bench.py --picture docs/cost.png      instead: how a warmup step's time grows
+                                                       (pip install matplotlib)
 
 Both sides have the same weights (T5's, random) and read the same tokens, no padding; `check` sees first that they
 compute the same. Times are medians of calls in turn (ours, theirs, ours, ...; the first round is dropped, the fourth is
@@ -33,13 +34,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from model import (SIZES, EncoderDecoder, ModelConfig, beam_search, plain_token_logprobs, sample,  # noqa: E402
-                   save_pretrained)
-from train import compile_stacks, make_optimizer  # noqa: E402
+from model import (SIZES, EncoderDecoder, ModelConfig, beam_search,  # noqa: E402
+                   compile_stacks, plain_token_logprobs, sample, save_pretrained)
+from train import make_optimizer  # noqa: E402
 from warmup import Batch, WarmupSpec, marginal, score, sft_loss, warmup_loss  # noqa: E402
 
 SAMPLES, LENGTH, BEAMS, WRITTEN = 4, 8, 4, 24
-SEP, BARRED = 2, (0, 1, 2)  # pad, </s>, <sep>: barred on both sides, so that both write every token
+SEP, FORBIDDEN = 2, (0, 1, 2)  # pad, </s>, <sep>: on both sides, so that both write every token
 SHAPES = {  # size, V, B, S, T
     "small": (SIZES["small"], 8000, 64, 20, 20),
     "t5-small": (SIZES["t5-small"], 32128, 16, 32, 32),
@@ -134,7 +135,8 @@ class Ours:
 
     def warmup(self, batch, K=SAMPLES, W=LENGTH, estimator="marginal"):
         with self.low():
-            loss, _ = warmup_loss(self.model.eval(), batch, WarmupSpec(SEP, BARRED, W, W), estimator, K)
+            spec = WarmupSpec(SEP, FORBIDDEN, W, W)
+            loss, _ = warmup_loss(self.model.eval(), batch, spec, estimator, K)
         self.step(loss / batch.target.numel())
 
     def recompute(self, batch):
@@ -149,10 +151,12 @@ class Ours:
         return self.write(batch, WRITTEN, beams=BEAMS)
 
     def write(self, batch, length, **how):
-        start, barred = torch.zeros_like(batch.source[:, :1]), torch.tensor(BARRED, device=batch.source.device)
+        start = torch.zeros_like(batch.source[:, :1])
+        how["forbidden"] = torch.tensor(FORBIDDEN, device=batch.source.device)
+        function = beam_search if "beams" in how else sample
         with self.low(), torch.no_grad():
-            return (beam_search if "beams" in how else sample)(
-                self.model.eval(), self.model.encode(batch.source), start, length, forbidden=barred, **how)[0]
+            memory = self.model.eval().encode(batch.source)
+            return function(self.model, memory, start, length, **how)[0]
 
     def loss(self, batch, log_probs=EncoderDecoder.token_logprobs):
         with self.low():
@@ -182,11 +186,12 @@ class Theirs(Ours):
     def score(self, batch, c):
         """log P(c|x), log P(y|x,c), both (B,K), of c (B,K,W): all inputs repeated K times, all logits held."""
         B, K, W = c.shape
-        x, y = (t.repeat_interleave(K, 0) for t in (batch.source, batch.target))  # (R,S), (R,T)
-        written = torch.cat([c.flatten(0, 1), torch.full_like(y[:, :1], SEP), y], 1)  # (R,W+1+T)
+        x, y = (t.repeat_interleave(K, 0) for t in (batch.source, batch.target))  # (N,S), (N,T)
+        written = torch.cat([c.flatten(0, 1), torch.full_like(y[:, :1], SEP), y], 1)  # (N,W+1+T)
         read = torch.cat([torch.zeros_like(y[:, :1]), written[:, :-1]], 1)
-        logits = self.model(input_ids=x, decoder_input_ids=read, use_cache=False).logits  # (R,W+1+T,V)
-        logits[:, :W, list(BARRED)] = -torch.inf
+        out = self.model(input_ids=x, decoder_input_ids=read, use_cache=False)
+        logits = out.logits  # (N,W+1+T,V)
+        logits[:, :W, list(FORBIDDEN)] = -torch.inf
         log_probs = logits.log_softmax(-1).gather(-1, written[..., None]).squeeze(-1)
         return log_probs[:, :W].sum(1).view(B, K), log_probs[:, W + 1 :].sum(1).view(B, K)
 
@@ -195,7 +200,7 @@ class Theirs(Ours):
             tokens = self.model.eval().generate(
                 input_ids=batch.source, attention_mask=torch.ones_like(batch.source), max_new_tokens=length,
                 do_sample=beams == 1, top_k=0, num_beams=beams, num_return_sequences=samples,
-                suppress_tokens=list(BARRED))[:, 1:]
+                suppress_tokens=list(FORBIDDEN))[:, 1:]
         assert tokens.size(1) == length
         return tokens
 
@@ -212,6 +217,10 @@ def inputs(shape: str, device: str) -> tuple[ModelConfig, Batch]:
         c = ModelConfig(vocab_size=V, scaled=False, absolute=False, **size)
         source, target = torch.randint(3, V, (B, S)), torch.randint(3, V, (B, T))
     return c, Batch(source, torch.empty(len(source), 0, dtype=torch.long), target).to(device)
+
+
+def head(batch: Batch, examples: int) -> Batch:
+    return Batch(batch.source[:examples], batch.prompt[:examples], batch.target[:examples])
 
 
 def both(shape: str, c: ModelConfig, device: str, compiled: bool) -> list[Ours]:
@@ -239,7 +248,8 @@ def both(shape: str, c: ModelConfig, device: str, compiled: bool) -> list[Ours]:
 @torch.no_grad()
 def check(ours: Ours, theirs: Theirs, batch: Batch) -> str:
     """SFT loss, and scores of the same warmups: SystemExit if they differ by more than 1e-4 of the largest."""
-    model, c, spec = ours.model.eval(), ours.sample(batch), WarmupSpec(SEP, BARRED, LENGTH, LENGTH)
+    spec = WarmupSpec(SEP, FORBIDDEN, LENGTH, LENGTH)
+    model, c = ours.model.eval(), ours.sample(batch)
     loss = theirs.model.eval()(input_ids=batch.source, labels=batch.target).loss
     scores = score(model, model.encode(batch.source), batch.prompt, c, batch.target, spec)
     pairs = [(sft_loss(model, batch) / batch.target.numel(), loss), *zip(scores, theirs.score(batch, c))]
@@ -277,7 +287,7 @@ def child(shape: str, rows: list[str], what: str, mode: str, device: str, repeat
     sides = both(shape, c, device, mode == "compiled")
     if what != "time":
         side, sides = sides[int(what)], None  # the other one goes
-        getattr(side, rows[0])(batch.index(slice(1)))
+        getattr(side, rows[0])(head(batch, 1))
         return {"peak": peak(lambda: getattr(side, rows[0])(batch), device)}
     comparable = len(sides) == 2 and shape in SHAPES and mode == "eager"
     note = check(*sides, batch) if comparable else ""
@@ -351,7 +361,7 @@ def picture(path: Path, device: str, repeats: int, machine: str) -> None:
         xs, measured, floor = [], [], []
         for x, size, K, W in points:
             c, batch = inputs("small", device)
-            c, batch = ModelConfig(**vars(c) | SIZES[size]), batch.index(slice(16))
+            c, batch = ModelConfig(**vars(c) | SIZES[size]), head(batch, 16)
             side = Ours(EncoderDecoder(c).to(device))
             times = [seconds(lambda: side.warmup(batch, K, W, "best")) for _ in range(repeats + 1)]  # best: K may be 1
             xs.append(x or sum(p.numel() for p in side.model.parameters()) / 1e6)

@@ -5,24 +5,26 @@ import torch
 
 import train
 
-TINY = ["--size", "nano", "--sample-size", "300", "--vocab-size", "300", "--sft-steps", "4", "--policy-steps", "3",
-        "--eval-every", "2", "--batch-tokens", "800", "--policy-batch-tokens", "400", "--beams", "2", "--threads", "1",
-        "--warmup-len", "2", "--samples", "2", "--eval-samples", "2", "--max-tokens", "40"]
+TINY = ["--size", "nano", "--sample-size", "300", "--vocab-size", "300", "--sft-steps", "4",
+        "--policy-steps", "3", "--eval-every", "2", "--batch-tokens", "800",
+        "--policy-batch-tokens", "400", "--beams", "2", "--threads", "1", "--warmup-len", "2",
+        "--samples", "2", "--eval-samples", "2", "--max-tokens", "40"]
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small products gain nothing from threads, and two test processes would spin against each other."""
+    """Small products gain nothing from threads, and two test processes would fight over cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """A run folder with all three stages. Read it, do not change it: the whole session shares it."""
+    """A run folder with all three stages. All tests share it: read it, do not change it."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
     assert train.main(["--task", "wmt", *TINY, "--out", str(folder)]) == 0
     return folder
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mine", action="store_true", help="tests/exercises: check exercises.py instead of solutions.py")
+    parser.addoption("--mine", action="store_true",
+                     help="tests/exercises: check exercises.py instead of solutions.py")

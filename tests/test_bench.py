@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import model
-from warmup import Batch
+from train import update_flops
+from warmup import Batch, WarmupSpec, sft_loss, warmup_loss
 
 
 @pytest.mark.parametrize("shape", (dict(), dict(gated=True, tied=False)))
@@ -34,3 +35,26 @@ def test_flops_and_bytes_of_the_loss_and_of_an_update():
     c = model.ModelConfig(**model.SIZES["small"])
     matrices = [p for name, p in model.EncoderDecoder(c).named_parameters() if p.dim() == 2 and "biases" not in name]
     assert bench.work(c, 1, 1, 1)["sft"][1] == 28 * sum(p.numel() for p in matrices)
+
+
+@pytest.mark.parametrize("shape", (dict(), dict(gated=True, tied=False, encoder_layers=0)))
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_the_flops_of_equal_compute_are_what_torch_counts(monkeypatch, shape, prompt):
+    """train.update_flops, with padding and prompts: SFT, sampled and given warmups."""
+    monkeypatch.setattr(model, "attention", model.plain_attention)
+    c = model.ModelConfig(**dict(vocab_size=50, width=24, heads=3, head_size=6, ff=40,
+                                 encoder_layers=2, decoder_layers=3) | shape)
+    batch = Batch(*(torch.randint(3, 50, (2, n)) for n in (5, prompt, 7)))
+    batch.source[0, 4:] = batch.target[1, 3:] = 0
+    net = model.EncoderDecoder(c).eval()
+    pause, sampled = (WarmupSpec(2, (0, 1, 2), 4, 4, pause=pause) for pause in (True, False))
+    updates = {  # loss: the arguments of update_flops
+        lambda: sft_loss(net, batch): dict(),
+        lambda: warmup_loss(net, batch, sampled, "marginal", 3)[0]:
+            dict(K=3, W=4, sampled=True, scored=True),
+        lambda: warmup_loss(net, batch, pause, "frozen", 1)[0]: dict(K=1, W=4),
+    }
+    for loss, how in updates.items():
+        with FlopCounterMode(display=False) as counter:
+            loss().backward()
+        assert update_flops(c, batch, **how) == counter.get_total_flops(), how

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import (EOS, PAD, PEOPLE, SEP, THINGS, UNK, VERBS, Batches, Encoded, Example, UserError, clause, collate, encode,
-                  generate_splits, in_order, load, noun_phrase, parallel_files, pointers, read_parallel, sentence,
-                  shorten, special_ids, train_tokenizer, translation_sample)
+from data import (EOS, PAD, PEOPLE, READERS, SAMPLES, SEP, TASKS, THINGS, UNK, VERBS, Batches,
+                  Encoded, Example, clause, collate, encode, encode_split, find_file,
+                  generate_splits, in_order, load, load_tokenizer, noun_phrase, pointers,
+                  read_splits, sentence, special_ids, task_folder, train_tokenizer,
+                  translation_sample)
+from model import UserError
 from train import Config
 
 MULTI30K = Path(__file__).parents[2] / "shared/data/multi30k"
@@ -374,34 +377,33 @@ def texts(rows: list[Example]) -> list[tuple[str, str]]:
 PLAIN = dict(train__de="a b", train__en="A B", valid__de="c", valid__en="C", test__de="d", test__en="D")
 LAYOUTS = {
     "plain": PLAIN,
-    "pair": {name.replace("__", "__de-en__"): words for name, words in PLAIN.items()},
-    "reversed pair": {name.replace("__", "__en-de__"): words for name, words in PLAIN.items()},
     "gz": {name + "__gz": words for name, words in PLAIN.items()},
     "gz on one side": {name + "__gz" * name.endswith("de"): words for name, words in PLAIN.items()},
     "val": {name.replace("valid", "val"): words for name, words in PLAIN.items()},
     "dev": {name.replace("valid", "dev"): words for name, words in PLAIN.items()},
-    "named test": {name.replace("test", "test_2016_x"): words for name, words in PLAIN.items()},
 }
+
+
+def read(folder: Path, pair: str = "de-en") -> dict[str, list[Example]]:
+    return read_splits(folder, *READERS["parallel"](pair))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reader_knows_the_usual_file_names(tmp_path, layout):
-    splits = read_parallel("de-en", write(tmp_path, **LAYOUTS[layout]))
+    splits = read(write(tmp_path, **LAYOUTS[layout]))
     assert {split: texts(rows) for split, rows in splits.items()} == {
         "train": [("a", "A"), ("b", "B")], "valid": [("c", "C")], "test": [("d", "D")]}
     assert {row.prompt for rows in splits.values() for row in rows} == {"<2en>"}
-    assert texts(read_parallel("en-de", tmp_path)["test"]) == [("D", "d")]
+    assert texts(read(tmp_path, "en-de")["test"]) == [("D", "d")]
 
 
-def test_several_test_sets_the_first_with_both_sides_counts(tmp_path):
-    write(tmp_path, test_2016__de="x", test_2017__de="y", test_2017__en="Y", test_2018__de="z", test_2018__en="Z")
-    assert [path.name for path in parallel_files(tmp_path, "de-en", "test*")] == ["test_2017.de", "test_2017.en"]
-
-
-def test_files_of_another_pair_are_not_taken(tmp_path):
-    write(tmp_path, **{"test__fr-de__de": "x", "test__fr-de__fr": "X", "test__en": "Y",
-                       "test__de-en__de": "z", "test__de-en__en": "Z"})
-    assert [path.name for path in parallel_files(tmp_path, "de-en", "test*")] == ["test.de-en.de", "test.de-en.en"]
+def test_files_of_other_names_are_not_taken(tmp_path):
+    """A test split in files with a year or the pair in their names; one side of it alone."""
+    write(tmp_path, **{name: words for name, words in PLAIN.items() if name != "test__en"})
+    for stem in ("test_2016", "test.de-en", "mytest"):
+        for language in ("de", "en"):
+            (tmp_path / f"{stem}.{language}").write_text("x\n")
+    assert set(read(tmp_path)) == {"train", "valid"}
 
 
 def test_without_a_test_split_there_is_no_key(tmp_path, capsys):
@@ -411,17 +413,73 @@ def test_without_a_test_split_there_is_no_key(tmp_path, capsys):
     assert "no test split" in capsys.readouterr().out
 
 
-def test_the_default_folder_is_taken_before_the_sample(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gone", ["train.en", "valid.de"])
+def test_a_missing_file_is_named(tmp_path, gone):
+    write(tmp_path, **PLAIN)
+    (tmp_path / gone).unlink()
+    split, language = gone.split(".")
+    with pytest.raises(UserError, match=f"no {split} split in .*expected {gone}"):
+        read(tmp_path)
+    assert find_file(tmp_path, "test", "fr") is None
+    with pytest.raises(UserError, match="no train split"):
+        read(tmp_path / "no folder")
+
+
+def test_sides_of_different_length_are_refused(tmp_path):
+    write(tmp_path, **PLAIN | {"valid__en": "C D"})
+    with pytest.raises(UserError, match=r"valid.de and .*valid.en have 1 and 2 lines"):
+        read(tmp_path)
+
+
+def test_the_default_folder_is_taken_before_the_sample(tmp_path, monkeypatch, capsys):
+    """One folder serves both directions of a pair; another pair has its own."""
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "data/wmt", **PLAIN)
-    assert texts(load(Config(task="wmt"))[0]["train"]) == [("a", "A"), ("b", "B")]
+    write(tmp_path / "data/wmt/de-en", **PLAIN)
+    for pair, first in (("de-en", ("a", "A")), ("en-de", ("A", "a"))):
+        splits, origin = load(Config(task="wmt", pair=pair))
+        assert texts(splits["train"])[0] == first and origin == str(tmp_path / "data/wmt/de-en")
+        assert f"data: {origin}, {pair}" in capsys.readouterr().out
+    assert task_folder("wmt", "de-fr") == Path("data/wmt/de-fr")
+    assert load(Config(task="wmt", data="sample", sample_size=8))[1] == "sample"
+
+
+def test_without_a_folder_of_its_own_a_task_takes_its_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data/wmt", **PLAIN)  # no folder of a pair
+    write(tmp_path / "data/toy", train__jsonl="{}")  # the toy is generated
+    for task in ("wmt", "toy"):
+        assert load(Config(task=task, sample_size=8))[1] == "sample"
+    with pytest.raises(UserError, match="data.py.* data/multi30k/de-en"):
+        load(Config(task="multi30k"))
+    with pytest.raises(UserError, match="leave --data out"):
+        load(Config(task="toy", data=str(tmp_path)))
+
+
+def test_the_folder_of_the_asked_direction_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for pair in ("de-en", "en-de"):
+        write(tmp_path / "data/wmt" / pair, **PLAIN)
+    assert [task_folder("wmt", pair).name for pair in ("de-en", "en-de")] == ["de-en", "en-de"]
+
+
+@pytest.mark.parametrize("pair", ["de", "de-de", "de-en-fr", "", "-", "de-../en", "de-"])
+def test_what_is_no_pair_of_languages_is_refused(pair):
+    with pytest.raises(UserError, match="two language codes"):
+        task_folder("wmt", pair)
+
+
+def test_the_tables_fit_together():
+    """Each task has a sample or a reader, and its keys are in the tables."""
+    for task in TASKS.values():
+        assert task.sample or task.reader
+        assert task.sample in ("", *SAMPLES) and task.reader in ("", *READERS)
 
 
 def test_windows_line_ends_are_no_part_of_the_text(tmp_path):
     write(tmp_path, **PLAIN)
     (tmp_path / "test.de").write_bytes("eins zwei\r\ndrei\r\n".encode())
     (tmp_path / "test.en").write_bytes(b"one two\nthree\n")
-    assert texts(read_parallel("de-en", tmp_path)["test"]) == [("eins zwei", "one two"), ("drei", "three")]
+    assert texts(read(tmp_path)["test"]) == [("eins zwei", "one two"), ("drei", "three")]
 
 
 @pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c", "\r"])
@@ -430,21 +488,52 @@ def test_only_newlines_split_lines(tmp_path, character, end):
     write(tmp_path, **{name: words for name, words in PLAIN.items() if name != "test__de"})
     content = f"one{character}line\n".encode()
     (tmp_path / f"test.de{end}").write_bytes(gzip.compress(content) if end else content)
-    assert texts(read_parallel("de-en", tmp_path)["test"]) == [(f"one{character}line", "D")]
+    assert texts(read(tmp_path)["test"]) == [(f"one{character}line", "D")]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     write(tmp_path, **PLAIN)
     (tmp_path / "test.de").write_bytes(b"\xef\xbb\xbf" + "über\n".encode())
-    assert texts(read_parallel("de-en", tmp_path)["test"]) == [("über", "D")]
+    assert texts(read(tmp_path)["test"]) == [("über", "D")]
 
 
 def test_empty_training_lines_are_left_out_and_counted(tmp_path, capsys):
     write(tmp_path, **PLAIN)
     (tmp_path / "train.de").write_text("a\n\nb\n")
     (tmp_path / "train.en").write_text("A\nX\nB\n")
-    assert texts(read_parallel("de-en", tmp_path)["train"]) == [("a", "A"), ("b", "B")]
-    assert "left out 1 pair" in capsys.readouterr().out
+    assert texts(read(tmp_path)["train"]) == [("a", "A"), ("b", "B")]
+    assert "left out 1 example" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_an_empty_side_is_refused_where_it_would_change_the_score(tmp_path, split):
+    write(tmp_path, **PLAIN)
+    (tmp_path / f"{split}.de").write_text("a\n  \n")
+    (tmp_path / f"{split}.en").write_text("A\nB\n")
+    with pytest.raises(UserError, match=rf"line 2 of .*{split}.de and .*has an empty side"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_split_without_examples_is_refused(tmp_path, split, content):
+    write(tmp_path, **PLAIN)
+    for language in ("de", "en"):
+        (tmp_path / f"{split}.{language}").write_text(content)
+    with pytest.raises(UserError, match=f"{split}.en"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("train.de", b"\xff\xfe"), ("train.de.gz", b"plain text\n"),
+    ("train.de.gz", gzip.compress(b"a\nb\n")[:-4]),
+    ("train.de.gz", gzip.compress(b"a\nb\n")[:12] + b"\xff" * 20)])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
+    write(tmp_path, **PLAIN)
+    (tmp_path / "train.de").unlink()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot read .*{name}"):
+        read(tmp_path)
 
 
 @pytest.mark.skipif(not MULTI30K.is_dir(), reason=f"real data is not here: {MULTI30K}")
@@ -488,16 +577,61 @@ def test_digits_are_tokens_of_their_own(tokenizer):
     assert tokenizer.encode("in 1957").tokens[-4:] == list("1957")
 
 
-def test_shorten_drops_training_pairs_and_cuts_sources_elsewhere():
-    def lengths(rows):
-        return [[len(row) for row in column] for column in rows]
+def test_a_tokenizer_file_is_read_or_refused(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    assert load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
+    path.write_text("{}")
+    for broken in (path, tmp_path / "none.json"):
+        with pytest.raises(UserError, match=f"cannot read {broken}"):
+            load_tokenizer(broken)
 
-    rows = Encoded(*([np.arange(n) for n in column] for column in ([3, 9, 2], [1, 1, 1], [4, 2, 8])))
-    dropped, count = shorten(rows, 5, "")
-    assert count == 2 and lengths(dropped) == [[3], [1], [4]]
-    for cut, kept in (("end", [0, 1, 2, 3, 8]), ("start", [4, 5, 6, 7, 8])):  # the last token may be T5's </s>
-        short, count = shorten(rows, 5, cut)
-        assert count == 1 and lengths(short) == [[3, 5, 2], [1, 1, 1], [4, 2, 8]] and short.source[1].tolist() == kept
+
+# ----------------------------------------------------------------------------- --max-tokens
+
+
+@pytest.fixture(scope="module")
+def words():
+    """A tokenizer to which each letter is a token."""
+    letters = " ".join("abcdefghij")
+    return train_tokenizer([Example(letters, "<2de>", letters)] * 3, 300)
+
+
+TEXTS = [Example("a b c", "<2de>", "a b c d"), Example("a b c d e f g h i", "<2de>", "a"),
+         Example("a b", "<2de>", "a b c d e f g h")]  # longest: source 9, target 9 with its </s>
+
+
+def shortened(words, task: str, split: str, scored: bool) -> list[tuple[str, int]]:
+    """Source, and number of tokens of the target, of what is left at --max-tokens 5."""
+    data = encode_split(words, TEXTS, Config(task=task, max_tokens=5), split, scored)
+    assert {len(column) for column in data} == {len(data.source)}
+    return [(words.decode(source), len(target)) for source, target in zip(data.source, data.target)]
+
+
+def test_long_training_pairs_are_left_out_and_counted(words, capsys):
+    assert shortened(words, "wmt", "train", scored=False) == [("a b c", 5)]
+    out = capsys.readouterr().out
+    assert "2 of 3 train examples" in out and "--max-tokens" in out and "left out" in out
+
+
+@pytest.mark.parametrize("task, split, scored, end, kept", [
+    ("wmt", "valid", True, "end", "a b c d i"),  # the last token stays: it may be T5's </s>
+    ("xsum", "train", False, "end", "a b c d i"), ("xsum", "test", True, "end", "a b c d i"),
+    ("logiqa", "train", False, "start", "e f g h i"),
+    ("logiqa", "test", True, "start", "e f g h i")])
+def test_long_sources_are_cut_where_all_examples_count(
+        words, capsys, task, split, scored, end, kept):
+    expected = [("a b c", 5), (kept, 2), ("a b", 9)]  # targets stay whole
+    assert shortened(words, task, split, scored) == expected
+    out = capsys.readouterr().out
+    assert f"1 of 3 {split} examples" in out and f"source loses its {end}\n" in out
+
+
+def test_what_fits_is_not_touched(words, capsys):
+    data = encode_split(words, TEXTS, Config(max_tokens=9), "train", scored=False)
+    for ours, whole in zip(data, encode(words, TEXTS)):
+        assert all(map(np.array_equal, ours, whole)) and len(ours) == 3
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -572,6 +706,18 @@ def test_a_restored_state_continues_identically(done):
         assert torch.equal(next(running).source, next(restored).source)
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_take_turns(processes):
+    """Together they read what one process reads, in its order, also over the end of an epoch."""
+    alone = Batches(numbered(), 400, seed=0)
+    parts = [Batches(numbered(), 400, 0, rank, processes) for rank in range(processes)]
+    for turn in range(len(alone.order) + 5):
+        assert torch.equal(next(alone).source, next(parts[turn % processes]).source)
+    while turn % processes < processes - 1:  # all have moved on by as much
+        turn, _ = turn + 1, next(parts[(turn + 1) % processes])
+    assert len({tuple(part.state_dict().items()) for part in parts}) == 1
+
+
 def test_in_order_covers_everything_once_longest_first():
     data, seen, lengths = numbered(), [], []
     for index, batch in in_order(data, 400):
@@ -581,7 +727,7 @@ def test_in_order_covers_everything_once_longest_first():
 
 
 def test_a_pair_of_unknown_languages_has_no_sample():
-    with pytest.raises(UserError, match="German-English"):
+    with pytest.raises(UserError, match="sample is (German-English|de-en)"):
         sample_splits("fr-en", 10, 0)
 
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from model import (SIZES, Cache, Dropout, EncoderDecoder, ModelConfig, PositionBias, attention, beam_search,
-                   plain_attention, plain_token_logprobs, sample)
+from model import (SIZES, Cache, Dropout, EncoderDecoder, ModelConfig, PositionBias, attention,
+                   beam_search, draw, plain_attention, plain_token_logprobs, rms_norm, sample)
 
 
 def tiny_model(seed=0, **changes):
@@ -48,6 +48,17 @@ def test_t5s_attention_does_not_divide_by_sqrt_d():
     k = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
     out = attention(q, k, torch.eye(2)[None, None], torch.zeros(1, 1, 1, 2))
     torch.testing.assert_close(out.flatten(), torch.tensor([2.0, 0.0]).softmax(0))
+
+
+def test_t5s_norm_keeps_the_mean_and_has_no_bias():
+    x, norm = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), rms_norm(ModelConfig(width=4))
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 1.0, 2.0, 0.5]))
+    by_hand = x / 7.5**0.5 * torch.tensor([1.0, 1.0, 2.0, 0.5])  # 30 / 4, the mean square
+    torch.testing.assert_close(norm(x), by_hand, rtol=1e-6, atol=1e-6)
+    assert [name for name, _ in norm.named_parameters()] == ["weight"]
+    tiny = norm(torch.full((1, 4), 1e-3))[0, 0]  # 1e-6 is added to a mean square of 1e-6
+    assert tiny.item() == pytest.approx(0.5**0.5)
 
 
 def test_folded_cross_attention_equals_repeated():
@@ -188,19 +199,21 @@ def test_recomputing_a_layer_changes_no_gradient(layers):
 # ----------------------------------------------------------------------------- log-probs
 
 
-@pytest.mark.parametrize("smoothing, forbidden", [(0.0, None), (0.1, None), (0.0, [0, 3])])
+@pytest.mark.parametrize("forbidden", [None, [0, 3]])
 @pytest.mark.parametrize("chunk", [5, 7, 64])
-def test_chunked_logprobs_equal_plain_forward_and_gradient(smoothing, forbidden, chunk):
-    """Whatever the chunk (a divisor, not a divisor, more than all rows): same numbers, same gradients."""
+def test_chunked_logprobs_equal_plain_forward_and_gradient(forbidden, chunk):
+    """Whatever the chunk (a divisor, not a divisor, more than all tokens): same numbers."""
     torch.manual_seed(0)
     model = EncoderDecoder(ModelConfig(vocab_size=50, **SIZES["nano"]))
     hidden = torch.randn(20, 64, requires_grad=True)
     targets, weight = torch.randint(4, 50, (20,)), torch.randn(20)
-    barred = None if forbidden is None else torch.tensor(forbidden)
-    fast = model.token_logprobs(hidden, targets, temperature=0.7, smoothing=smoothing, forbidden=barred, chunk=chunk)
-    plain = plain_token_logprobs(hidden / 0.7, model.embedding.weight, targets, barred, smoothing)
+    never = None if forbidden is None else torch.tensor(forbidden)
+    fast = model.token_logprobs(hidden, targets, temperature=0.7, forbidden=never, chunk=chunk)
+    plain = plain_token_logprobs(hidden / 0.7, model.embedding.weight, targets, never)
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), (hidden, model.embedding.weight)) for x in (fast, plain))):
+    gradients = [torch.autograd.grad((x * weight).sum(), (hidden, model.embedding.weight))
+                 for x in (fast, plain)]
+    for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -213,18 +226,22 @@ def test_logprobs_survive_a_second_backward():
     torch.testing.assert_close(first, second)
 
 
-def test_smoothed_loss_is_torchs():
+def test_plain_logprobs_are_torchs_cross_entropy():
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(6, 8), torch.randn(9, 8), torch.randint(9, (6,))
-    ours = -plain_token_logprobs(hidden, weight, targets, smoothing=0.1).mean()
-    torch.testing.assert_close(ours, torch.nn.functional.cross_entropy(hidden @ weight.T, targets, label_smoothing=0.1))
+    hidden, weight, targets = torch.randn(6, 8), torch.randn(9, 8), torch.randint(2, 9, (6,))
+    logits = hidden @ weight.T
+    for never in (None, torch.tensor([0, 1])):
+        ours = -plain_token_logprobs(hidden, weight, targets, never)
+        allowed, first = (logits, 0) if never is None else (logits[:, 2:], 2)  # 0 and 1 are gone
+        torchs = torch.nn.functional.cross_entropy(allowed, targets - first, reduction="none")
+        torch.testing.assert_close(ours, torchs)
 
 
 # ----------------------------------------------------------------------------- decoding
 
 
 def teacher_forced(model, memory, prefix, tokens):
-    """log-probs of tokens (R,L) after prefix (R,P), one at a time from the full softmax: (R,L)."""
+    """log-probs of tokens (N,L) after prefix (N,P), from the full softmax: (N,L)."""
     hidden = model.decode(torch.cat([prefix, tokens], 1), memory)[:, prefix.size(1) - 1 : -1]
     return model.logits(hidden).log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
 
@@ -236,6 +253,43 @@ def test_sampler_reports_the_logprobs_that_teacher_forcing_gives():
         tokens, log_probs = sample(model, memory, prefix, 5, samples=3)
         forced = teacher_forced(model, memory, prefix.repeat_interleave(3, 0), tokens.view(6, 5))
     torch.testing.assert_close(log_probs.view(6, 5), forced, rtol=1e-10, atol=1e-10)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_draw_follows_the_distribution(device):
+    """200,000 draws from each of two rows, which need not sum to 1: 4 standard errors at most."""
+    torch.manual_seed(0)
+    n = 200_000
+    probs = torch.tensor([[0.0, 3.0, 0.0, 0.5, 1e-3, 6.0, 0.0], [0.2] * 7], device=device)
+    tokens, total = draw(probs.repeat_interleave(n, 0))
+    assert tokens.shape == total.shape == (2 * n, 1)
+    torch.testing.assert_close(total[::n, 0], probs.sum(1))
+    for row, p in zip(tokens.view(2, n).cpu(), (probs / probs.sum(1, keepdim=True)).cpu()):
+        seen = torch.bincount(row, minlength=7) / n
+        assert ((seen - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all()
+        assert (seen[p == 0] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("u", ["lowest", "any", "highest"])
+def test_draw_never_takes_a_token_of_probability_0(device, u, monkeypatch):
+    """At the ends of the random range, too, and where a sum of many small numbers is rounded."""
+    ends = {"lowest": lambda *shape, **how: torch.zeros(*shape, **how),
+            "highest": lambda *shape, **how: torch.full(shape, 1 - 2**-24, **how)}
+    torch.manual_seed(0)
+    probs = torch.rand(400, 5000, device=device) ** 8
+    probs[torch.rand(400, 5000, device=device) < 0.9] = 0.0
+    probs[:, 0] = probs[:, -1] = 0.0
+    probs[:200, 2500] = 1000.0  # small numbers beside a large one
+    if u in ends:
+        monkeypatch.setattr(torch, "rand", ends[u])
+    for _ in range(20):
+        tokens, _ = draw(probs)
+        assert (probs.gather(1, tokens) > 0).all()
 
 
 def test_samples_follow_the_distribution():

@@ -1,103 +1,174 @@
-"""Every command of the README runs as printed (with tiny settings), and its numbers about the code are true."""
+"""README and docs: every command runs as printed (with tiny settings), every name and number is the code's."""
 
 import io
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import data
 import eval as evaluation
+import model
 import train
+import warmup
 from conftest import TINY
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"^```\n(.*?)^```", README, re.S | re.M) for line in block.splitlines()
-            if re.match(r"(python|pip|echo|git|torchrun|BASE=) ?", line)]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {"README.md": README} | PAGES
+SCRIPTS = ("warmup", "model", "data", "train", "eval")
+PROGRAMS = {"train.py": train, "eval.py": evaluation, "data.py": data}
+
+
+def commands(page: str) -> list[str]:
+    """The lines of fenced blocks that are commands, in order. $BASE is put in."""
+    lines, base, fence = [], "", None
+    for line in PAGES[page].splitlines():
+        if line.startswith("```"):
+            fence = line if fence is None else None
+        elif fence == "```" and line.startswith("BASE="):
+            base = shlex.split(line)[0].removeprefix("BASE=")
+        elif fence == "```" and re.match(r"(python|pip|echo|torchrun) ", line):
+            lines.append(line.replace("$BASE", base))
+    return lines
 
 
 def test_the_commands_are_found():
-    assert len(COMMANDS) >= 8 and sum("train.py" in c for c in COMMANDS) >= 4 and sum("eval.py" in c for c in COMMANDS) >= 3
+    found = {page: len(commands(page)) for page in PAGES}
+    assert found["README.md"] >= 7 and found["guide.md"] >= 5 and found["results.md"] >= 14, found
+    assert found["exercises.md"] >= 7, found
 
 
-def test_all_commands_run_in_the_order_printed(tmp_path, monkeypatch, capsys):
-    """A fresh folder, as a reader would have. Pip is left to .ci/run; tiny settings come last, so they win.
+def run(command: str, monkeypatch) -> None:
+    """One command with tiny settings, which come last and so win. What needs more is parsed alone."""
+    standard_input = b""
+    if " | " in command:
+        echo, command = command.split(" | ")
+        standard_input = shlex.split(echo)[1].encode() + b"\n"
+    words = shlex.split(command)
+    if words[0] == "pip" or words[1:3] == ["-m", "pytest"]:
+        return  # .ci/run does both
+    if words[0] == "torchrun":
+        return train.parse(words[4:])
+    if words[1].startswith("tests/"):
+        assert (ROOT / words[1]).exists(), command
+        return
+    program, arguments = PROGRAMS[words[1]], words[2:]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(standard_input)))
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as stop:
+            program.main(arguments)
+        assert stop.value.code == 0
+    elif "--export" in arguments:
+        evaluation.parse(arguments)  # of a model that was not trained here
+    elif "--init" in arguments or "multi30k" in arguments and program is train:
+        train.parse(arguments)  # weights and data that are not here
+    elif program is train and "--resume" not in arguments:
+        assert train.main([*arguments, *TINY]) == 0, command
+    else:
+        assert program.main(arguments) == 0, command
 
-    What needs the network, a GPU or real data is not run: its flags are parsed.
-    """
-    downloads, base = [], ""
+
+@pytest.mark.parametrize("page", PAGES)
+def test_all_commands_run_in_the_order_printed(page, tmp_path, monkeypatch, capsys):
+    """In a fresh folder, as a reader would have, but for the download."""
+    downloads = []
     monkeypatch.setattr(data, "download", lambda *arguments: downloads.append(arguments))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mytext").mkdir()
     for split in ("train", "valid", "test"):
         for lang, word in (("de", "Haus"), ("en", "house")):
-            (tmp_path / "mytext" / f"{split}.{lang}").write_text("".join(f"{word} number {i}.\n" for i in range(40)))
-    for command in COMMANDS:
-        if command.startswith("BASE="):
-            base = shlex.split(command)[0].removeprefix("BASE=")
-            continue
-        command = command.replace("$BASE", base)
+            lines = "".join(f"{word} number {i}.\n" for i in range(40))
+            (tmp_path / "mytext" / f"{split}.{lang}").write_text(lines)
+    for command in commands(page):
         for part in command.split(" && "):
-            standard_input = ""
-            if " | " in part:
-                echo, part = part.split(" | ")
-                standard_input = shlex.split(echo)[1] + "\n"
-            words = shlex.split(part)
-            if words[0] == "pip" or words[1:3] == ["-m", "pytest"] or words[1].startswith("tests/"):
-                continue
-            if words[0] == "torchrun":
-                words = ["python", *words[3:], "--init", "parse only"]
-            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(standard_input.encode())))
-            if words[1] == "train.py":
-                if "--help" in words:
-                    with pytest.raises(SystemExit) as stop:
-                        train.main(words[2:])
-                    assert stop.value.code == 0
-                    continue
-                if any(word in ("--init", "multi30k") for word in words):
-                    train.parse(words[2:])  # real data: the flags exist
-                    continue
-                arguments = words[2:] if "--resume" in words else [*words[2:], *TINY]
-                assert train.main(arguments) == 0, command
-            elif "--export" in words:
-                evaluation.parse(words[2:])  # of a model that was not trained here
-            elif words[1] == "data.py":
-                assert data.main(words[2:]) == 0, command
-            elif words[1] == "eval.py":
-                assert evaluation.main(words[2:]) == 0, command
-            else:
-                pytest.fail(f"the README has a command that this test does not know: {command}")
-    assert {arguments[0] for arguments in downloads} == set(data.SOURCES)
+            run(part, monkeypatch)
+    if page == "results.md":
+        assert {task for task, *_ in downloads} == set(data.CORPORA)
+
+
+def test_commands_in_running_text_are_accepted():
+    """`python train.py …` between backticks: the flags exist."""
+    found = [text for page in PAGES.values() for text in re.findall(r"`(python train\.py [^`…]+)`", page)]
+    assert len(found) >= 4
+    for text in found:
+        words = shlex.split(text.replace(" S ", " 0 ").replace("TASK", "wmt"))[2:]
+        if "majority" not in words and "--help" not in words:  # the guide's own task
+            train.parse(words)
+
+
+def test_adding_a_task_works_as_the_guide_says(tmp_path):
+    """Its lines, at the end of data.py, make a task that trains and can be scored."""
+    block = re.search(r"## Add a task.*?```python\n(.*?)```", PAGES["guide.md"], re.S)[1]
+    for name in SCRIPTS:
+        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
+    source = (tmp_path / "data.py").read_text(encoding="utf-8")
+    main = 'if __name__ == "__main__":'
+    assert source.count(main) == 1 and len(block.strip().splitlines()) <= 10
+    (tmp_path / "data.py").write_text(source.replace(main, f"{block}\n{main}"), encoding="utf-8")
+    flags = ["--task", "majority", "--threads", "1", "--sft-steps", "4", "--policy-steps", "2", "--eval-every", "2"]
+    for command in (["train.py", *flags], ["eval.py", "runs/majority"]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and re.search(r"^warmup +\d", done.stdout, re.M), done.stderr[-2000:]
 
 
 def test_line_counts_are_those_of_the_files():
-    for name in ("warmup", "model", "data", "train", "eval"):
-        said = int(re.search(rf"\| `{name}.py` \| (\d+) \|", README)[1])
-        have = len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines())
-        assert abs(said - have) <= 10, f"{name}.py has {have} lines, the README says {said}"
+    for name in SCRIPTS:
+        said = re.search(rf"\| `{name}.py` \| (\d+) \| (\d+) \|", README)
+        lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
+        ruler = next((i for i, line in enumerate(lines) if line.startswith("# ===== plumbing")), len(lines))
+        assert (int(said[1]), int(said[2])) == (len(lines), ruler), name
 
 
-def test_every_function_the_readme_names_exists():
-    import model
-    import warmup
-
+def test_every_function_that_is_named_exists():
     modules = {"model": model, "warmup": warmup, "train": train, "eval": evaluation, "data": data}
-    named = set(re.findall(r"`(model|warmup|train|eval|data)\.([A-Za-z_.]+)`", README))
-    assert len(named) > 10
-    for module, path in {(m, p) for m, p in named if p not in ("py", "de", "en", "jsonl")}:
+    files = {"py", "jsonl", "json", "model"}
+    text = "\n".join(PAGES.values())
+    named = {found for found in re.findall(r"`(model|warmup|train|eval|data)\.([A-Za-z_.]+)", text)
+             if found[1] not in files and found[1] not in ("de", "en")}
+    assert len(named) > 30
+    for module, path in named:
         thing = modules[module]
         for part in path.split("."):
-            thing = getattr(thing, part, None) or getattr(thing, "__dataclass_fields__", {}).get(part)
+            thing = getattr(thing, part, None)
             assert thing is not None, f"{module}.{path}"
 
 
-def test_every_flag_the_readme_names_exists(capsys):
-    flags = set(re.findall(r"`(--[a-z0-9-]+)", README))
-    known = set()
-    for program in (train, evaluation):
+def test_every_flag_that_is_named_exists(capsys):
+    known = {"--index-url", "--nproc_per_node"}
+    for program in (train, evaluation, data):
         with pytest.raises(SystemExit):
             program.main(["--help"])
         known |= set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
-    assert flags - known - {"--index-url"} == set()
+    for script in ("bench.py", "compare.py", "make_golden.py", "exercises/toys.py", "conftest.py"):
+        source = (ROOT / "tests" / script).read_text(encoding="utf-8")
+        known |= set(re.findall(r"\"(--[a-z0-9-]+)\"", source))
+    for name, page in PAGES.items():
+        assert set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9_-]+)", page)) - known == set(), name
+
+
+def test_links_lead_somewhere():
+    for name, page in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for link in re.findall(r"\]\(([^)]+)\)", page):
+            if not link.startswith("http"):
+                path, _, anchor = link.partition("#")
+                assert (folder / path).exists(), f"{name}: {link}"
+                target = PAGES.get(Path(path).name, "") if path else page
+                headings = {re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-")
+                            for line in re.findall(r"^#+ (.*)$", target, re.M)}
+                assert not anchor or anchor in headings, f"{name}: {link}"
+
+
+def test_the_readme_is_three_pages():
+    assert len(README.splitlines()) <= 220 and len(README.split()) <= 3000
+
+
+def test_the_estimators_and_tasks_of_the_pages_are_those_of_the_code():
+    rows = set(re.findall(r"^\| `(\w+)`", README, re.M)) | {"pause", "sft"}
+    assert set(train.CHOICES) <= rows
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGES["guide.md"].split("## Your own text")[0], re.M)) == set(data.TASKS)

@@ -9,9 +9,9 @@ import eval as evaluation
 import train
 from data import Example
 
-SMALL = ["--task", "toy", "--sample-size", "400", "--symbols", "6", "--sft-steps", "4", "--policy-steps", "3",
-         "--eval-every", "2", "--batch-tokens", "320", "--policy-batch-tokens", "80", "--samples", "2", "--eval-decode", "20",
-         "--threads", "1"]
+SMALL = ["--task", "toy", "--sample-size", "400", "--symbols", "6", "--sft-steps", "4",
+         "--policy-steps", "3", "--eval-every", "2", "--batch-tokens", "320",
+         "--policy-batch-tokens", "80", "--samples", "2", "--eval-decode", "20", "--threads", "1"]
 
 
 def log_of(folder):
@@ -22,63 +22,80 @@ def test_scores_by_hops_and_hit_rate():
     """f: a->b, b->c, c->a. Asked: f(a), f(f(a)) twice."""
     one, two = Example("ab bc ca", "<1hops> a", "b"), Example("ab bc ca", "<2hops> a", "c")
     assert data.chain(one) == ["a", "b"] and data.chain(two) == ["a", "b", "c"]
-    scores = evaluation.pointer_scores(None, [one, two, two], ["b", "c", "b"], ["x", "b", "c"])
+    score = evaluation.pointer_scores
+    scores = score(None, [one, two, two], ["b", "c", "b"], ["x", "b", "c"])
     assert scores == {"1 hop": 1.0, "2 hops": 0.5, "hit rate": 0.5}
-    assert evaluation.pointer_scores(None, [one], ["c"], [None]) == {"1 hop": 0.0}
+    assert score(None, [one], ["c"], [None]) == {"1 hop": 0.0}
     three = Example("ab bc ca", "<3hops> a", "a")
-    assert evaluation.pointer_scores(None, [three], ["a"], ["b c"]) == {"3 hops": 1.0, "hit rate": 1.0}
-    assert evaluation.pointer_scores(None, [three], ["a"], ["b b"])["hit rate"] == 0.0
-    assert evaluation.pointer_scores(None, [three], ["a"], ["b c<sep>"])["hit rate"] == 1.0  # a warmup that stopped early
+    assert score(None, [three], ["a"], ["b c"]) == {"3 hops": 1.0, "hit rate": 1.0}
+    assert score(None, [three], ["a"], ["b b"])["hit rate"] == 0.0
+    early = score(None, [three], ["a"], ["b c<sep>"])  # a warmup that stopped early
+    assert early["hit rate"] == 1.0
 
 
 def test_a_task_brings_its_own_settings_and_flags_go_before_them():
-    toy = train.parse(["--task", "toy"])[0]
-    assert {name: getattr(toy, name) for name in data.TOY} == data.TOY
+    for task in data.TASKS:
+        config, _ = train.parse(["--task", task])
+        settings = data.TASKS[task].settings
+        assert config == train.Config(task=task, **settings)
+        assert not train.problem(config)
+    assert len(data.TASKS["toy"].settings) > 10
     assert train.parse(["--samples", "3", "--task=toy"])[0].samples == 3
-    assert train.parse(["--task", "wmt"])[0] == train.Config()
+    assert train.parse([])[0] == train.Config()
 
 
 @pytest.mark.parametrize("estimator", ["jensen", "exact", "truncated", "pause", "sft"])
 def test_every_kind_of_estimator_trains_from_the_command_line(estimator, tmp_path):
     folder = tmp_path / "run"
-    more = ["--entropy-bonus", "0.1"] if estimator in ("jensen", "pause") else []  # a control has no policy: no effect
-    assert train.main([*SMALL, "--estimator", estimator, *more, "--out", str(folder), "--no-control"]) == 0
+    more = ["--entropy-bonus", "0.1"] if estimator in ("jensen", "pause") else []
+    flags = [*SMALL, "--estimator", estimator, *more, "--no-control"]
+    assert train.main([*flags, "--out", str(folder)]) == 0
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
     name = {"pause": "pause", "sft": "sft, same tokens"}.get(estimator, "warmup")
     assert set(rows) == {"sft", name} and {"1 hop", "2 hops"} <= set(rows[name]["metrics"])
     assert ("hit rate" in rows[name]["metrics"]) == (estimator != "sft")
-    trained = [line for line in log_of(folder) if line["stage"] == "policy" and line["kind"] == "train"]
-    assert ("reward" in trained[0]) == (estimator != "sft")
+    policy = [line for line in log_of(folder) if line["stage"] == "policy"]
+    trained = [line for line in policy if line["kind"] == "train"]
+    assert len(trained) == 3 and ("reward" in trained[0]) == (estimator != "sft")
+    assert all("1 hop" in line for line in policy if line["kind"] == "valid")  # --eval-decode
     assert evaluation.main([str(folder)]) == 0
 
 
 def examples_per_update(monkeypatch, estimator, folder):
-    seen = []
-    original = train.Run.loss
-    monkeypatch.setattr(train.Run, "loss", lambda self, batch: (seen.append((self.state.stage, len(batch.source))),
-                                                                original(self, batch))[1])
-    assert train.main([*SMALL, "--estimator", estimator, "--samples", "4", "--out", str(folder), "--no-control"]) == 0
-    return {rows for stage, rows in seen if stage == "policy"}
+    seen, original = [], train.Run.loss
+
+    def watched(run, batch):
+        if run.state.stage == "policy":
+            seen.append(len(batch.source))
+        return original(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "loss", watched)
+        flags = [*SMALL, "--estimator", estimator, "--samples", "4", "--no-control"]
+        assert train.main([*flags, "--out", str(folder)]) == 0
+    return set(seen)
 
 
 def test_controls_see_as_many_target_tokens_an_update(monkeypatch, tmp_path):
-    assert examples_per_update(monkeypatch, "marginal", tmp_path / "a") == {10}  # 80 tokens: 6 source + 2 target each
-    monkeypatch.undo()
-    assert examples_per_update(monkeypatch, "pause", tmp_path / "b") == {40}
+    """80 tokens: 6 of source + 2 of target each; a baseline without samples gets 4 x as many."""
+    for estimator, examples in (("marginal", 10), ("frozen", 10), ("pause", 40), ("sft", 40)):
+        assert examples_per_update(monkeypatch, estimator, tmp_path / estimator) == {examples}
 
 
-@pytest.mark.parametrize("flag", [["--alpha", "0"], ["--sft-weight", "1"], ["--entropy-bonus", "1"]])
+@pytest.mark.parametrize("flag", [["--alpha", "0"], ["--entropy-bonus", "1"],
+                                  ["--temperature", "3"]])
 def test_the_options_of_the_objective_reach_the_weights(flag, tmp_path):
     losses = []
     for name, more in (("plain", []), ("other", flag)):
         assert train.main([*SMALL, "--out", str(tmp_path / name), "--no-control", *more]) == 0
-        losses.append([line["nll"] for line in log_of(tmp_path / name) if line["stage"] == "policy" and line["step"] == 3])
-    assert losses[0] != losses[1]
+        losses.append([line["nll"] for line in log_of(tmp_path / name)
+                       if (line["stage"], line["step"], line["kind"]) == ("policy", 3, "train")])
+    assert len(losses[0]) == 1 and losses[0] != losses[1]
 
 
 def test_a_toy_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     original, calls = train.Run.loss, []
-    assert train.main([*SMALL, "--out", str(tmp_path / "whole"), "--no-control"]) == 0
+    assert train.main([*SMALL, "--out", str(tmp_path / "whole")]) == 0
 
     def interrupted(self, batch):
         calls.append(0)
@@ -86,10 +103,11 @@ def test_a_toy_run_resumes_bit_for_bit(tmp_path, monkeypatch):
         return original(self, batch)
 
     monkeypatch.setattr(train.Run, "loss", interrupted)
-    assert train.main([*SMALL, "--out", str(tmp_path / "cut"), "--no-control"]) == 1
+    assert train.main([*SMALL, "--out", str(tmp_path / "cut")]) == 1
     monkeypatch.undo()
+    assert {line["stage"] for line in log_of(tmp_path / "cut")} == {"sft", "policy"}
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
-    whole, cut = ([{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log_of(tmp_path / name)]
+    whole, cut = ([line | {"seconds": 0} for line in log_of(tmp_path / name)]
                   for name in ("whole", "cut"))
     assert whole == cut
 
@@ -98,6 +116,7 @@ def test_a_toy_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     (["--task", "toy", "--data", "nowhere"], "leave --data out"),
     (["--task", "toy", "--symbols", "2"], "too few different"),
     (["--task", "toy", "--estimator", "exact", "--symbols", "20", "--warmup-len", "2"], "exact"),
+    (["--task", "toy", "--data", "sample", "--symbols", "3", "--hops", "0"], "too few different"),
 ])
 def test_what_the_toy_refuses(arguments, message, tmp_path, capsys):
     assert train.main([*arguments, "--sample-size", "50", "--out", str(tmp_path / "run")]) == 1
@@ -106,12 +125,14 @@ def test_what_the_toy_refuses(arguments, message, tmp_path, capsys):
 
 
 def test_bad_toy_usage(capsys):
-    for arguments in (["--symbols", "27"], ["--hops", "-1"], ["--hops", "10"], ["--alpha", "nan"], ["--alpha", "inf"],
-                      ["--estimator", "exact", "--entropy-bonus", "1"], ["--samples", "1", "--estimator", "jensen"],
-                      ["--samples", "1", "--estimator", "best", "--entropy-bonus", "0.1"]):
+    for arguments in (
+            ["--symbols", "27"], ["--hops", "-1"], ["--hops", "10"], ["--alpha", "nan"],
+            ["--alpha", "inf"], ["--entropy-bonus", "1", "--estimator", "exact"],
+            ["--samples", "1", "--estimator", "jensen"],
+            ["--samples", "1", "--estimator", "best", "--entropy-bonus", "0.1"]):
         with pytest.raises(SystemExit) as stop:
             train.main(["--task", "toy", *arguments])
-        assert stop.value.code == 2
+        assert stop.value.code == 2 and arguments[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_translation_of_new_text_is_refused(tmp_path, capsys):

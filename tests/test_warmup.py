@@ -5,18 +5,22 @@ weighted by its probability, and the summed autograd gradients compared with the
 
 Each line of the paper's mathematics was broken once to see a test fail:
     marginal without -1/K, softmax over the batch     test_equal_rewards_…, test_marginal_equals_the_gradient_of_…
-    jensen without baseline, or over K for K-1        test_weights_sum_…, test_jensen_prob_and_iwae_are_exact
+    mean_of_others with k itself, or over K           test_mean_of_others_…, test_weights_sum_…
+    jensen or prob without baseline                   test_weights_sum_…, test_equal_rewards_…
+    entropy_gradient without it, or turned round      test_the_entropy_bonus_…
     iwae's baseline with k itself; prob with b = w    test_jensen_prob_and_iwae_are_exact
     grpo without its mean; best takes the worst       test_weights_sum_…, test_better_warmups_are_pushed_up_…
     truncated counts repeats; forgets pi              test_truncated_is_exact_…, test_fisher_identity_…
+    first_occurrence keeps the last, not the first    test_first_occurrence_by_hand
     frozen with b = 1                                 test_frozen_is_exact_for_the_target_alone
     weights with a graph; target term detached        test_weights_carry_no_graph_…, test_fisher_identity_…
     scored without mask; forced <sep> scored          test_the_probabilities_of_all_warmups_sum_to_one
-    other temperature, or <sep> unbarred, in one      test_sampled_and_teacher_forced_logprobs_agree
+    other temperature, or <sep> allowed, in one       test_sampled_and_teacher_forced_logprobs_agree
     y one place late                                  test_score_is_the_chain_rule_over_the_full_sequence
-    entropy bonus turned round; alpha ignored         test_alpha_entropy_bonus_and_temperature_as_by_hand
+    entropy bonus or alpha ignored                    test_alpha_entropy_bonus_and_temperature_…
     swapped with itself; gain turned round            test_swap_gap_is_zero_…, test_gain_over_empty_by_hand
-    barred ids, length penalty not passed on          test_generate_passes_on_…
+    <sep> written into y                              test_generate_writes_warmup_then_target
+    forbidden ids, length penalty not passed on       test_generate_passes_on_…
 """
 
 import itertools
@@ -25,10 +29,11 @@ import math
 import pytest
 import torch
 
-from model import EncoderDecoder, ModelConfig
-from warmup import (ESTIMATORS, Batch, WarmupSpec, all_warmups, diagnostics, direct_logprobs, entropy_gradient,
-                    evaluate_warmups, generate, marginal, sample_warmups, score, sft_loss, surrogate, target_tokens,
-                    warmup_loss, weights)
+from model import EncoderDecoder, ModelConfig, beam_search, precision
+from warmup import (ESTIMATORS, Batch, WarmupSpec, all_warmups, diagnostics, direct_logprobs,
+                    entropy_gradient, evaluate_warmups, first_occurrence, generate, marginal,
+                    mean_of_others, sample_warmups, score, sft_loss, sum_logprobs, surrogate,
+                    target_tokens, warmup_logprobs, warmup_loss, weights, with_start)
 
 F64 = dict(dtype=torch.float64)
 
@@ -134,6 +139,13 @@ def test_the_entropy_bonus_is_the_exact_gradient_of_the_entropy():
     check([total], -(policy.softmax(0) * policy.log_softmax(0)).sum(), [policy])
 
 
+def test_the_entropy_bonus_has_a_baseline():
+    """Rare warmups are pushed up as much as common ones down: all alike stay where they are."""
+    log_pi = torch.tensor([[-1.0, -2.0, -6.0], [-9.0, -9.0, -9.0]])
+    expected = torch.tensor([[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]) / 3
+    torch.testing.assert_close(entropy_gradient(log_pi), expected)
+
+
 def test_marginal_bias_falls_with_k():
     """The expected gradient approaches ∇ log P(y|x): at K = 2, 3, 4, 5 ever nearer, about as 1/K."""
     for seed in range(3):
@@ -201,6 +213,20 @@ def test_better_warmups_are_pushed_up_and_worse_down(name):
     assert a[0, 2] == a.max() > 0 and a[0, 0] == a.min() <= 0 and b[0].argmax() in (0, 2)
 
 
+def test_mean_of_others_by_hand():
+    x = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    expected = torch.tensor([[4.0, 3.5, 1.5], [1.5, 1.5, 0.0]])
+    torch.testing.assert_close(mean_of_others(x), expected)
+    with pytest.raises(ValueError, match="--samples 2"):
+        mean_of_others(x[:, :1])
+
+
+def test_first_occurrence_by_hand():
+    """Within an example only: the second one's first warmup equals none before it."""
+    c = torch.tensor([[[4, 5], [5, 4], [4, 5], [4, 5]], [[4, 5], [4, 4], [5, 4], [4, 4]]])
+    assert first_occurrence(c).tolist() == [[True, True, False, False], [True, True, True, False]]
+
+
 def test_grpo_weighs_by_standard_deviations():
     a, _ = make("grpo", torch.tensor([[0.0, 1.0, 2.0]]))  # mean 1, std 1
     torch.testing.assert_close(a, torch.tensor([[-1.0, 0.0, 1.0]]) / 3, rtol=1e-3, atol=0)
@@ -256,6 +282,10 @@ def toy_batch():
     return Batch(torch.tensor([[4, 5, 6], [6, 4, 0]]), torch.tensor([[5], [6]]), torch.tensor([[4, 6, 1], [5, 1, 0]]))
 
 
+def first_of(batch):
+    return Batch(batch.source[:1], batch.prompt[:1], batch.target[:1])
+
+
 def spec(length=2, min_length=None, **changes):
     return WarmupSpec(SEP, (0, 1, 2, SEP), length, min_length or length, **changes)
 
@@ -289,7 +319,7 @@ def test_sampled_and_teacher_forced_logprobs_agree(length, min_length, temperatu
     model, batch, s = toy_model(), toy_batch(), spec(length, min_length, temperature=temperature)
     torch.manual_seed(0)
     memory = model.encode(batch.source)
-    c, sampled = sample_warmups(model, memory.detach(), batch.prompt, s, samples=40)
+    c, sampled = sample_warmups(model, memory, batch.prompt, s, samples=40)
     scored, _ = score(model, memory, batch.prompt, c, batch.target, s)
     torch.testing.assert_close(sampled, scored, rtol=1e-10, atol=1e-10)
     assert {tuple(row) for row in c.view(-1, length).tolist()} <= {tuple(row) for row in all_warmups(s, V).tolist()}
@@ -326,22 +356,41 @@ def test_score_is_the_chain_rule_over_the_full_sequence():
         assert log_p[i, 0].item() == pytest.approx(p, abs=1e-10)
 
 
-def test_forced_seps_after_an_early_stop_carry_no_logprob():
-    model, batch, s = toy_model(), toy_batch(), spec(3, 1)
-    early = torch.tensor([[[4, SEP, SEP]]] * 2)
-    log_pi, _ = score(model, model.encode(batch.source), batch.prompt, early, batch.target, s)
-    tokens = torch.cat([torch.zeros(2, 1, dtype=torch.long), batch.prompt, early[:, 0, :1]], 1)
-    logits = model.logits(model.decode(tokens, model.encode(batch.source)))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_forced_seps_after_an_early_stop_carry_no_logprob(temperature):
+    """warmup_logprobs, alone and within score, against the sum by hand; a late stop beside it."""
+    model, batch, s = toy_model(), toy_batch(), spec(3, 1, temperature=temperature)
+    c = torch.tensor([[4, SEP, SEP], [5, 6, SEP]])  # (N,W): one choice of <sep> each
+    memory = model.encode(batch.source)
+    tokens = torch.cat([with_start(model, batch.prompt), c[:, :-1]], 1)
+    hidden = model.decode(tokens, memory)[:, 1:]  # (N,W,E)
+    logits = model.logits(hidden) / temperature
     logits[:, :, :3] = -math.inf
-    logits[:, 1, SEP] = -math.inf  # the first token may not stop
-    expected = logits[:, 1].log_softmax(-1)[:, 4] + logits[:, 2].log_softmax(-1)[:, SEP]
-    torch.testing.assert_close(log_pi[:, 0], expected, rtol=1e-10, atol=1e-10)
+    logits[:, 0, SEP] = -math.inf  # the first token may not stop
+    log_probs = logits.log_softmax(-1)
+    early = log_probs[0, 0, 4] + log_probs[0, 1, SEP]
+    late = log_probs[1, 0, 5] + log_probs[1, 1, 6] + log_probs[1, 2, SEP]
+    expected = torch.stack([early, late])
+    alone = warmup_logprobs(model, hidden, c, s)
+    scored, _ = score(model, memory, batch.prompt, c[:, None], batch.target, s)
+    for ours in (alone, scored[:, 0]):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_sum_logprobs_leaves_padding_out():
+    model, batch = toy_model(), toy_batch()
+    hidden = torch.randn(2, 3, 16, **F64)
+    log_probs = model.logits(hidden).log_softmax(-1)
+    expected = [sum(log_probs[row, t, y] for t, y in enumerate(ys))
+                for row, ys in enumerate([[4, 6, 1], [5, 1]])]
+    ours = sum_logprobs(model, hidden, batch.target)
+    torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["frozen", "jensen", "iwae"])
 def test_the_gradient_is_exact_on_average_through_the_whole_model(name):
     """All 9 pairs of one-token warmups through the transformer, K=2: the gradient of every parameter."""
-    model, batch, s = toy_model(), toy_batch().index(slice(1)), spec(1)
+    model, batch, s = toy_model(), first_of(toy_batch()), spec(1)
     parameters, choices = list(model.parameters()), all_warmups(s, V)
     memory = model.encode(batch.source)
     log_pi_all, log_p_all = (x[0] for x in score(model, memory, batch.prompt, choices[None], batch.target, s))  # (3,)
@@ -361,25 +410,28 @@ def test_the_gradient_is_exact_on_average_through_the_whole_model(name):
 def test_warmup_loss_exact_is_the_gradient_of_the_marginal_likelihood(length, min_length):
     model, batch, s = toy_model(), toy_batch(), spec(length, min_length)
     parameters = list(model.parameters())
-    loss, _ = warmup_loss(model, batch, s, "exact")
+    loss, numbers = warmup_loss(model, batch, s, "exact")
     c = all_warmups(s, V).expand(2, -1, -1)
     log_pi, log_p = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
-    check([-g for g in torch.autograd.grad(loss, parameters)], (log_pi + log_p).logsumexp(1).sum(), parameters)
+    log_marginal = (log_pi + log_p).logsumexp(1).sum()
+    check([-g for g in torch.autograd.grad(loss, parameters)], log_marginal, parameters)
+    assert numbers["nll"].item() == pytest.approx(-log_marginal.item())  # weighted by P(c|x)
 
 
-def test_the_sft_term_and_the_entropy_bonus_reach_the_gradient():
-    """A term that is silently a no-op is a published mistake."""
+def test_marginal_with_alpha_0_is_frozen_and_the_entropy_bonus_is_no_no_op():
+    """A term that silently does nothing is a published mistake."""
     model, batch, s = toy_model(), toy_batch(), spec(1)
-    parameters = list(model.parameters())
 
     def gradient(estimator="marginal", **options):
         torch.manual_seed(1)
-        return torch.autograd.grad(warmup_loss(model, batch, s, estimator, 4, **options)[0], parameters)
+        loss, _ = warmup_loss(model, batch, s, estimator, 4, **options)
+        return torch.autograd.grad(loss, list(model.parameters()))
 
-    plain, with_sft = gradient(), gradient(sft_weight=0.3)
-    check([(a - b) / 0.3 for a, b in zip(plain, with_sft)], -sft_loss(model, batch), parameters)
-    for a, b in zip(gradient(alpha=0.0), gradient(estimator="frozen")):
+    frozen = gradient("frozen")
+    for a, b in zip(gradient(alpha=0.0), frozen):
         torch.testing.assert_close(a, b)
+    for change in (dict(alpha=1.0), dict(alpha=0.0, entropy_bonus=0.3)):
+        assert max((a - b).abs().max() for a, b in zip(gradient(**change), frozen)) > 1e-3
 
 
 def test_alpha_entropy_bonus_and_temperature_as_by_hand():
@@ -389,7 +441,7 @@ def test_alpha_entropy_bonus_and_temperature_as_by_hand():
     loss, _ = warmup_loss(model, batch, s, "marginal", 4, alpha=2.5, entropy_bonus=0.3)
     torch.manual_seed(1)
     memory = model.encode(batch.source)
-    c, _ = sample_warmups(model, memory.detach(), batch.prompt, s, 4)
+    c, _ = sample_warmups(model, memory, batch.prompt, s, 4)
     log_pi, log_p = score(model, memory, batch.prompt, c, batch.target, s)
     a, b = marginal(2.5 * log_p.detach())
     a = a + 0.3 * entropy_gradient(log_pi.detach())
@@ -415,14 +467,14 @@ def test_pause_is_a_constant_warmup_without_a_policy():
     assert (generate(model, batch, s, 4)[0] == SEP).all()
 
 
-def test_warmup_loss_is_sample_score_estimate_surrogate(monkeypatch):
+def test_warmup_loss_is_sample_score_estimate_surrogate():
     """warmup_loss on its own samples equals the parts put together by hand, gradient included."""
     model, batch, s = toy_model(), toy_batch(), spec(2)
     torch.manual_seed(3)
     loss, stats = warmup_loss(model, batch, s, "marginal", samples=5)
     torch.manual_seed(3)
     memory = model.encode(batch.source)
-    c, _ = sample_warmups(model, memory.detach(), batch.prompt, s, 5)
+    c, _ = sample_warmups(model, memory, batch.prompt, s, 5)
     log_pi, log_p = score(model, memory, batch.prompt, c, batch.target, s)
     w = log_p.detach().softmax(1)
     by_hand = -((w - 0.2) * log_pi + w * log_p).sum()
@@ -503,15 +555,18 @@ def test_generate_writes_warmup_then_target():
     assert not (y == SEP).any()
 
 
-def test_generate_beam_sampled_and_without_warmup():
+def test_generate_by_beam_search_and_without_warmup():
+    """The same greedy c, then the best beam after [start] prompt c <sep>; or after the prompt."""
     model, batch, s = toy_model(2), toy_batch(), spec(2)
-    none, direct = generate(model, batch, None, 4)
-    assert none is None and direct.shape == (2, 4)
+    memory, start = model.encode(batch.source), with_start(model, batch.prompt)
     c, y = generate(model, batch, s, 4, beams=3)
-    assert torch.equal(c, generate(model, batch, s, 4)[0]) and y.shape == (2, 4)
-    torch.manual_seed(0)
-    several = {tuple(generate(model, batch, s, 4, warmup_temperature=1.0, temperature=1.0)[0][0].tolist()) for _ in range(20)}
-    assert len(several) > 1
+    assert torch.equal(c, generate(model, batch, s, 4)[0])
+    none, direct = generate(model, batch, None, 4, beams=3)
+    assert none is None
+    after = torch.cat([start, c, torch.full((2, 1), SEP)], 1)
+    for ours, prefix, never in ((y, after, [0, SEP]), (direct, start, [0])):
+        beams, _ = beam_search(model, memory, prefix, 4, beams=3, forbidden=torch.tensor(never))
+        assert torch.equal(ours, beams[:, 0])
 
 
 def test_empty_prompts_work():
@@ -520,19 +575,17 @@ def test_empty_prompts_work():
     assert sft_loss(model, batch).isfinite() and warmup_loss(model, batch, spec())[0].isfinite()
 
 
-def test_bfloat16_reaches_every_parameter(monkeypatch):
+def test_bfloat16_reaches_every_parameter():
     """Regression guard: autocast's weight cache, filled while sampling, once left scoring without gradients."""
-    import eval as evaluation
-
     torch.manual_seed(0)
     c = ModelConfig(vocab_size=V, width=16, heads=2, head_size=8, ff=16, encoder_layers=1, decoder_layers=1, dropout=0.0)
     model, batch, norms = EncoderDecoder(c).eval(), toy_batch(), []
     for dtype in ("float32", "bfloat16"):
         model.zero_grad()
         torch.manual_seed(5)
-        config = type("Config", (), {"dtype": dtype})
-        with evaluation.precision(config, torch.device("cpu")):
-            assert not torch.is_autocast_cache_enabled() or dtype == "float32"
+        with precision(dtype, torch.device("cpu")):
+            assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16")
+            assert not torch.is_autocast_cache_enabled()
             loss, _ = warmup_loss(model, batch, spec(1), "frozen", samples=3)
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -555,12 +608,14 @@ def test_gain_over_empty_by_hand():
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_passes_on_what_is_barred(beams):
+def test_generate_passes_on_what_is_forbidden(beams):
     model, batch, s = toy_model(2), toy_batch(), spec(2)
-    favourites = {token for token in generate(model, batch, s, 4, beams=beams)[1].flatten().tolist() if token > 1}
+    _, free = generate(model, batch, s, 4, beams=beams)
+    favourites = {token for token in free.flatten().tolist() if token > 1}
     assert favourites
     for token in favourites:
-        assert not (generate(model, batch, s, 4, beams=beams, barred=(token,))[1] == token).any()
+        _, y = generate(model, batch, s, 4, beams=beams, forbidden=(token,))
+        assert not (y == token).any()
 
 
 def test_generate_passes_on_the_length_penalty(monkeypatch):
@@ -573,5 +628,5 @@ def test_generate_passes_on_the_length_penalty(monkeypatch):
 
 
 def test_swap_gap_does_not_count_an_example_without_a_neighbour():
-    assert evaluate_warmups(toy_model(), toy_batch().index(slice(1)), spec(), 2)["swapped"].item() == 0
+    assert evaluate_warmups(toy_model(), first_of(toy_batch()), spec(), 2)["swapped"].item() == 0
     assert evaluate_warmups(toy_model(), toy_batch(), spec(), 2)["swapped"].item() == 2

@@ -1,12 +1,15 @@
-"""Exercises 8 to 10: three functions that pass a smoke run, and are wrong. Copy them into exercises.py to mend them."""
+"""Exercises 8 to 10: three functions that pass a smoke run, and are wrong.
+
+Copy them into exercises.py to mend them.
+"""
 
 from torch import Tensor
 
 
 def draw_tokens(logits: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """8. logits (R,V) -> tokens (R,samples) and their log-probs (R,samples), of the policy softmax(logits)."""
-    likely, ids = logits.topk(min(4, logits.size(-1)))  # (R,4)
-    picked = likely.softmax(-1).multinomial(samples, replacement=True)  # (R,samples)
+    """8. logits (N,V) -> tokens and their log-probs, (N,samples) both, of softmax(logits)."""
+    likely, ids = logits.topk(min(4, logits.size(-1)))  # (N,4)
+    picked = likely.softmax(-1).multinomial(samples, replacement=True)  # (N,samples)
     tokens = ids.gather(1, picked)
     return tokens, logits.log_softmax(-1).gather(1, tokens)
 
@@ -18,6 +21,9 @@ def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
 
 
 def truncated_weights(R: Tensor, log_pi: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """10. R, log_pi (B,K), c (B,K,W) -> a, b (B,K) of `truncated`: the posterior over the warmups that were drawn."""
+    """10. R, log_pi (B,K), c (B,K,W) -> a, b (B,K) of `truncated`.
+
+    The posterior over the warmups that were drawn.
+    """
     v = (R + log_pi).softmax(-1)
     return v, v

@@ -1,13 +1,15 @@
-"""The exercises that are code: fill in 1 to 4, mend 8 to 10. The README lists all ten, with the time each takes.
+"""The exercises that are code: fill in 1 to 4, mend 8 to 10.
 
+docs/exercises.md lists all ten, with the time each takes.
 Check one with: python -m pytest tests/exercises --mine -k exercise_01
-Shapes and words are those of warmup.py. Solutions are in solutions.py; a look into warmup.py gives most away too.
+Shapes and words are those of warmup.py. Solutions are in solutions.py; a look into warmup.py gives
+most away, too.
 """
 
 import torch
 from torch import Tensor
 
-from warmup import WarmupSpec, score, truncated, with_start  # noqa: F401 (some help to solve the exercises)
+from warmup import WarmupSpec, score, truncated, with_start  # noqa: F401 (some help)
 
 
 def jensen(R: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,24 +31,26 @@ def iwae(R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def swap_gap(model, batch, spec: WarmupSpec, c: Tensor) -> Tensor:
-    """3. c (B,K,W) -> () mean over examples and warmups of log P(y|x,c) - log P(y|x, c of the next example).
+    """3. c (B,K,W) -> (): the mean of log P(y|x,c) - log P(y|x, c of the next example).
 
-    The last example takes the warmups of the first. 0 means that the target ignores its warmup.
+    Over examples and warmups. The last example takes the warmups of the first. 0 means that the
+    target ignores its warmup.
     """
     raise NotImplementedError
 
 
 def log_policy(logits: Tensor, c: Tensor, spec: WarmupSpec) -> Tensor:
-    """4. logits (W,V) that the decoder gives along c, c (W,) -> () log P(c|x), such that Σ_c P(c|x) = 1.
+    """4. logits (W,V) that the decoder gives along c, c (W,) -> () log P(c|x): Σ_c P(c|x) = 1.
 
-    Tokens of spec.forbidden have probability 0. But spec.sep_id, though one of them, may end the warmup at any
-    place from spec.min_length on. What follows it is filled with <sep>: no choice, so no log-prob.
+    Tokens of spec.forbidden have probability 0. But spec.sep_id, though one of them, may end the
+    warmup at any place from spec.min_length on. What follows it is filled with <sep>: no choice,
+    so no log-prob.
     """
     raise NotImplementedError
 
 
-# 5, 6 and 7 are experiments: see the README.
-# 8, 9 and 10: the functions in broken.py train without complaint, and each is wrong. Say which test would notice;
-# then copy it here, in place of the import, and mend it.
+# 5, 6 and 7 are experiments: see docs/exercises.md.
+# 8, 9 and 10: the functions in broken.py train without complaint, and each is wrong. Say which test
+# would notice; then copy it here, in place of the import, and mend it.
 
 from broken import draw_tokens, surrogate, truncated_weights  # noqa: E402, F401

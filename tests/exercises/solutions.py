@@ -1,4 +1,4 @@
-"""Solutions of exercises.py. For 5, 6 and 7 see the README."""
+"""Solutions of exercises.py. For 5, 6 and 7 see docs/exercises.md."""
 
 import torch
 
@@ -28,8 +28,9 @@ def swap_gap(model, batch, spec, c):
 def log_policy(logits, c, spec):
     total = torch.zeros((), dtype=logits.dtype)
     for t, token in enumerate(c.tolist()):
-        barred = [i for i in spec.forbidden if i != spec.sep_id or t < spec.min_length]
-        total = total + logits[t].index_fill(0, torch.tensor(barred), -torch.inf).log_softmax(0)[token]
+        never = [i for i in spec.forbidden if i != spec.sep_id or t < spec.min_length]
+        allowed = logits[t].index_fill(0, torch.tensor(never), -torch.inf)
+        total = total + allowed.log_softmax(0)[token]
         if token == spec.sep_id:
             break
     return total
