@@ -167,10 +167,7 @@ def training_cost(folder: Path, *stages: str) -> dict[str, int | float]:
         raise UserError(f"{folder}/log.jsonl is not what train.py wrote: {error}") from None
 
 def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:
-    """Score stages on a split. Print the table, and what they write for the first examples.
-
-    config.beams, batch_tokens, eval_samples say how. -> one Row for each stage.
-    """
+    """Score stages on a split. Print the table, and what they write for the first examples."""
     data = encode_split(tokenizer, examples, config, split)
     with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False) as bar:
         rows = [score_stage(folder, stage, config, tokenizer, examples, data, device)
@@ -243,7 +240,6 @@ def signatures(config, examples: list[Example]) -> dict[str, str]:
     return out
 
 def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> None:
-    """What SFT and the policy stage write for the first examples."""
     for i, example in enumerate(examples[:count]):
         print(f"\nsource     {example.source}")
         if " " in example.prompt:  # a tag alone says nothing new
@@ -252,7 +248,7 @@ def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> 
         for row in rows:
             if row.stage == "sft":
                 print(f"sft        {row.hypotheses[i]}")
-            elif row.stage == "policy":
+            elif row.warmups[i] is not None:
                 print(f"warmup c   {row.warmups[i]}\nwarmup y   {row.hypotheses[i]}")
 
 FORMAT = "warmup checkpoint 2"

@@ -44,7 +44,7 @@ class Config:
     task: str = flag("wmt", "what to train on", choices=TASKS)
     pair: str = flag("de-en", "source-target language codes, for translation")
     data: str = flag("", "folder, or 'sample'; empty: data/TASK[/PAIR] if it exists, else sample")
-    sample_size: int = flag(20000, "training examples in the built-in sample", 1, 10**8)
+    sample_size: int = flag(20000, "training examples in the built-in sample", 1, 10**7)
     symbols: int = flag(16, "task toy: letters in the permutation", 2, 26)
     hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
     out: str = flag("", "run folder; default: runs/TASK")
@@ -300,11 +300,15 @@ def save_state(run: Run) -> None:
         log_bytes=log_file.stat().st_size if log_file.exists() else 0)
 
 def restore(run: Run, saved: dict) -> None:
-    """Take up last.pt: the next update is bit for bit what would have followed.
+    """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
 
-    So it is on a CPU, by one process. On a GPU, and in the processes other than rank 0, dropout
-    and warmups are drawn anew.
+    On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
     """
+    log_file, log_bytes = run.folder / "log.jsonl", saved["log_bytes"]
+    if log_bytes and not (log_file.exists() and log_file.stat().st_size >= log_bytes):
+        raise UserError(f"{log_file} is incomplete: bring it back, or start a new run")
+    if rank() == 0 and log_file.exists():  # forget what came after the checkpoint
+        os.truncate(log_file, log_bytes)
     if any(number != saved["data"] for number in gather(checksum(run))):
         raise UserError(f"the data in {run.config.data} is not what this run was trained on")
     run.start_stage(saved["state"]["stage"])
@@ -315,8 +319,6 @@ def restore(run: Run, saved: dict) -> None:
     torch.set_rng_state(saved["random"])
     if rank():
         torch.manual_seed(hash((run.config.seed, rank(), run.state.step)))
-    elif (run.folder / "log.jsonl").exists():  # forget what came after the checkpoint
-        os.truncate(run.folder / "log.jsonl", saved["log_bytes"])
 
 def checksum(run: Run) -> int:
     """Of the training data's token ids."""
@@ -344,7 +346,9 @@ def write_json(path: Path, content: dict) -> None:
 def log(run: Run, kind: str, numbers: dict) -> None:
     """Append a line to log.jsonl. By rank 0."""
     line = {"kind": kind, "stage": run.state.stage, "step": run.state.step} | numbers
-    path = run.folder / ("log.jsonl" if rank() == 0 else os.devnull)
+    path = run.folder / "log.jsonl"
+    if rank():
+        return
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -533,14 +537,14 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
     if not resume and rank() == 0:
         new_folder(config.folder, config.overwrite)
         tokenizer.save(str(config.folder / "tokenizer.json"))
-    if rank() == 0:
-        write_json(config.folder / "config.json", asdict(config))
     run = Run(config, splits, data, tokenizer, model)
     if not resume:
         save_state(run)
         gather(None)  # the others wait for the file
         saved = load_checkpoint(config.folder / "last.pt", "state")
     restore(run, saved)  # all start from what rank 0 wrote: the same weights, the same data
+    if rank() == 0:  # only now: what --resume changed is known to be good
+        write_json(config.folder / "config.json", asdict(config))
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, vocabulary "
           f"{model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs")

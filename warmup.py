@@ -27,7 +27,7 @@ class WarmupSpec:
     """What a warmup may look like. Sampling and scoring share it, so they agree."""
 
     sep_id: int  # stands between warmup and target
-    forbidden: tuple[int, ...]  # ids a warmup may not contain (pad, </s>, tags), <sep> among them
+    forbidden: tuple[int, ...]  # never in a warmup: pad, </s>, tags. <sep> is one; see min_length
     length: int  # W
     min_length: int  # from here on <sep> may end a warmup early; W: it never may
     temperature: float = 1.0
@@ -144,8 +144,8 @@ def warmup_logprobs(model: EncoderDecoder, hidden: Tensor, c: Tensor, spec: Warm
         rest = part(spec.min_length, spec.length, may_stop=True)
         log_probs = torch.cat([log_probs, rest], 1)  # (N,W)
     is_sep = (c == spec.sep_id).int()
-    stopped = is_sep.cumsum(1) - is_sep > 0  # (N,W): a <sep> came earlier, so this one was forced
-    return log_probs.masked_fill(stopped, 0.0).sum(1)
+    seps_before = is_sep.cumsum(1) - is_sep  # (N,W): after an earlier <sep> a token was forced
+    return log_probs.masked_fill(seps_before > 0, 0.0).sum(1)
 
 def all_warmups(spec: WarmupSpec, vocab_size: int) -> Tensor:
     """Every warmup that can be sampled, (all,W), for `exact` and tests. About V^W: toys only."""
@@ -168,7 +168,7 @@ def num_samples(R: Tensor) -> int:
     return R.size(-1)
 
 def mean_of_others(x: Tensor) -> Tensor:
-    """(B,K) -> (B,K): mean_{j≠k} x_j, a baseline that does not depend on sample k."""
+    """(B,K) -> (B,K): mean_{j≠k} x_j, to subtract from x_k. It does not depend on sample k."""
     return (x.sum(-1, keepdim=True) - x) / (num_samples(x) - 1)
 
 def marginal(R: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,7 @@ def truncated(R: Tensor, log_pi: Tensor) -> tuple[Tensor, Tensor]:
     return posterior, posterior
 
 def frozen(R: Tensor) -> tuple[Tensor, Tensor]:
-    """a = 0, b = 1/K: the baseline without policy gradient. y learns to read c; c stays."""
+    """a = 0, b = 1/K: the baseline without policy gradient. y learns to read c."""
     return torch.zeros_like(R), torch.full_like(R, 1 / R.size(-1))
 
 ESTIMATORS = {f.__name__: f for f in (marginal, jensen, iwae, prob, grpo, best, truncated, frozen)}
@@ -345,10 +345,10 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
 def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, length: int, *,
              beams: int = 1, length_penalty: float = 1.0, forbidden: tuple[int, ...] = ()
              ) -> tuple[Tensor | None, Tensor]:
-    """Write the likeliest warmup, then the target: c (B,W) or None, y (B,length), padded.
+    """Write a greedy warmup, then the target: c (B,W) or None, y (B,length), padded after </s>.
 
-    spec None: no warmup, as after SFT. beams > 1: beam search over y; 1: greedy y.
-    y never holds pad, <sep> or a forbidden id. batch.target is not read.
+    spec None: no warmup, as after SFT. beams > 1: beam search over y; 1: greedy y. Before its
+    </s>, y holds no pad, no <sep> of the spec and no forbidden id. batch.target is not read.
     """
     config = model.config
     memory = model.encode(batch.source)

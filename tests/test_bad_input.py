@@ -576,3 +576,26 @@ def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, 
     error = capsys.readouterr().err.strip()
     assert code == 1 and error.startswith("error: ") and "ja" in error and "\n" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda log: log.unlink(),
+                                    lambda log: os.truncate(log, log.stat().st_size - 1)])
+def test_a_log_that_was_shortened_is_not_filled_with_nothing(damage, capsys, half_run):
+    damage(half_run / "log.jsonl")
+    before = (half_run / "last.pt").read_bytes()
+    assert "log.jsonl is incomplete" in complaint(capsys, train, "--resume", half_run)
+    assert (half_run / "last.pt").read_bytes() == before
+
+
+def test_a_half_written_line_of_the_log_is_cut_off(half_run):
+    with open(half_run / "log.jsonl", "a") as file:
+        file.write('{"kind": "tr')
+    assert train.main(["--resume", str(half_run)]) == 0
+    assert log_steps(half_run) == [1, 2]
+
+
+def test_refused_data_leaves_the_config_as_it_was(capsys, half_run, tmp_path):
+    before = (half_run / "config.json").read_bytes()
+    text = parallel(tmp_path / "text")
+    assert "not what" in complaint(capsys, train, "--resume", half_run, "--data", text)
+    assert (half_run / "config.json").read_bytes() == before

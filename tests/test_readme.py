@@ -172,3 +172,8 @@ def test_the_estimators_and_tasks_of_the_pages_are_those_of_the_code():
     rows = set(re.findall(r"^\| `(\w+)`", README, re.M)) | {"pause", "sft"}
     assert set(train.CHOICES) <= rows
     assert set(re.findall(r"^\| `(\w+)` \|", PAGES["guide.md"].split("## Your own text")[0], re.M)) == set(data.TASKS)
+
+
+def test_no_placeholder_is_left():
+    for name, page in PAGES.items():
+        assert not re.search(r"@[A-Z]+@|TODO|FIXME", page), name
