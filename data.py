@@ -347,8 +347,8 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
         vocab += [(text, 0.0) for text in sentinels]
         special += sentinels
     tokenizer = Tokenizer(models.Unigram(vocab, unknown, False))
-    table, squeeze = normalizer.get(2), normalizer.get(4, 1)  # squeeze: no runs of spaces
-    steps = [normalizers.Precompiled(table)] if table else []
+    rules, squeeze = normalizer.get(2), normalizer.get(4, 1)  # squeeze: no runs of spaces
+    steps = [normalizers.Precompiled(rules)] if rules else []
     steps += [normalizers.Strip(left=False, right=True)] if squeeze else []
     steps += [normalizers.Replace(Regex(" {2,}"), "▁" if squeeze else " ")]
     tokenizer.normalizer = normalizers.Sequence(steps)

@@ -177,7 +177,7 @@ def score_run(folder: Path, stages, config, tokenizer, examples, split: str, dev
     return rows
 
 def print_table(rows: list[Row], config, examples: list[Example], split: str) -> None:
-    """A line for each row. Updates, TFLOP (10^12 operations), seconds count the SFT stage in."""
+    """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     pair = f" {config.pair}" if TASKS[config.task].translates else ""
     print(f"\n{config.task}{pair}, {split} split, {len(examples)} examples")

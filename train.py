@@ -59,18 +59,18 @@ class Config:
     max_tokens: int = flag(128, "longer pairs are left out, longer sources cut", 2, 10**5)
     # optimisation
     sft_steps: int = flag(300, "updates of the SFT stage", 1, 10**9)
-    policy_steps: int = flag(120, "updates of the warmup stage; 0: SFT only", 0, 10**9)
-    control: bool = flag(True, "afterwards go on with SFT for the warmup stage's FLOPs")
+    policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0, 10**9)
+    control: bool = flag(True, "afterwards SFT again, for the policy stage's FLOPs")
     batch_tokens: int = flag(3000, "tokens of source, target, padding in a micro-batch", 16, 10**9)
-    policy_batch_tokens: int = flag(1500, "the same, each target counted once", 16, 10**9)
+    policy_batch_tokens: int = flag(1500, "of the policy stage; K copies are one", 16, 10**9)
     accumulate: int = flag(1, "micro-batches per update, of each process", 1, 10**6)
     lr: float = flag(3e-3, "peak learning rate of SFT", 1e-12, 10)
-    policy_lr: float = flag(1e-3, "peak learning rate of warmup stage and control", 1e-12, 10)
+    policy_lr: float = flag(1e-3, "peak learning rate of policy stage and control", 1e-12, 10)
     lr_rampup_steps: int = flag(100, "updates of linear rise, at most 1/4 of a stage", 0, 10**9)
     weight_decay: float = flag(0.01, "AdamW's decay of weight matrices", 0, 100)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9, 1e9)
     # warmups
-    estimator: str = flag("marginal", "baselines: frozen, pause, sft", choices=CHOICES)
+    estimator: str = flag("marginal", "or a baseline: frozen, pause, sft", choices=CHOICES)
     samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
     warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)
     warmup_min_len: int = flag(0, "tokens before <sep> may end a warmup; 0: all W", 0, 1024)
@@ -103,10 +103,9 @@ def update_flops(model: ModelConfig, batch: Batch, K: int = 0, W: int = 0, *,
                  sampled=False, scored=False) -> int:
     """FLOPs of the matrix products of one update on a batch, padding included. K = 0: SFT.
 
-    A product of (M,N) and (N,L) takes 2·M·N·L. A backward pass is twice its forward pass, so
-    training takes three. K rows of [start] prompt c <sep> y are trained. sampled: c was drawn
-    before, forward only. scored: log P(c|x) is trained, too. What --recompute computes again is
-    not counted.
+    A product of sizes (i,j) and (j,k) takes 2·i·j·k. A backward pass costs two forward passes.
+    K rows of [start] prompt c <sep> y are trained. sampled: c was drawn before, forward only.
+    scored: log P(c|x) is trained, too. What --recompute repeats is not counted.
     """
     B, S = batch.source.shape
     P, T = batch.prompt.size(1), batch.target.size(1)
@@ -304,13 +303,14 @@ def restore(run: Run, saved: dict) -> None:
 
     On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
     """
+    if any(number != saved["data"] for number in gather(checksum(run))):
+        raise UserError(f"the data in {run.config.data} is not what this run was trained on")
     log_file, log_bytes = run.folder / "log.jsonl", saved["log_bytes"]
     if log_bytes and not (log_file.exists() and log_file.stat().st_size >= log_bytes):
         raise UserError(f"{log_file} is incomplete: bring it back, or start a new run")
     if rank() == 0 and log_file.exists():  # forget what came after the checkpoint
         os.truncate(log_file, log_bytes)
-    if any(number != saved["data"] for number in gather(checksum(run))):
-        raise UserError(f"the data in {run.config.data} is not what this run was trained on")
+    gather(None)  # the others read the log only now
     run.start_stage(saved["state"]["stage"])
     run.state = State(**saved["state"])
     run.batches.load_state_dict(saved["batches"])

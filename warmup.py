@@ -72,7 +72,7 @@ def sum_logprobs(model: EncoderDecoder, hidden: Tensor, target: Tensor) -> Tenso
     """
     real = target != model.config.pad_id  # (N,T)
     log_probs = model.token_logprobs(hidden[real], target[real])  # (tokens,)
-    # (tokens,): the row of each
+    # (tokens,): the row that each token stands in
     rows = torch.arange(len(target), device=target.device)[:, None].expand_as(target)[real]
     return log_probs.new_zeros(len(target)).index_add(0, rows, log_probs)
 
