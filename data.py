@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from model import UserError, exit_code, one_line
+from model import UserError, one_line, program
 from warmup import Batch
 
 PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this order
@@ -119,32 +119,27 @@ class Batches:
     def __init__(self, data: Encoded, batch_tokens: int, seed: int, rank=0, processes=1):
         self.data, self.batch_tokens, self.seed = data, batch_tokens, seed
         self.rank, self.processes = rank, processes
-        self.load_state_dict({"epoch": 0, "position": 0})
-
-    def _shuffle(self) -> list[np.ndarray]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        source = np.array([len(row) for row in self.data.source])
-        target = np.array([len(row) for row in self.data.target])
-        # by source, then target length: little padding. Noise gives each epoch other neighbours
-        key = source + (target + rng.uniform(0, 2, len(target))) / 10**6
-        batches = bucket(self.data, self.batch_tokens, key)
-        return pick(batches, rng.permutation(len(batches)))
+        self.seek(0, 0)
 
     def __next__(self) -> Batch:
         for turn in range(self.processes):
             if self.position == len(self.order):
-                self.load_state_dict({"epoch": self.epoch + 1, "position": 0})
+                self.seek(self.epoch + 1, 0)
             if turn == self.rank:
                 index = self.order[self.position]
             self.position += 1
         return collate(self.data, index)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
-        self.order = self._shuffle()
+    def seek(self, epoch: int, position: int) -> None:
+        """To this place. The order of an epoch depends on the seed and its number."""
+        self.epoch, self.position = epoch, position
+        rng = np.random.default_rng([self.seed, epoch])
+        source = np.array([len(row) for row in self.data.source])
+        target = np.array([len(row) for row in self.data.target])
+        # by source, then target length: little padding. Noise gives each epoch other neighbours
+        key = source + (target + rng.uniform(0, 2, len(target))) / 10**6
+        batches = bucket(self.data, self.batch_tokens, key)
+        self.order = pick(batches, rng.permutation(len(batches)))
 
 def in_order(data: Encoded, batch_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example once, longest sources first, with its indices: to validate and decode."""
@@ -187,6 +182,8 @@ def source_prefix(config) -> str:
 def encode_split(tokenizer, examples: list[Example], config, split: str, scored=True) -> Encoded:
     """A split as token ids. Sources over --max-tokens are cut; pairs are left out unless scored."""
     data = encode(tokenizer, examples)
+    if len({len(prompt) for prompt in data.prompt}) > 1:
+        raise UserError("all prompts of a task need one length in tokens: padding would precede y")
     most = config.max_tokens
     cut = TASKS[config.task].cut or ("end" if scored else "")
     long = [len(source) > most or (not cut and len(target) > most)
@@ -205,26 +202,32 @@ def encode_split(tokenizer, examples: list[Example], config, split: str, scored=
 # ----------------------------------------------------------------------------- readers of real data
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "dev"], "test": ["test"]}  # file names
 
+def wrong_pair(pair: str) -> str:
+    """What is wrong with --pair. "": nothing."""
+    languages = pair.split("-")
+    good = len(languages) == len(set(languages)) == 2 and all(map(str.isalpha, languages))
+    return "" if good else f"--pair takes two language codes, such as de-en, not {pair!r}"
+
 def task_folder(task: str, pair: str) -> Path:
     """data/TASK, or data/TASK/PAIR, where a pair's folder serves both directions."""
     folder = Path("data") / task
-    languages = pair.split("-")
-    if len(set(languages)) != 2 or len(languages) != 2 or not all(map(str.isalpha, languages)):
-        raise UserError(f"--pair takes two language codes, such as de-en, not {pair!r}")
     if not TASKS[task].translates:
         return folder
-    reverse = folder / "-".join(reversed(languages))
+    reverse = folder / "-".join(reversed(pair.split("-")))
     return reverse if reverse.is_dir() and not (folder / pair).is_dir() else folder / pair
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path | str | int) -> list[str]:
     """The lines of a text file, plain or .gz, stripped. UserError if it cannot be read."""
     # utf-8-sig: Windows editors begin files with a mark. Only newlines end lines: U+2028 is text
     how = dict(mode="rt", encoding="utf-8-sig", newline="\n")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, **how) as file:
-            return [line.strip() for line in file]
+        with (gzip.open if f"{path}".endswith(".gz") else open)(path, **how) as file:
+            lines = [line.strip() for line in file]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {path or 'standard input'}: {error}") from None
+    if len(lines) == 1 and "\r" in lines[0]:
+        raise UserError(f"the lines of {path or 'the input'} end in CR alone: convert them to LF")
+    return lines
 
 def find_file(folder: Path, split: str, ending: str) -> Path | None:
     """The file of a split, SPLIT.ENDING or SPLIT.ENDING.gz. None: there is no test split."""
@@ -252,7 +255,8 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
         for number, lines in enumerate(zip(*columns), 1):
             try:
                 examples.append(row(*lines))
-            except (ValueError, LookupError, TypeError, AttributeError):
+                "".join(examples[-1]).encode()  # ValueError for half a character, "\\ud800"
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"line {number} of {names} lacks a field (docs/guide.md)") from None
         empty = [i for i, (source, _, target) in enumerate(examples) if not source or not target]
         if len(empty) == len(examples):
@@ -275,7 +279,7 @@ def xsum_row(line: str) -> Example:
 def logiqa_row(line: str) -> Example:
     """LogiQA 2.0: text, question, four options and the number of the right one."""
     row = json.loads(line)
-    if len(row["options"]) != 4 or row["answer"] not in range(4):
+    if len(row["options"]) != 4 or type(row["answer"]) is not int or row["answer"] not in range(4):
         raise ValueError
     text, question, *options = map(one_line, (row["text"], row["question"], *row["options"]))
     return multiple_choice(text, question, options, row["answer"])
@@ -338,7 +342,9 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
         unknown = kinds.index(2)
         if trainer[3] != 1:
             raise ValueError
-    except (LookupError, TypeError, ValueError, OverflowError, RecursionError, struct.error):
+        rules, squeeze = normalizer.get(2), normalizer.get(4, 1)  # squeeze: no runs of spaces
+        steps = [normalizers.Precompiled(rules)] if rules else []
+    except Exception:  # a damaged file fails in many ways, and tokenizers raises bare Exception
         raise UserError(f"{path} is not a SentencePiece unigram model, as all T5s have") from None
     special = [text for (text, _), kind in zip(vocab, kinds) if kind in (2, 3)]
     if not any("<extra_id_" in text for text, _ in vocab):
@@ -347,8 +353,6 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
         vocab += [(text, 0.0) for text in sentinels]
         special += sentinels
     tokenizer = Tokenizer(models.Unigram(vocab, unknown, False))
-    rules, squeeze = normalizer.get(2), normalizer.get(4, 1)  # squeeze: no runs of spaces
-    steps = [normalizers.Precompiled(rules)] if rules else []
     steps += [normalizers.Strip(left=False, right=True)] if squeeze else []
     steps += [normalizers.Replace(Regex(" {2,}"), "▁" if squeeze else " ")]
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -384,11 +388,12 @@ def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Toke
     found = [re.fullmatch(r"▁?<extra_id_(\d+)>", token) for token in vocab]
     sentinels = [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
     ours = [token for token in (SEP, *tags) if token not in vocab]  # our own exports have them
-    has_all = {PAD, EOS, UNK} <= vocab.keys() and len(sentinels) >= len(ours)
-    if not has_all or len(vocab) > vocab_size:
+    content = json.loads(tokenizer.to_str())
+    is_t5 = content["model"]["type"] == "Unigram" and len(vocab) <= vocab_size
+    is_t5 &= (vocab.get(PAD), vocab.get(EOS)) == (0, 1) and UNK in vocab
+    if not is_t5 or len(sentinels) < len(ours):
         raise UserError(f"the tokenizer in {folder} is not that of a T5 with {vocab_size} tokens")
     names = dict(zip(sentinels, ours))
-    content = json.loads(tokenizer.to_str())
     for piece in content["model"]["vocab"]:
         piece[0] = names.get(piece[0], piece[0])
     for token in content["added_tokens"]:
@@ -747,23 +752,21 @@ def download(task: str, pair: str, folder: Path) -> None:
             part.replace(folder / name)
             print(f"wrote {folder / name}: {len(content):,} lines")
 
-def start(argv: list[str]) -> None:
+@program
+def main(argv: list[str]) -> None:
     """The program: python data.py TASK."""
     parser = argparse.ArgumentParser(description="Download real data.", allow_abbrev=False)
     parser.add_argument("task", choices=CORPORA)
     parser.add_argument("--pair", default="de-en", help="for wmt and multi30k (default: de-en)")
     parser.add_argument("--out", type=Path, help="folder (default: where train.py looks)")
     args = parser.parse_args(argv)
-    folder = task_folder(args.task, args.pair)
     _, known = CORPORA[args.task]
-    if known and not set(args.pair.split("-")) <= set(known.split()):
-        raise UserError(f"--pair takes two of {known}, such as de-en")
-    folder = args.out or folder
+    if known and (wrong_pair(args.pair) or not set(args.pair.split("-")) <= set(known.split())):
+        parser.error(f"--pair takes two of {known}, such as de-en")
+    folder = args.out or task_folder(args.task, args.pair)
     download(args.task, args.pair, folder)
-    print(f"next: python train.py --task {args.task} --pair {args.pair} --data {folder}")
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(start, sys.argv[1:] if argv is None else argv)
+    pair = f" --pair {args.pair}" if known else ""
+    print(f"next: python train.py --task {args.task}{pair} --data {folder}")
 
 if __name__ == "__main__":
     sys.exit(main())

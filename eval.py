@@ -5,11 +5,10 @@
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 """
 
-import argparse, json, sys
+import argparse, json, sys, zipfile
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -19,10 +18,12 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data import (EOS, PAD, SEP, TASKS, UNK, Encoded, Example, chain, encode, encode_split,
-                  in_order, load, load_tokenizer, source_prefix, special_ids, translation)
-from model import (EncoderDecoder, ModelConfig, UserError, exit_code, one_line, pick_device,
-                   precision, read_json, save_pretrained)
-from warmup import WarmupSpec, direct_logprobs, evaluate_warmups, generate, target_tokens
+                  in_order, load, load_tokenizer, read_lines, source_prefix, special_ids,
+                  translation, wrong_pair)
+from model import (EncoderDecoder, ModelConfig, UserError, build, one_line, pick_device,
+                   precision, program, read_json, save_pretrained)
+from warmup import (ESTIMATORS, WarmupSpec, direct_logprobs, evaluate_warmups, generate,
+                    target_tokens)
 
 STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # file -> table row
 BASELINES = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, frozen"}  # --estimator
@@ -51,7 +52,7 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
         batch = batch.to(device)
         with precision(config.dtype, device):
             if spec:
-                new = evaluate_warmups(model, batch, spec, config.eval_samples)
+                new = evaluate_warmups(model, batch, spec, config.eval_samples, config.alpha)
             else:
                 new = {"nll": -direct_logprobs(model, model.encode(batch.source), batch).sum()}
         tokens += target_tokens(model, batch)
@@ -60,8 +61,9 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
 
 def averages(sums: dict, examples: int, tokens: torch.Tensor) -> dict[str, float]:
     """Sums over examples -> loss and nll per target token, all else per example."""
-    swapped = sums.pop("swapped", torch.tensor(1.0)).clamp(min=1)
-    units = {"loss": tokens, "nll": tokens, "swap_gap": swapped}
+    units = {"loss": tokens, "nll": tokens, "swap_gap": sums.pop("swapped", None)}
+    if units["swap_gap"] == 0:
+        del sums["swap_gap"]  # no batch had two examples
     return {name: (value / units.get(name, examples)).item() for name, value in sums.items()}
 
 # ----------------------------------------------------------------------------- decoding
@@ -122,7 +124,6 @@ def pointer_scores(config, examples: list[Example], hypotheses, warmups) -> dict
 @dataclass
 class Row:
     """One line of the table, and what it was computed from."""
-
     stage: str
     name: str
     metrics: dict[str, float]
@@ -146,7 +147,7 @@ def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], c
 def score_stage(folder: Path, stage: str, config, tokenizer, examples, data, device) -> Row:
     """Decode and score a stage's best checkpoint on examples; data: these as token ids."""
     torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
-    model = load_model(folder / f"{stage}.pt", device)
+    model = load_model(folder / f"{stage}.pt", tokenizer, device)
     spec = warmup_spec(stage, config, tokenizer)
     scores, hypotheses, warmups = decode_and_score(model, tokenizer, data, examples, config, spec)
     scores = {name: round(score, 4) for name, score in scores.items()}
@@ -167,14 +168,11 @@ def training_cost(folder: Path, *stages: str) -> dict[str, int | float]:
         raise UserError(f"{folder}/log.jsonl is not what train.py wrote: {error}") from None
 
 def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:
-    """Score stages on a split. Print the table, and what they write for the first examples."""
+    """Score stages on a split."""
     data = encode_split(tokenizer, examples, config, split)
     with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False) as bar:
-        rows = [score_stage(folder, stage, config, tokenizer, examples, data, device)
+        return [score_stage(folder, stage, config, tokenizer, examples, data, device)
                 for stage in bar]
-    print_table(rows, config, examples, split)
-    print_examples(rows, examples)
-    return rows
 
 def print_table(rows: list[Row], config, examples: list[Example], split: str) -> None:
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage."""
@@ -206,7 +204,7 @@ def print_significance(rows: list[Row], config, examples: list[Example]) -> None
             print(f"  {name:7} {row.name:20} {result.score:6.2f}  mean {result.mean:6.2f} "
                   f"± {result.ci:.2f}{p}")
 
-# ===== plumbing: other metrics, examples, reading a run folder, new text, export, the program
+# ===== plumbing: other metrics, examples, settings, checkpoints, new text, export, the program
 def rouge_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """Mean F1 of ROUGE-1, -2 and -L (rouge-score, Porter stemmer), times 100."""
     names = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
@@ -251,52 +249,104 @@ def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> 
             elif row.warmups[i] is not None:
                 print(f"warmup c   {row.warmups[i]}\nwarmup y   {row.hypotheses[i]}")
 
-FORMAT = "warmup checkpoint 2"
-USED = {  # the settings of a run that scoring needs
-    str: "task pair data init device dtype estimator", (int, float): "temperature length_penalty",
-    int: "seed sample_size symbols hops max_tokens batch_tokens warmup_len warmup_min_len "
-         "eval_samples beams threads"}
+def flag(default, help: str, low=None, high=None, choices=None):
+    """A setting: its default, what it means and in which unit, its range or its choices."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
-def read_config(folder: Path) -> SimpleNamespace:
-    """The settings of a run, from its config.json. UserError if there are none."""
+def flag_name(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+@dataclass(frozen=True)
+class Settings:
+    """What data.py and this file need to know of a run. train.Config adds what training needs."""
+    task: str = flag("wmt", "what to train on", choices=TASKS)
+    pair: str = flag("de-en", "source-target language codes, for translation")
+    data: str = flag("", "folder, or 'sample'; empty: data/TASK[/PAIR] if it exists, else sample")
+    sample_size: int = flag(20000, "training examples in the built-in sample", 1, 10**7)
+    symbols: int = flag(16, "task toy: letters in the permutation", 2, 26)
+    hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
+    init: str = flag("", "Hugging Face folder or name of a T5, mT5, umT5, … to start from")
+    seed: int = flag(0, "of weights, batches, dropout, warmups and sample", 0, 2**63 - 1)
+    max_tokens: int = flag(128, "longer pairs are left out, longer sources cut", 2, 10**5)
+    batch_tokens: int = flag(3000, "tokens of source, target, padding in a micro-batch", 16, 10**9)
+    # warmups
+    estimator: str = flag("marginal", "or a baseline: frozen, pause, sft",
+                          choices=(*ESTIMATORS, "exact", "pause", "sft"))
+    warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)
+    warmup_min_len: int = flag(0, "tokens before <sep> may end a warmup; 0: all W", 0, 1024)
+    alpha: float = flag(1.0, "factor on the reward", 0, 1e9)
+    temperature: float = flag(1.0, "softmax temperature of the warmup policy", 1e-3, 1e3)
+    # scoring
+    eval_samples: int = flag(4, "warmups per example in the estimate of NLL", 1, 1024)
+    beams: int = flag(4, "beam width for the test table; 1: greedy", 1, 1024)
+    length_penalty: float = flag(1.0, "beam score = log-prob / length ** this", 0, 10)
+    # machine
+    device: str = flag("auto", "auto: cuda, mps or cpu", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    threads: int = flag(0, "CPU threads; 0: torch's choice", 0, 1024)
+
+    def problem(self) -> str:
+        """What is wrong with the settings. "": nothing."""
+        for f in fields(self):
+            name, value = flag_name(f.name), getattr(self, f.name)
+            _, low, high, choices = f.metadata.values()
+            if type(value) not in ((int, float) if f.type is float else (f.type,)):
+                return f"{name} must be {f.type.__name__}, not {value!r}"
+            if low is not None and not low <= value <= high:
+                return f"{name} must lie between {low} and {high}"
+            if choices and value not in choices:
+                return f"{name} must be one of {', '.join(choices)}"
+        if self.warmup_min_len > self.warmup_len:
+            return "--warmup-min-len must not exceed --warmup-len"
+        return wrong_pair(self.pair) if TASKS[self.task].translates else ""
+
+def read_settings(folder: Path, kind=Settings):
+    """The settings in a run's config.json. kind: Settings or train.Config. Else UserError."""
     path = folder / "config.json"
-    settings = read_json(path)
-    for kind, names in USED.items():
-        wrong = [name for name in names.split() if not isinstance(settings.get(name), kind)]
-        if wrong or settings["task"] not in TASKS:
-            raise UserError(f"{path} is not what train.py wrote: see {', '.join(wrong) or 'task'}")
-    return SimpleNamespace(**settings)
+    saved = read_json(path)
+    missing = [f.name for f in fields(kind) if f.name not in saved]
+    settings = kind(**{f.name: saved[f.name] for f in fields(kind) if f.name in saved})
+    wrong = f"it lacks {missing[0]}" if missing else settings.problem()
+    if wrong:
+        raise UserError(f"{path} is not what train.py wrote: {wrong}")
+    return settings
+
+FORMAT = "warmup checkpoint 3"
+STATE = {"model", "model_config", "state", "optimizer", "batches", "random", "data", "log_bytes"}
 
 def load_checkpoint(path: Path, what: str = "stage") -> dict:
     """A file that train.py saved; `what` it must hold. Else UserError."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None  # torch.load does not look at the checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: that stage has not been trained here") from None
+        raise UserError(f"{path} does not exist: that has not been trained here") from None
     except Exception as error:  # torch raises a zoo of types for broken and for unsafe files
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
     ours = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
     if not ours or checkpoint.get("what") != what:
         raise UserError(f"{path} is not a {what} checkpoint of this program ({FORMAT!r})")
+    if what == "state" and (missing := STATE - checkpoint.keys()):
+        raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return checkpoint
 
-def load_model(path: Path, device) -> EncoderDecoder:
-    """The model of a stage file, in eval mode."""
-    checkpoint = load_checkpoint(path)
-    model = EncoderDecoder(ModelConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
+def load_model(path: Path, tokenizer: Tokenizer, device, what: str = "stage") -> EncoderDecoder:
+    """The model of a checkpoint. UserError if it is damaged or does not fit the tokenizer."""
+    checkpoint = load_checkpoint(path, what)
+    try:
+        model = build(ModelConfig(**checkpoint["model_config"]), checkpoint["model"])
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({one_line(str(error))[:200]})") from None
+    if model.config.vocab_size != tokenizer.get_vocab_size():
+        raise UserError(f"{path} does not fit the tokenizer.json beside it: they are of two runs")
     return model.to(device).eval()
 
 def translate(folder: Path, stage: str, config, tokenizer, args, device) -> None:
     """Print one output line per input line. UserError names a line that cannot be translated."""
     if not TASKS[config.task].translates:
         raise UserError(f"--input translates, and {folder} was trained on {config.task}")
-    try:
-        raw = sys.stdin.buffer.read() if args.input == "-" else Path(args.input).read_bytes()
-        text = raw.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --input {args.input}: {error}") from None
-    lines = [line.strip() for line in text.removesuffix("\n").split("\n")]
+    lines = read_lines(0 if args.input == "-" else args.input) or [""]  # 0: standard input
     examples = [translation(config.pair, source_prefix(config) + line, "") for line in lines]
     data = encode(tokenizer, examples)
     for number, (line, ids) in enumerate(zip(lines, data.source), 1):
@@ -304,14 +354,14 @@ def translate(folder: Path, stage: str, config, tokenizer, args, device) -> None
             raise UserError(f"line {number} of --input is empty: one sentence a line, please")
         if len(ids) > config.max_tokens:
             raise UserError(f"line {number} of --input: over {config.max_tokens} tokens: split it")
-    model = load_model(folder / f"{stage}.pt", device)
+    model = load_model(folder / f"{stage}.pt", tokenizer, device)
     spec = warmup_spec(stage, config, tokenizer)
     for text, warmup in zip(*decode_split(model, tokenizer, data, config, spec)):
         print(f"{warmup}\t{text}" if args.show_warmup and spec else text)
 
 def export(folder: Path, stage: str, out: Path, tokenizer: Tokenizer) -> None:
     """A stage as a folder that transformers and --init load, with its tokenizer."""
-    model = load_model(folder / f"{stage}.pt", "cpu")
+    model = load_model(folder / f"{stage}.pt", tokenizer, "cpu")
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
              "unk_token": UNK}
     try:
@@ -324,17 +374,18 @@ def export(folder: Path, stage: str, out: Path, tokenizer: Tokenizer) -> None:
         raise UserError(f"cannot export to {out}, which may be incomplete: {error}") from None
     print(f"wrote {out}: {STAGES[stage]}")
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags. Exits with code 2 on bad usage."""
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
+    """The flags, and the run's settings with what they change. Exits with code 2 on bad usage."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("run", type=Path, help="a run folder that train.py made")
-    add("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--split", choices=("train", "valid", "test"), help="score this split; default: test")
+    one("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
+    one("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
     add("--stage", choices=tuple(STAGES), help="default: all that were trained; for --input and "
         "--export policy, else sft")
     add("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
-    add("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
-    add("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
     add("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     add("--data", help="folder of the data, if it has moved since training")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: the run's --device")
@@ -342,23 +393,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.show_warmup and args.input is None:
         parser.error("--show-warmup goes with --input")
-    if any(number is not None and number < 1 for number in (args.beams, args.threads)):
-        parser.error("--beams and --threads must be at least 1")
-    return args
+    changed = ("beams", "data", "device", "threads")
+    changes = {name: getattr(args, name) for name in changed if getattr(args, name) is not None}
+    settings = replace(read_settings(args.run), **changes)
+    if wrong := settings.problem():
+        parser.error(wrong)
+    return args, settings
 
-def start(argv: list[str]) -> None:
+@program
+def main(argv: list[str]) -> None:
     """The program: score a run, or translate with it, or export it."""
-    args = parse(argv)
-    config, tokenizer = read_config(args.run), load_tokenizer(args.run / "tokenizer.json")
-    for name in ("beams", "data", "device", "threads"):  # what a flag may change
-        if getattr(args, name):
-            setattr(config, name, getattr(args, name))
+    args, config = parse(argv)
+    tokenizer = load_tokenizer(args.run / "tokenizer.json")
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     trained = [stage for stage in STAGES if (args.run / f"{stage}.pt").exists()]
     if not trained:
-        raise UserError(f"{args.run} holds no trained stage: python train.py --resume {args.run}")
+        raise UserError(f"{args.run} holds no trained stage (sft.pt, …): train it first")
     stage = args.stage or ("policy" if "policy" in trained else "sft")
     if args.export:
         export(args.run, stage, args.export, tokenizer)
@@ -373,17 +425,17 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
     if not (folder / "results.json").exists():  # train.py's last file
         print(f"note: this run is not finished. Go on with python train.py --resume {folder}")
     splits, _ = load(config)
-    split = args.split if args.split in splits else "valid"
+    split = args.split or "test"
+    split = split if split in splits else "valid"
     rows = score_run(folder, stages, config, tokenizer, splits[split], split, device)
     for row in rows:
         path = folder / f"{split}.{row.stage}.txt"
         path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
         print(f"wrote {path}")
+    print_table(rows, config, splits[split], split)
+    print_examples(rows, splits[split])
     if len(rows) > 1 and translation_metrics(config):
         print_significance(rows, config, splits[split])
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(start, sys.argv[1:] if argv is None else argv)
 
 if __name__ == "__main__":
     sys.exit(main())

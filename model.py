@@ -12,7 +12,9 @@ layers, positions only as a learned bias on attention scores, the pad id as deco
 
 import json, math, os, sys
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,7 +27,6 @@ MASKED = -1e9  # added to a score to hide a key. Finite: a row that sees no key 
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture. Field names are ours; T5's are in parentheses where they differ."""
-
     vocab_size: int = 8000
     width: int = 256  # E (d_model)
     heads: int = 4  # H
@@ -43,6 +44,15 @@ class ModelConfig:
     dropout: float = 0.1
     pad_id: int = 0  # also the decoder's start token: T5 has no other
     eos_id: int = 1
+
+    def __post_init__(self):
+        """ValueError for a size that no model has: some configs are read from files."""
+        least = {"encoder_layers": 0, "pad_id": 0, "eos_id": 0, "buckets": 4,
+                 "max_distance": self.buckets}
+        for f in fields(self):
+            value, most = getattr(self, f.name), 1000 if "layers" in f.name else 2**20
+            if f.type is int and not (type(value) is int and least.get(f.name, 1) <= value <= most):
+                raise ValueError(f"{f.name} = {value!r}")
 
     @property
     def inner(self) -> int:
@@ -229,7 +239,6 @@ class Stack(nn.Module):
 @dataclass
 class Memory:
     """What the decoder sees of B sources."""
-
     kv: list[tuple[Tensor, Tensor]]  # per decoder layer: keys and values, (B,H,S,D) each
     bias: Tensor  # (B,1,1,S): 0 at a source token, MASKED at padding
 
@@ -390,7 +399,8 @@ def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
     total = cdf[:, -1:]
     # a little less than 1: u·sum must stay below the sum after rounding, too
     u = torch.rand(len(cdf), 1, device=cdf.device, dtype=cdf.dtype) * (1 - 2**-20)
-    return torch.searchsorted(cdf, u * total, right=True), total
+    token = torch.searchsorted(cdf, u * total, right=True)
+    return token.clamp(max=probs.size(1) - 1), total  # clamp: a sum that is not a number has none
 
 @torch.no_grad()
 def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *,
@@ -573,23 +583,32 @@ def one_line(text: str) -> str:
 class UserError(Exception):
     """Something that the user can mend. Printed as one line, exit code 1, no traceback."""
 
-def exit_code(program, argv: list[str]) -> int:
-    """Run program(argv): 0, or 1 after one line that says what is wrong."""
-    try:
-        program(argv)
-        return 0
-    except KeyboardInterrupt as interrupt:
-        print("\nstopped", *filter(None, [f"{interrupt}"]), sep="; ", file=sys.stderr)
-    except BrokenPipeError:  # a reader such as `head` has left
-        pass
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except RuntimeError as error:  # torch has no type for the memory of a CPU
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        print("error: out of memory. Lower --batch-tokens, --policy-batch-tokens (warmups) or "
-              "--beams (decoding), or add --recompute", file=sys.stderr)
-    return 1
+def program(run):
+    """Decorator of a script's main(argv): 0, or 1 after one line that says what is wrong."""
+    @wraps(run)
+    def main(argv: list[str] | None = None) -> int:
+        try:
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.reconfigure(errors="replace")  # not every terminal has every character
+            run(sys.argv[1:] if argv is None else argv)
+            return 0
+        except KeyboardInterrupt as interrupt:
+            said = f"\nstopped; {interrupt}".removesuffix("; ")
+        except BrokenPipeError:  # a reader such as `head` has left
+            sys.stdout = None  # else Python would complain when it leaves
+            return 1
+        except (UserError, OSError) as error:
+            said = f"error: {one_line(str(error))}"
+        except RuntimeError as error:  # torch has no type for the memory of a CPU
+            memory = isinstance(error, torch.OutOfMemoryError) or "allocate mem" in str(error)
+            if not memory:
+                raise
+            said = ("error: out of memory. Lower --batch-tokens, --policy-batch-tokens (warmups) "
+                    "or --beams (decoding), or add --recompute")
+        print(said, file=sys.stderr)
+        return 1
+
+    return main
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's mps, else the CPU. Under torchrun each process has its own GPU."""
@@ -621,11 +640,20 @@ def compile_stacks(model: EncoderDecoder, **how) -> None:
     model.encoder.compile(dynamic=True, **how)
     model.decoder.compile(dynamic=True, **how)
 
+def build(config: ModelConfig, weights: dict[str, Tensor]) -> EncoderDecoder:
+    """A model with these weights. RuntimeError if they are not those of the config."""
+    with torch.device("meta"):  # shapes without memory: the weights become the parameters
+        model = EncoderDecoder(config)
+    model.load_state_dict(weights, assign=True)
+    return model
+
 T5_FIELDS = {  # in config.json: our name. Where T5's files are silent, its default is ours, too
     "vocab_size": "vocab_size", "d_model": "width", "num_heads": "heads", "d_kv": "head_size",
     "d_ff": "ff", "num_layers": "encoder_layers", "num_decoder_layers": "decoder_layers",
     "relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max_distance",
-    "dropout_rate": "dropout", "pad_token_id": "pad_id", "eos_token_id": "eos_id"}
+    "dropout_rate": "dropout"}
+
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # of all T5s
 
 def t5_config(settings: dict) -> ModelConfig:
     """Hugging Face's config.json of a T5 v1.0, v1.1, Flan-T5, mT5, umT5 or byT5. Else UserError."""
@@ -639,14 +667,17 @@ def t5_config(settings: dict) -> ModelConfig:
     gated = "gated-gelu" if get("is_gated_act") else get("dense_act_fn")
     act = get("feed_forward_proj") or gated or "relu"
     usual = {"feed_forward_proj": act if act in ("relu", "gated-gelu") else "relu",
-             "layer_norm_epsilon": 1e-6, "decoder_start_token_id": ours.get("pad_id", 0)}
+             "layer_norm_epsilon": 1e-6, **IDS}
     for name, value in usual.items():
         if get(name, value) != value:
             raise UserError(f"{name} = {get(name)!r} in config.json: a T5 has {value!r} there")
     # transformers 5 writes tie_word_embeddings = true for all, and the truth under another name
     tied = family != "mt5" and get("scale_decoder_outputs", get("tie_word_embeddings", True))
-    return ModelConfig(**ours, gated=act == "gated-gelu", tied=tied, shared_bias=family != "umt5",
-                       scaled=False, absolute=False)
+    try:
+        return ModelConfig(**ours, gated=act == "gated-gelu", tied=tied, scaled=False,
+                           absolute=False, shared_bias=family != "umt5")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.json of a T5 has no {error}") from None
 
 def t5_names(config: ModelConfig) -> dict[str, list[str]]:
     """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0."""
@@ -679,7 +710,8 @@ def pretrained_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # comes with tokenizers
 
     try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        kinds = ["model*.safetensors"] if find_spec("safetensors") else []
+        for weights in (*kinds, "pytorch_model*.bin"):
             folder = snapshot_download(source, allow_patterns=["*.json", "spiece.model", weights])
             if list(Path(folder).glob(weights)):
                 break
@@ -693,14 +725,15 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content | {}  # TypeError if it is no object
-    except (OSError, ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of model*.safetensors, else of pytorch_model*.bin: one file, or shards."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"{folder} holds no pytorch_model.bin and no model.safetensors. The latter "
+                        "is downloaded only after: pip install safetensors")
     tensors = {}
     for path in files:
         try:
@@ -745,19 +778,18 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
     config = replace(t5_config(settings), **changes)
     tensors = read_weights(folder)
     config = untangle(tensors, config, settings)
-    with torch.device("meta"):  # shapes without memory: the loaded tensors become the parameters
-        model = EncoderDecoder(config)
     try:
         weights = {}
         for ours, theirs in t5_names(config).items():
             weights[ours] = torch.cat([tensors.pop(name) for name in theirs]).float()
-        model.load_state_dict(weights, assign=True)
+            if not weights[ours].isfinite().all():
+                raise RuntimeError(f"{theirs[0]} holds infinite numbers")
         if tensors:
             raise RuntimeError(f"it also holds {', '.join(sorted(tensors)[:3])}")
+        return build(config, weights)
     except (KeyError, RuntimeError) as error:
         wrong = f"it lacks {error}" if isinstance(error, KeyError) else one_line(str(error))[:250]
         raise UserError(f"{folder} is not what its config.json says: {wrong}") from None
-    return model
 
 def save_pretrained(model: EncoderDecoder, folder: str | Path) -> None:
     """Write config.json and pytorch_model.bin that transformers loads, to the same logits."""
@@ -778,7 +810,7 @@ def save_pretrained(model: EncoderDecoder, folder: str | Path) -> None:
     kind, architecture = ("t5", "T5") if config.shared_bias else ("umt5", "UMT5")
     settings = {theirs: getattr(config, ours) for theirs, ours in T5_FIELDS.items()} | {
         "model_type": kind, "architectures": [f"{architecture}ForConditionalGeneration"],
-        "is_encoder_decoder": True, "decoder_start_token_id": config.pad_id,
+        "is_encoder_decoder": True, **IDS,
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
         "tie_word_embeddings": config.tied or not config.shared_bias}
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ best checkpoint of each stage by validation (sft.pt, policy.pt, control.pt), and
 """
 
 import argparse, json, math, os, signal, sys, time, zlib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable
@@ -23,45 +23,34 @@ from tqdm import tqdm
 
 from data import (TASKS, Batches, Encoded, Example, encode_split, load, load_tokenizer,
                   pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
-from eval import (BASELINES, FORMAT, STAGES, averages, decode_and_score, load_checkpoint,
-                  read_config, score_run, signatures, training_cost, translation_metrics,
+from eval import (BASELINES, FORMAT, STAGES, Settings, averages, decode_and_score, flag,
+                  flag_name, load_checkpoint, load_model, print_examples, print_table,
+                  read_settings, score_run, signatures, training_cost, translation_metrics,
                   validate, warmup_spec)
-from model import (SIZES, EncoderDecoder, ModelConfig, UserError, compile_stacks, exit_code,
-                   load_pretrained, one_line, pick_device, precision, pretrained_folder)
-from warmup import ESTIMATORS, Batch, all_warmups, sft_loss, target_tokens, warmup_loss
+from model import (SIZES, EncoderDecoder, ModelConfig, UserError, compile_stacks, load_pretrained,
+                   one_line, pick_device, precision, pretrained_folder, program)
+from warmup import Batch, all_warmups, sft_loss, target_tokens, warmup_loss
 
-CHOICES = (*ESTIMATORS, "exact", "pause", "sft")  # of --estimator
 MOVABLE = ("device", "threads", "data")  # the settings that may change when a run moves
 
-def flag(default, help: str, low=None, high=None, choices=None):
-    """A setting: its default, what it means and in which unit, its range or its choices."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
-
 @dataclass(frozen=True)
-class Config:
-    """Every setting of a run. Each field is a flag (--sft-steps for sft_steps); saved as JSON."""
+class Config(Settings):
+    """Every setting of a run, beside eval.Settings: what scoring reads, too. Saved as JSON.
 
-    task: str = flag("wmt", "what to train on", choices=TASKS)
-    pair: str = flag("de-en", "source-target language codes, for translation")
-    data: str = flag("", "folder, or 'sample'; empty: data/TASK[/PAIR] if it exists, else sample")
-    sample_size: int = flag(20000, "training examples in the built-in sample", 1, 10**7)
-    symbols: int = flag(16, "task toy: letters in the permutation", 2, 26)
-    hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
+    Each field is a flag (--sft-steps for sft_steps).
+    """
     out: str = flag("", "run folder; default: runs/TASK")
     overwrite: bool = flag(False, "replace an earlier run in the same folder")
-    seed: int = flag(0, "of weights, batches, dropout, warmups and sample", 0, 2**63 - 1)
     # model
-    init: str = flag("", "Hugging Face folder or name of a T5, mT5, umT5, … to start from")
     size: str = flag("tiny", "of a model from scratch", choices=SIZES)
     vocab_size: int = flag(4000, "most tokens in a vocabulary from scratch", 300, 10**6)
     dropout: float = flag(0.1, "probability of dropping an activation", 0, 0.99)
     recompute: bool = flag(False, "compute activations again in the backward pass: less memory")
-    max_tokens: int = flag(128, "longer pairs are left out, longer sources cut", 2, 10**5)
+    compile: bool = flag(False, "torch.compile of encoder and decoder: minutes at first")
     # optimisation
     sft_steps: int = flag(300, "updates of the SFT stage", 1, 10**9)
     policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0, 10**9)
     control: bool = flag(True, "afterwards SFT again, for the policy stage's FLOPs")
-    batch_tokens: int = flag(3000, "tokens of source, target, padding in a micro-batch", 16, 10**9)
     policy_batch_tokens: int = flag(1500, "of the policy stage; K copies are one", 16, 10**9)
     accumulate: int = flag(1, "micro-batches per update, of each process", 1, 10**6)
     lr: float = flag(3e-3, "peak learning rate of SFT", 1e-12, 10)
@@ -69,25 +58,20 @@ class Config:
     lr_rampup_steps: int = flag(100, "updates of linear rise, at most 1/4 of a stage", 0, 10**9)
     weight_decay: float = flag(0.01, "AdamW's decay of weight matrices", 0, 100)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9, 1e9)
-    # warmups
-    estimator: str = flag("marginal", "or a baseline: frozen, pause, sft", choices=CHOICES)
     samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
-    warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)
-    warmup_min_len: int = flag(0, "tokens before <sep> may end a warmup; 0: all W", 0, 1024)
-    alpha: float = flag(1.0, "factor on the reward", 0, 1e9)
     entropy_bonus: float = flag(0.0, "weight of the entropy (nats), falling to 0", 0, 1e6)
-    temperature: float = flag(1.0, "softmax temperature of the warmup policy", 1e-3, 1e3)
-    # evaluation
     eval_every: int = flag(100, "updates between validations; each saves last.pt", 1, 10**9)
-    eval_samples: int = flag(4, "warmups per example in the estimate of NLL", 1, 1024)
     eval_decode: int = flag(0, "validation examples to decode at each validation", 0, 10**9)
-    beams: int = flag(4, "beam width for the test table; 1: greedy", 1, 1024)
-    length_penalty: float = flag(1.0, "beam score = log-prob / length ** this", 0, 10)
-    # machine
-    device: str = flag("auto", "auto: cuda, mps or cpu", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
-    compile: bool = flag(False, "torch.compile of encoder and decoder: minutes at first")
-    threads: int = flag(0, "CPU threads; 0: torch's choice", 0, 1024)
+
+    def problem(self) -> str:
+        if wrong := super().problem():
+            return wrong
+        if self.entropy_bonus and self.estimator in ("exact", *BASELINES):
+            return f"--entropy-bonus has no place in --estimator {self.estimator}: leave it out"
+        compares = self.estimator not in ("best", "exact", *BASELINES) or self.entropy_bonus
+        if compares and self.samples < 2 and self.policy_steps:
+            return f"--estimator {self.estimator} compares warmups: --samples must be at least 2"
+        return ""
 
     @property
     def folder(self) -> Path:
@@ -138,7 +122,6 @@ def update_flops(model: ModelConfig, batch: Batch, K: int = 0, W: int = 0, *,
 @dataclass
 class State:
     """Where a run stands. What its updates cost is in log.jsonl."""
-
     stage: str = "sft"
     step: int = 0  # updates done in this stage
     total: int = 0  # updates this stage will do
@@ -146,12 +129,13 @@ class State:
 
 class Run:
     """Model, data and state of one training run."""
-
     def __init__(self, config: Config, examples: dict[str, list[Example]],
                  data: dict[str, Encoded], tokenizer: Tokenizer, model: EncoderDecoder):
         self.config, self.data, self.examples, self.tokenizer = config, data, examples, tokenizer
         self.folder = config.folder
         self.device = pick_device(config.device)
+        if config.recompute and config.dropout and self.device.type == "mps":
+            raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
         self.model = model.to(self.device)
         self.model.encoder.recompute = self.model.decoder.recompute = config.recompute
         if config.compile:
@@ -213,7 +197,7 @@ class Run:
         estimator, K = config.estimator, config.samples
         bonus = config.entropy_bonus * (1 - state.step / state.total)
         if spec.pause:  # a constant c: nothing to sample, to compare or to improve
-            estimator, K, bonus = "frozen", 1, 0.0
+            estimator, K = "frozen", 1
         if estimator == "exact":
             K = len(all_warmups(spec, model.config.vocab_size))
         loss, numbers = warmup_loss(model, batch, spec, estimator, K, alpha=config.alpha,
@@ -295,14 +279,15 @@ def save_state(run: Run) -> None:
     write_checkpoint(
         run.folder / "last.pt", "state", state=asdict(run.state), model=run.model.state_dict(),
         model_config=asdict(run.model.config), optimizer=run.optimizer.state_dict(),
-        batches=run.batches.state_dict(), random=torch.get_rng_state(), data=checksum(run),
-        log_bytes=log_file.stat().st_size if log_file.exists() else 0)
+        batches=(run.batches.epoch, run.batches.position), random=torch.get_rng_state(),
+        data=checksum(run), log_bytes=log_file.stat().st_size if log_file.exists() else 0)
 
-def restore(run: Run, saved: dict) -> None:
+def restore(run: Run) -> None:
     """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
 
     On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
     """
+    saved = load_checkpoint(run.folder / "last.pt", "state")
     if any(number != saved["data"] for number in gather(checksum(run))):
         raise UserError(f"the data in {run.config.data} is not what this run was trained on")
     log_file, log_bytes = run.folder / "log.jsonl", saved["log_bytes"]
@@ -313,7 +298,7 @@ def restore(run: Run, saved: dict) -> None:
     gather(None)  # the others read the log only now
     run.start_stage(saved["state"]["stage"])
     run.state = State(**saved["state"])
-    run.batches.load_state_dict(saved["batches"])
+    run.batches.seek(*saved["batches"])
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
@@ -447,45 +432,14 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
             parser.add_argument(flag_name(f.name), default=default, help=text, **how)
     args = vars(parser.parse_args(argv))
     folder = args.pop("resume")
-    config = replace(saved_config(Path(folder)), **args) if resume else Config(**args)
+    config = Config(**args)
+    if resume:
+        config = replace(read_settings(Path(folder), Config), out=folder, **args)
     if args.get("init") and any(w.split("=")[0] in ("--size", "--vocab-size") for w in argv):
         parser.error("--init brings its own size and vocabulary: leave --size, --vocab-size out")
-    if wrong := problem(config):
+    if wrong := config.problem():
         parser.error(wrong)
     return config, resume
-
-def flag_name(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-def problem(config: Config) -> str:
-    """What is wrong with the settings. "": nothing. TypeError: one is of another type."""
-    for f in fields(Config):
-        _, low, high, choices = f.metadata.values()
-        value = getattr(config, f.name)
-        if low is not None and not low <= value <= high:
-            return f"{flag_name(f.name)} must lie between {low} and {high}"
-        if choices and value not in choices:
-            return f"{flag_name(f.name)} must be one of {', '.join(choices)}"
-    if config.entropy_bonus and config.estimator == "exact":
-        return "--entropy-bonus is for sampled warmups: leave it out with --estimator exact"
-    if config.warmup_min_len > config.warmup_len:
-        return "--warmup-min-len must not exceed --warmup-len"
-    compares = config.estimator not in ("best", "exact", *BASELINES) or config.entropy_bonus
-    if compares and config.samples < 2 and config.policy_steps:
-        return f"--estimator {config.estimator} compares warmups: --samples must be at least 2"
-    return ""
-
-def saved_config(folder: Path) -> Config:
-    """The settings of a run folder. UserError if they are not those of a run."""
-    settings = vars(read_config(folder)) | {"out": str(folder)}
-    try:
-        config = Config(**{f.name: settings.pop(f.name) for f in fields(Config)}, **settings)
-        wrong = problem(config)
-    except (KeyError, TypeError) as error:  # one is missing, unknown or of another type
-        wrong = error
-    if wrong:
-        raise UserError(f"{folder}/config.json is not what train.py wrote: {wrong}")
-    return config
 
 def new_folder(folder: Path, overwrite: bool) -> None:
     """Make the run folder. An earlier run in it is refused or, with overwrite, removed."""
@@ -494,7 +448,8 @@ def new_folder(folder: Path, overwrite: bool) -> None:
         names += [f"{stage}.pt", *(f"{split}.{stage}.txt" for split in ("train", "valid", "test"))]
     ours = [folder / name for name in names if (folder / name).exists()]
     if ours and not overwrite:
-        what = "a run: --resume it," if folder / "last.pt" in ours else f"a {ours[0].name}:"
+        whole = (folder / "config.json").exists() and (folder / "last.pt").exists()
+        what = "a run: --resume it," if whole else f"a {ours[0].name}:"
         raise UserError(f"{folder} holds {what} --overwrite it, or choose another --out")
     for path in ours:
         path.unlink()
@@ -511,7 +466,8 @@ def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, 
         model = EncoderDecoder(ModelConfig(vocab_size=tokenizer.get_vocab_size(),
                                            dropout=config.dropout, **SIZES[config.size]))
     tokens = tokenizer.get_vocab_size() - len(special_ids(tokenizer))
-    if config.estimator == "exact" and tokens**config.warmup_len > 1024:
+    exact = config.estimator == "exact" and config.policy_steps
+    if exact and tokens**config.warmup_len > 1024:
         raise UserError(f"--estimator exact is for at most 1024 warmups, not {tokens}**W")
     return model, tokenizer
 
@@ -523,11 +479,8 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
     torch.manual_seed(config.seed)
     pick_device(config.device)  # and a device that is not here before a run is overwritten
     if resume:
-        saved = load_checkpoint(config.folder / "last.pt", "state")
-        model = EncoderDecoder(ModelConfig(**saved["model_config"]))
         tokenizer = load_tokenizer(config.folder / "tokenizer.json")
-        if model.config.vocab_size != tokenizer.get_vocab_size():
-            raise UserError(f"{config.folder}/last.pt does not fit the tokenizer.json beside it")
+        model = load_model(config.folder / "last.pt", tokenizer, "cpu", "state")
     else:
         model, tokenizer = new_model(config, splits["train"])
     data = {split: encode_split(tokenizer, splits[split], config, split, scored=split != "train")
@@ -541,8 +494,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
     if not resume:
         save_state(run)
         gather(None)  # the others wait for the file
-        saved = load_checkpoint(config.folder / "last.pt", "state")
-    restore(run, saved)  # all start from what rank 0 wrote: the same weights, the same data
+    restore(run)  # all start from what rank 0 wrote: the same weights, the same data
     if rank() == 0:  # only now: what --resume changed is known to be good
         write_json(config.folder / "config.json", asdict(config))
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -558,9 +510,12 @@ def report(run: Run, splits: dict[str, list[Example]]) -> None:
     write_json(config.folder / "results.json", {
         "task": config.task, "pair": config.pair, "data": config.data, "split": split,
         "rows": [row.to_json() for row in rows], "signature": signatures(config, splits[split])})
+    print_table(rows, config, splits[split], split)
+    print_examples(rows, splits[split])
     print(f"\nsaved {config.folder}/results.json. Score again: python eval.py {config.folder}")
 
-def start(argv: list[str]) -> None:
+@program
+def main(argv: list[str]) -> None:
     """The program: prepare, train, report. Ctrl-C and SIGTERM finish the update and save."""
     config, resume = parse(argv)
     join_processes()
@@ -577,9 +532,6 @@ def start(argv: list[str]) -> None:
     gather(None)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_code(start, sys.argv[1:] if argv is None else argv)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -286,10 +286,11 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
     if entropy_bonus:
         a = a + entropy_bonus * entropy_gradient(log_pi.detach())
     loss = surrogate(a, b, log_pi, log_p)
-    return loss, diagnostics(R, log_pi.detach(), c, exact=estimator == "exact")
+    return loss, diagnostics(R, log_pi.detach(), c, alpha, exact=estimator == "exact")
 
 # ----------------------------------------------------------------------------- is it working?
-def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, exact: bool = False) -> dict[str, Tensor]:
+def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, alpha: float = 1.0,
+                exact: bool = False) -> dict[str, Tensor]:
     """What to watch instead of the surrogate loss. R, log_pi (B,K), c (B,K,W) -> batch sums.
 
     Means are over an example's K sampled warmups. exact: over all of them, weighted by P(c|x).
@@ -297,7 +298,7 @@ def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, exact: bool = False) -> di
     nll       -log mean_k P(y|x,c_k), nats. In expectation an upper bound on -log P(y|x)
     reward    mean of R over an example's warmups, nats
     spread    standard deviation of R within an example, nats. 0: no c is better than another
-    ess       effective sample size 1/Σw², from 1 (one sample takes all) to K (all alike)
+    ess       effective sample size 1/Σw², w as the softmax of alpha·R: 1 (one takes all) to K
     entropy   -log P(c|x) of the sampled c, nats. Its mean is the policy's entropy
     distinct  distinct warmups / K
     """
@@ -308,7 +309,7 @@ def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, exact: bool = False) -> di
         log_q = torch.full_like(R, -math.log(R.size(1)))
         distinct = first_occurrence(c).float().mean(1)  # (B,)
     q = log_q.exp()  # (B,K)
-    w = (log_q + R).softmax(1)  # (B,K)
+    w = (log_q + alpha * R).softmax(1)  # (B,K)
     mean = (q * R).sum(1, keepdim=True)  # (B,1)
     return {
         "nll": -(log_q + R).logsumexp(1).sum(),
@@ -321,7 +322,7 @@ def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, exact: bool = False) -> di
 
 @torch.no_grad()
 def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
-                     samples: int) -> dict[str, Tensor]:
+                     samples: int, alpha: float = 1.0) -> dict[str, Tensor]:
     """`diagnostics` on held-out data, and numbers that need more passes. All are batch sums, nats.
 
     swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example). 0: y ignores c
@@ -334,7 +335,7 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
     neighbours = c.roll(-1, 0)
     _, swapped = score(model, memory, batch.prompt, neighbours, batch.target, spec)  # (B,K)
     direct = direct_logprobs(model, memory, batch)  # (B,)
-    return diagnostics(log_p, log_pi, c) | {
+    return diagnostics(log_p, log_pi, c, alpha) | {
         "swap_gap": (log_p - swapped).mean(1).sum(),
         "swapped": torch.tensor(float(len(c)) if len(c) > 1 else 0.0, device=c.device),
         "over_empty": (log_p.mean(1) - direct).sum(),

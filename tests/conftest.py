@@ -1,5 +1,9 @@
 """Shared by the tests: tiny settings, one finished tiny run."""
 
+import os
+import tempfile
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -9,6 +13,19 @@ TINY = ["--size", "nano", "--sample-size", "300", "--vocab-size", "300", "--sft-
         "--policy-steps", "3", "--eval-every", "2", "--batch-tokens", "800",
         "--policy-batch-tokens", "400", "--beams", "2", "--threads", "1", "--warmup-len", "2",
         "--samples", "2", "--eval-samples", "2", "--max-tokens", "40"]
+
+
+@contextmanager
+def standard_input(content: bytes):
+    """What file descriptor 0 reads."""
+    saved = os.dup(0)
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+        yield
+    os.dup2(saved, 0)
+    os.close(saved)
 
 
 @pytest.fixture(autouse=True)

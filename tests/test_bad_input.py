@@ -2,7 +2,6 @@
 
 import errno
 import gzip
-import io
 import json
 import os
 import pickle
@@ -18,6 +17,8 @@ import torch
 
 import eval as evaluation
 import train
+from conftest import standard_input
+from data import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "nano", "--sample-size", "200", "--sft-steps", "2", "--policy-steps", "0",
@@ -132,21 +133,27 @@ def parallel(folder: Path, **files) -> Path:
     ("--resume run --threads two", "two"),
 ])
 def test_training_refuses_bad_usage(flags, named, capsys, monkeypatch):
-    for function in ("prepare", "saved_config"):
+    for function in ("prepare", "read_settings"):
         monkeypatch.setattr(train, function, lambda *_: pytest.fail("accepted"))
     assert named in misuse(capsys, train, *flags.split())
 
 
 @pytest.mark.parametrize("flags, named", [
     ("", "run"), ("run --no-such-flag", "--no-such-flag"), ("run --split dev", "dev"),
-    ("run --stage rl", "rl"), ("run --beams many", "many"), ("run --beams -1", "--beams"),
-    ("run --beams 0", "--beams"), ("run --device tpu", "tpu"), ("run --input", "--input"),
-    ("run --threads -1", "--threads"), ("run --show-warmup", "--show-warmup"),
-    ("run --pair de-en", "--pair"),
+    ("run --stage rl", "rl"), ("run --beams many", "many"), ("run --device tpu", "tpu"),
+    ("run --input", "--input"), ("run --show-warmup", "--show-warmup"),
+    ("run --pair de-en", "--pair"), ("run --input a --export b", "--export"),
+    ("run --split test --input a", "--input"), ("run --export a --split valid", "--split"),
 ])
 def test_scoring_refuses_bad_usage(flags, named, capsys, monkeypatch):
-    monkeypatch.setattr(evaluation, "read_config", lambda *_: pytest.fail("accepted"))
+    monkeypatch.setattr(evaluation, "read_settings", lambda *_: pytest.fail("accepted"))
     assert named in misuse(capsys, evaluation, *flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--beams -1", "--beams 0", "--beams 100000", "--threads -1",
+                                   f"--threads {2**40}"])
+def test_scoring_holds_its_flags_to_the_ranges_of_training(flags, capsys, run):
+    assert flags.split()[0] in misuse(capsys, evaluation, run, *flags.split())
 
 
 def test_one_sample_is_enough_where_samples_are_not_compared():
@@ -230,7 +237,23 @@ def test_the_sample_has_two_languages_only(capsys):
 @pytest.mark.parametrize("pair", ["german", "de-", "-en", "de_en", "de-en-fr", "d3-en", "de-de",
                                   "de-en,en-de"])
 def test_pair_is_not_two_codes(pair, capsys):
-    assert "--pair takes two language codes" in complaint(capsys, train, *TINY, f"--pair={pair}")
+    assert "--pair takes two language codes" in misuse(capsys, train, *TINY, f"--pair={pair}")
+
+
+@pytest.mark.parametrize("estimator", ["frozen", "pause", "sft", "exact"])
+def test_a_baseline_has_no_entropy_bonus(estimator, capsys):
+    """It would move the policy of `frozen`."""
+    flags = ["--estimator", estimator, "--entropy-bonus", "0.1"]
+    assert "--entropy-bonus has no place" in misuse(capsys, train, *flags)
+
+
+def test_without_a_policy_stage_exact_is_not_refused():
+    flags = [*TINY, "--estimator", "exact"]
+    assert "--policy-steps" in flags and train.main([*flags, "--out", "run"]) == 0
+
+
+def test_a_task_without_translation_does_not_read_the_pair():
+    assert not train.Config(task="xsum", pair="foo").problem()
 
 
 def test_task_without_sample_and_without_data_says_where_to_put_it(capsys):
@@ -306,7 +329,9 @@ def test_config_is_not_what_training_wrote(text, capsys, run):
     assert "config.json" in complaint(capsys, evaluation, run)
 
 
-@pytest.mark.parametrize("change", [dict(beams="four"), dict(task="poems"), dict(seed=None)])
+@pytest.mark.parametrize("change", [dict(beams="four"), dict(task="poems"), dict(seed=None),
+                                    dict(device="tpu"), dict(pair="de"), dict(beams=-3),
+                                    dict(symbols=0), dict(hops=2.5), dict(pair=["de", "en"])])
 def test_one_wrong_setting_in_the_config(change, capsys, run):
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | change))
@@ -316,8 +341,9 @@ def test_one_wrong_setting_in_the_config(change, capsys, run):
         assert "config.json" in said and name in said
 
 
-@pytest.mark.parametrize("change", [dict(lr=-1.0), dict(colour="red"), dict(estimator="magic"),
-                                    dict(samples=1, policy_steps=9), dict(clip=float("nan"))])
+@pytest.mark.parametrize("change", [dict(lr=-1.0), dict(control="no"), dict(estimator="magic"),
+                                    dict(samples=1, policy_steps=9), dict(clip=float("nan")),
+                                    dict(overwrite=3), dict(accumulate=True)])
 def test_resuming_holds_the_config_to_the_rules_of_the_flags(change, capsys, run):
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(settings | change))
@@ -401,30 +427,63 @@ def test_a_stage_is_not_a_state(capsys, run):
     assert "last.pt is not a state checkpoint" in complaint(capsys, train, "--resume", run)
 
 
-def test_checkpoint_of_another_run(capsys, run, half_run):
-    saved = evaluation.load_checkpoint(half_run / "last.pt", "state")
-    saved["model_config"]["vocab_size"] += 1
-    torch.save(saved, half_run / "last.pt")
+def test_tokenizer_of_another_run(capsys, run, half_run):
+    for folder in (run, half_run):
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+        tokenizer.add_special_tokens(["<2fr>"])
+        tokenizer.save(str(folder / "tokenizer.json"))
     said = complaint(capsys, train, "--resume", half_run)
     assert "last.pt does not fit the tokenizer.json" in said
+    for how in ([], ["--input", run / "config.json"], ["--export", run / "out"]):
+        said = complaint(capsys, evaluation, run, *how, bars=True)
+        assert "sft.pt does not fit the tokenizer.json" in said
+
+
+@pytest.mark.parametrize("field", ["model", "model_config", "optimizer", "random", "batches"])
+def test_a_checkpoint_without_one_of_its_fields(field, capsys, run):
+    for name, what, program, argv in (("last.pt", "state", train, ["--resume", run]),
+                                      ("sft.pt", "stage", evaluation, [run])):
+        saved = evaluation.load_checkpoint(run / name, what)
+        if saved.pop(field, None):
+            torch.save(saved, run / name)
+            said = complaint(capsys, program, *argv, bars=True)
+            assert f"{name} is damaged" in said and field in said
+
+
+@pytest.mark.parametrize("change", [dict(width=-1), dict(heads=0), dict(decoder_layers=10**9),
+                                    dict(vocab_size=10**9), dict(ff="256"), dict(colour=1),
+                                    dict(buckets=1), dict(max_distance=2), dict(width=128)])
+def test_a_checkpoint_of_an_impossible_model(change, capsys, run):
+    saved = evaluation.load_checkpoint(run / "sft.pt")
+    saved["model_config"] |= change
+    torch.save(saved, run / "sft.pt")
+    assert "sft.pt is damaged" in complaint(capsys, evaluation, run, bars=True)
+
+
+def test_one_flipped_bit_in_a_checkpoint(capsys, run):
+    """torch.load would take it: the checksums of the archive are looked at."""
+    content = bytearray((run / "sft.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / "sft.pt").write_bytes(content)
+    torch.load(run / "sft.pt", weights_only=True)
+    assert "sft.pt is damaged" in complaint(capsys, evaluation, run, bars=True)
 
 
 # ----------------------------------------------------------------------------- text to translate
 
 
 @pytest.mark.parametrize("content, says", [
-    (None, "cannot read --input text"), (b"\xff\xfe\n", "cannot read --input text"),
+    (None, "cannot read text"), (b"\xff\xfe\n", "cannot read text"), (b"a\rb\r", "end in CR"),
     (b"ein Hund\n\nein Pferd\n", "line 2"), (b"", "line 1"), (b"ein Hund\n   \n", "line 2"),
     (b"ein Hund\nein Pferd\n" + b"Hund " * 200 + b"\n", "line 3"),
 ])
-def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_path, monkeypatch):
+def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_path):
     """From a file and from standard input, which Python itself reads without complaint at times."""
     if content is not None:
         (tmp_path / "text").write_bytes(content)
-        stdin = io.TextIOWrapper(io.BytesIO(content), errors="surrogateescape")
-        monkeypatch.setattr("sys.stdin", stdin)
-        said = complaint(capsys, evaluation, finished, "--input", "-")
-        assert says.replace("--input text", "--input -") in said
+        with standard_input(content):
+            said = complaint(capsys, evaluation, finished, "--input", "-")
+        assert says.replace("read text", "read standard input") in said
     assert says in complaint(capsys, evaluation, finished, "--input", "text")
 
 

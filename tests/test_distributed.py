@@ -128,10 +128,10 @@ def test_batches_are_dealt_out_without_overlap_or_loss(monkeypatch):
 
     def of(number, count, state, calls):
         batches = data.Batches(encoded, 60, seed=0, rank=number, processes=count)
-        batches.load_state_dict(state)
-        return [next(batches) for _ in range(calls)], batches.state_dict()
+        batches.seek(*state)
+        return [next(batches) for _ in range(calls)], (batches.epoch, batches.position)
 
-    start = {"epoch": 0, "position": 0}
+    start = (0, 0)
     sequence, _ = of(0, 1, start, 39)
     epoch = len(data.Batches(encoded, 60, seed=0).order)
     assert sorted(sum(sequence[:epoch], ())) == list(range(50))  # each example once

@@ -195,7 +195,7 @@ def test_missing_or_broken_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="damaged"):
         load_pretrained(str(folder))
     (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(UserError, match="neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(UserError, match="holds no pytorch_model.bin and no model.safetensors"):
         load_pretrained(str(folder))
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json"):

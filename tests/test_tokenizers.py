@@ -150,7 +150,8 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
     assert config["init"] == str(folder)
     shutil.rmtree(folder)  # the run folder stands alone
     assert train.main(["--resume", runs[0]]) == 0 and evaluation.main([runs[0], "--stage", "sft"]) == 0
-    model = evaluation.load_model(Path(runs[0]) / "policy.pt", torch.device("cpu"))
+    tokenizer = load_tokenizer(Path(runs[0]) / "tokenizer.json")
+    model = evaluation.load_model(Path(runs[0]) / "policy.pt", tokenizer, torch.device("cpu"))
     assert not model.config.scaled and model.config.vocab_size == 140
 
     out = tmp_path / "out"  # and back to Hugging Face's format, from which another run can start

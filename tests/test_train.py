@@ -101,17 +101,16 @@ def test_log_lines_after_the_checkpoint_are_forgotten(tmp_path):
     train.log(run, "train", {"loss": 1.0})
     train.save_state(run)
     train.log(run, "train", {"loss": 2.0})
-    train.restore(run, evaluation.load_checkpoint(run.folder / "last.pt", "state"))
+    train.restore(run)
     assert [line["loss"] for line in log_of(run.folder)] == [1.0]
 
 
 def test_other_data_is_not_trained_on_after_resuming(tmp_path):
     run = prepared(tmp_path)
-    saved = evaluation.load_checkpoint(run.folder / "last.pt", "state")
-    train.restore(run, saved)
+    train.restore(run)
     run.data["train"].source[7][0] += 1
     with pytest.raises(train.UserError, match="not what"):
-        train.restore(run, saved)
+        train.restore(run)
 
 
 def test_a_run_that_moved_is_resumed_with_other_device_threads_and_data(
@@ -161,7 +160,7 @@ def test_a_run_remembers_its_data(finished_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(train.UserError, match="no train split"):
         load(train.Config())
-    assert evaluation.read_config(finished_run).data == "sample"
+    assert evaluation.read_settings(finished_run).data == "sample"
     assert evaluation.main([str(finished_run), "--stage", "sft"]) == 0
 
 
@@ -460,7 +459,7 @@ def test_equal_outputs_are_no_significant_difference(capsys):
 def test_monte_carlo_scores_draw_the_same_warmups_every_time(finished_run, monkeypatch):
     """The NLL is estimated from samples: score_stage must seed them (stand-in: a random number)."""
     monkeypatch.setattr(evaluation, "validate", lambda *_: {"nll": torch.rand(()).item()})
-    config = evaluation.read_config(finished_run)
+    config = evaluation.read_settings(finished_run)
     tokenizer = evaluation.load_tokenizer(finished_run / "tokenizer.json")
     examples = load(train.Config(data="sample", sample_size=8))[0]["test"]
     encoded = encode(tokenizer, examples)
