@@ -640,7 +640,7 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
             splits[split][example] = None
             in_vain = 0
         if in_vain == 10000:
-            raise UserError("this task has too few different examples: lower --sample-size")
+            raise UserError("too few different examples: lower --sample-size or raise --symbols")
     return {split: list(rows) for split, rows in splits.items()}
 
 # ----------------------------------------------------------------------------- download

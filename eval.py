@@ -164,7 +164,7 @@ def training_cost(folder: Path, *stages: str) -> dict[str, int | float]:
         records = [record for record in records if record["stage"] in stages]
         return {"updates": len(records), "flops": sum(record["flops"] for record in records),
                 "seconds": round(sum(record["seconds"] for record in records), 1)}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}/log.jsonl is not what train.py wrote: {error}") from None
 
 def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:

@@ -597,7 +597,7 @@ def program(run):
         except BrokenPipeError:  # a reader such as `head` has left
             sys.stdout = None  # else Python would complain when it leaves
             return 1
-        except (UserError, OSError) as error:
+        except (UserError, OSError, UnicodeError) as error:
             said = f"error: {one_line(str(error))}"
         except RuntimeError as error:  # torch has no type for the memory of a CPU
             memory = isinstance(error, torch.OutOfMemoryError) or "allocate mem" in str(error)
@@ -776,18 +776,17 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
     folder = pretrained_folder(source)
     settings = read_json(folder / "config.json")
     config = replace(t5_config(settings), **changes)
-    tensors = read_weights(folder)
-    config = untangle(tensors, config, settings)
+    tensors, weights = read_weights(folder), {}
     try:
-        weights = {}
+        config = untangle(tensors, config, settings)
         for ours, theirs in t5_names(config).items():
             weights[ours] = torch.cat([tensors.pop(name) for name in theirs]).float()
             if not weights[ours].isfinite().all():
-                raise RuntimeError(f"{theirs[0]} holds infinite numbers")
+                raise ValueError(f"{theirs[0]} holds infinite numbers")
         if tensors:
-            raise RuntimeError(f"it also holds {', '.join(sorted(tensors)[:3])}")
+            raise ValueError(f"it also holds {', '.join(sorted(tensors)[:3])}")
         return build(config, weights)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         wrong = f"it lacks {error}" if isinstance(error, KeyError) else one_line(str(error))[:250]
         raise UserError(f"{folder} is not what its config.json says: {wrong}") from None
 

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import io
 import json
 import os
 import pickle
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -467,6 +470,82 @@ def test_one_flipped_bit_in_a_checkpoint(capsys, run):
     (run / "sft.pt").write_bytes(content)
     torch.load(run / "sft.pt", weights_only=True)
     assert "sft.pt is damaged" in complaint(capsys, evaluation, run, bars=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "log.jsonl", "sft.pt", "last.pt"])
+def test_a_folder_where_a_file_is_expected(name, capsys, run):
+    (run / name).unlink()
+    (run / name).mkdir()
+    if name != "last.pt":
+        assert name in complaint(capsys, evaluation, run, bars=True)
+    assert name in complaint(capsys, train, "--resume", run, bars=True) or name == "sft.pt"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "log.jsonl"])
+def test_brackets_without_end(name, capsys, run):
+    (run / name).write_text("[" * 200_000)
+    assert name in complaint(capsys, evaluation, run, bars=True)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_lacks_characters(encoding, capsys, run, monkeypatch):
+    """It shows a question mark. What goes to files is whole."""
+    (run / "results.json").unlink()
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr("sys.stdout", terminal)
+    example = evaluation.Example("źródło", "", "猫")
+    config = replace(evaluation.read_settings(run, train.Config), out=str(run))
+    runner = SimpleNamespace(config=config, tokenizer=load_tokenizer(run / "tokenizer.json"),
+                             device=torch.device("cpu"))
+
+    @train.program
+    def main(argv):
+        train.report(runner, {"train": [], "test": [example]})
+
+    assert main([]) == 0 and (run / "results.json").exists()
+    terminal.flush()
+    assert b"?" in terminal.buffer.getvalue()
+
+
+def test_results_are_saved_before_they_are_shown(run, monkeypatch):
+    """A terminal may fail, or its reader leave."""
+    def gone(*arguments):
+        raise BrokenPipeError
+
+    (run / "results.json").unlink()
+    config = replace(evaluation.read_settings(run, train.Config), out=str(run))
+    runner = SimpleNamespace(config=config, tokenizer=load_tokenizer(run / "tokenizer.json"),
+                             device=torch.device("cpu"))
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(BrokenPipeError):
+        train.report(runner, {"train": [], "test": [evaluation.Example("ein", "", "a")]})
+    assert (run / "results.json").exists()
+
+
+def test_a_reader_that_leaves_and_a_closed_input(finished, tmp_path):
+    """`| head -1` on more text than a pipe holds; `<&-`. Neither ends in a traceback."""
+    (tmp_path / "text").write_text("ein Hund\n" * 9000)
+    shell = f"{sys.executable} {ROOT / 'eval.py'} {finished} --input "
+    for end in ("text | head -1", "- <&-"):
+        done = subprocess.run(shell + end, shell=True, capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
+    assert done.returncode == 1 and "cannot read standard input" in done.stderr
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint(capsys, run):
+    (run / "config.json").unlink()
+    assert "--overwrite it" in complaint(capsys, train, *TINY, "--out", run)
+    (run / "config.json").write_text("{}")
+    (run / "last.pt").unlink()
+    said = complaint(capsys, train, *TINY, "--out", run)
+    assert "--overwrite it" in said and "--resume" not in said
+
+
+def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch):
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("mps"))
+    model = SimpleNamespace(to=lambda device: None)
+    with pytest.raises(train.UserError, match="--dropout 0"):
+        train.Run(train.Config(recompute=True), {}, {}, None, model)
 
 
 # ----------------------------------------------------------------------------- text to translate

@@ -179,6 +179,14 @@ def test_transformers_5_ties_what_it_makes_new(kind, tmp_path):
     ({"num_layers": 3}, "encoder.block.2"),
     ({"num_decoder_layers": 1}, "decoder.block.1"),
     ({"model_type": "umt5"}, "encoder.block.1.layer.0.SelfAttention.relative_attention_bias"),
+    ({"num_heads": 0}, "heads = 0"), ({"d_model": -16}, "width = -16"),
+    ({"d_kv": "8"}, "d_kv"), ({"d_ff": 10**12}, "ff = 10{12}|ff = 1000000000000"),
+    ({"num_layers": 10**9}, "encoder_layers"), ({"num_decoder_layers": "2"}, "decoder_layers"),
+    ({"relative_attention_num_buckets": 1}, "buckets = 1"),
+    ({"relative_attention_max_distance": 3}, "max_distance = 3"),
+    ({"pad_token_id": 3}, "pad_token_id = 3"), ({"pad_token_id": None}, "pad_token_id = None"),
+    ({"eos_token_id": [1, 2]}, r"eos_token_id = \[1, 2\]"), ({"eos_token_id": 2}, "eos_token_id"),
+    ({"vocab_size": True}, "vocab_size = True"),
 ])
 def test_what_does_not_fit_is_refused_by_name(tmp_path, change, complaint):
     folder = copy("t5", tmp_path)
@@ -186,6 +194,35 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, change, complaint):
     (folder / "config.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=complaint):
         load_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda x: x * float("nan"), "infinite"), (lambda x: x * float("inf"), "infinite"),
+    (lambda x: x[0], "size|dimension"), (lambda x: x.sum(), "dimension"),
+    (lambda x: x[None], "size|dimension"), (lambda x: x[:-1], "size"), (lambda x: 7, "Tensor|tensor"),
+    (lambda x: x.tolist(), "Tensor|tensor"), (lambda x: None, "Tensor|tensor")])
+@pytest.mark.parametrize("name", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight",
+                                  "decoder.final_layer_norm.weight"])
+def test_tensors_of_wrong_content_or_shape(tmp_path, name, damage, complaint):
+    folder = copy("t5", tmp_path)
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    tensors = {name: x for name, x in tensors.items() if "embed_tokens" not in name}
+    tensors[name] = damage(tensors[name])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=complaint):
+        load_pretrained(folder)
+
+
+def test_weights_that_could_not_be_read_are_not_downloaded(monkeypatch):
+    """Without safetensors the hub is asked for pytorch_model.bin alone."""
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda source, allow_patterns: asked.append(allow_patterns[-1]) or "/no")
+    for installed, first in ((object(), "model*.safetensors"), (None, "pytorch_model*.bin")):
+        asked.clear()
+        monkeypatch.setattr("model.find_spec", lambda name: installed)
+        pretrained_folder("google/no-such-model")
+        assert asked[0] == first
 
 
 def test_missing_or_broken_files(tmp_path, monkeypatch):

@@ -118,10 +118,21 @@ def test_mt5_has_its_sentinels_as_pieces(folder):
     (spiece(PIECES, model_type=2), "not a SentencePiece unigram"),
     (spiece(PIECES + [(f"p{i}", -9.0, 1) for i in range(200)]), "is not that of"),
     (spiece([("a" if text == PAD else text, s, k) for text, s, k in PIECES]), "is not that of"),
+    (spiece([piece for piece in PIECES if piece[2] != 2]), "not a SentencePiece unigram"),
+    (spiece(PIECES) + chunk(3, chunk(2, b"\x07nonsense")), "not a SentencePiece unigram"),
+    (spiece(PIECES) + b"\x08" + b"\xff" * 5000, "not a SentencePiece unigram"),
+    (spiece(PIECES) + b"\x0a" + b"\xff" * 20 + b"\x01", "not a SentencePiece unigram"),
+    (spiece([PIECES[1], PIECES[0], *PIECES[2:]]), "is not that of"),  # </s> is not 1
 ])
 def test_broken_vocabularies_are_refused(folder, content, complaint):
     (folder / "spiece.model").write_bytes(content)
     with pytest.raises(UserError, match=complaint):
+        pretrained_tokenizer(folder, [], 140)
+
+
+def test_a_tokenizer_of_another_kind_is_refused(folder):
+    train_tokenizer([Example("a b", "", "c d")] * 9, 100).save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match="is not that of a T5"):
         pretrained_tokenizer(folder, [], 140)
 
 
