@@ -90,9 +90,7 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
 
 # ----------------------------------------------------------------------------- batches
 def collate(data: Encoded, index) -> Batch:
-    """The examples of index as one batch. ValueError if their prompts differ in length."""
-    if len({len(data.prompt[i]) for i in index}) > 1:
-        raise ValueError("prompts of a batch need one length: padding would stand before y")
+    """The examples of index as one batch. Their prompts have one length: see `encode_split`."""
     columns = (map(torch.from_numpy, pick(column, index)) for column in data)
     return Batch(*(pad_sequence(list(rows), batch_first=True).long() for rows in columns))
 

@@ -64,7 +64,7 @@ def averages(sums: dict, examples: int, tokens: torch.Tensor) -> dict[str, float
     units = {"loss": tokens, "nll": tokens, "swap_gap": sums.pop("swapped", None)}
     if units["swap_gap"] == 0:
         del sums["swap_gap"]  # no batch had two examples
-    return {name: (value / units.get(name, examples)).item() for name, value in sums.items()}
+    return {name: float(value / units.get(name, examples)) for name, value in sums.items()}
 
 # ----------------------------------------------------------------------------- decoding
 def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None):

@@ -600,8 +600,7 @@ def program(run):
         except (UserError, OSError, UnicodeError) as error:
             said = f"error: {one_line(str(error))}"
         except RuntimeError as error:  # torch has no type for the memory of a CPU
-            memory = isinstance(error, torch.OutOfMemoryError) or "allocate mem" in str(error)
-            if not memory:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate mem" not in str(error):
                 raise
             said = ("error: out of memory. Lower --batch-tokens, --policy-batch-tokens (warmups) "
                     "or --beams (decoding), or add --recompute")
@@ -708,7 +707,6 @@ def pretrained_folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download  # comes with tokenizers
-
     try:
         kinds = ["model*.safetensors"] if find_spec("safetensors") else []
         for weights in (*kinds, "pytorch_model*.bin"):
@@ -741,7 +739,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
             else:
                 from safetensors.torch import load_file
-
                 tensors |= load_file(path)
         except ImportError:
             raise UserError(f"to read {path.name}: pip install safetensors") from None

@@ -162,9 +162,7 @@ class Run:
             total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
         if stage != "sft":
             self.model.load_state_dict(load_checkpoint(self.folder / "sft.pt")["model"])
-        tokens = config.batch_tokens
-        if stage == "policy":
-            tokens = config.policy_batch_tokens
+        tokens = config.policy_batch_tokens if stage == "policy" else config.batch_tokens
         if stage == "policy" and config.estimator in ("pause", "sft"):
             tokens *= config.samples  # as many target tokens as K samples would hold
         self.state = State(stage, total=total)
@@ -383,13 +381,10 @@ def add_up(x: torch.Tensor) -> torch.Tensor:
     meet(dist.all_reduce, x)
     return x
 
-def gather_sums(sums: dict) -> dict:
+def gather_sums(sums: dict) -> dict[str, float]:
     """Named numbers, summed over the processes."""
-    if processes() == 1:
-        return sums
     everyone = gather({name: float(value) for name, value in sums.items()})
-    totals = {name: sum(one[name] for one in everyone) for name in sums}
-    return {name: torch.tensor(total, dtype=torch.float64) for name, total in totals.items()}
+    return {name: sum(one[name] for one in everyone) for name in sums}
 
 def sum_gradients(model: EncoderDecoder) -> None:
     """Every gradient, summed over the processes, in one message. DDP sends while it computes."""

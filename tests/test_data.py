@@ -746,7 +746,8 @@ def test_special_tokens_in_text_are_text():
     assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2en>")] and data.target[0][-1] == 1
 
 
-def test_prompts_of_one_batch_have_one_length():
-    data = Encoded([np.array([4]), np.array([4])], [np.array([5]), np.array([5, 6])], [np.array([4, 1])] * 2)
-    with pytest.raises(ValueError, match="one length"):
-        collate(data, [0, 1])
+def test_prompts_of_a_split_have_one_length(words):
+    """Padding would stand between a shorter prompt and y."""
+    texts = [Example("ein Hund", "<2en>", "a dog"), Example("ein Hund", "<2en> a", "a dog")]
+    with pytest.raises(UserError, match="one length"):
+        encode_split(words, texts, Config(), "train")

@@ -521,6 +521,21 @@ def test_diagnostics_by_hand():
     assert d["distinct"].item() == pytest.approx(1.0 + 0.5)
 
 
+def test_ess_is_that_of_the_weights_which_alpha_sharpens():
+    """All else describes the reward itself, whatever alpha makes of it."""
+    R, log_pi = torch.tensor([[0.0, math.log(3.0)]]), torch.zeros(1, 2)
+    c = torch.tensor([[[4], [5]]])
+    one, two = (diagnostics(R, log_pi, c, alpha) for alpha in (1.0, 2.0))
+    assert two.pop("ess").item() == pytest.approx(1 / (0.1**2 + 0.9**2))  # 1 : 9, not 1 : 3
+    assert one.pop("ess").item() == pytest.approx(1 / (0.25**2 + 0.75**2)) and one == two
+    model, batch = toy_model(), toy_batch()
+    model.decoder.eval()
+    held_out = [evaluate_warmups(model, batch, spec(), 3, alpha)["ess"] for alpha in (0.0, 1.0)]
+    _, numbers = warmup_loss(model, batch, spec(), samples=3, alpha=0.0)
+    assert held_out[0] == pytest.approx(3.0 * len(batch.source)) == numbers["ess"]
+    assert held_out[1] < held_out[0]
+
+
 def test_diagnostics_of_all_warmups_are_weighted_by_the_policy():
     """exact: what sampling would give in the mean, without the noise."""
     log_pi, R = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.0, -2.0]])
