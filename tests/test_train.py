@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import data as datasets
 import eval as evaluation
 import model as transformer
 import train
@@ -540,33 +541,55 @@ def test_sampled_validation_nll_is_an_upper_bound_on_average(tmp_path):
 # ----------------------------------------------------------------------------- the command line
 
 
-def entries_of_help(capsys) -> dict[str, str]:
-    """Flag -> what --help says of it, on one line."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--help"])
+def entries_of_help(program, capsys, *flags) -> dict[str, str]:
+    """Flag -> what --help says of it, on one line. Wide: no word is broken at its hyphen."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setenv("COLUMNS", "500")
+        program.main([*flags, "--help"])
     assert stop.value.code == 0
     _, *entries = re.split(r"\n  (?=--)", capsys.readouterr().out)
     return {re.split(r"[ ,]", entry)[0]: " ".join(entry.split()) for entry in entries}
 
 
-def test_help_gives_the_meaning_and_default_of_every_flag(capsys):
-    entries = entries_of_help(capsys)
-    for f in train.fields(train.Config):
-        entry = entries["--" + f.name.replace("_", "-")]
-        default = re.search(r"default: ([^()]*)\)$", entry)
-        assert default and default[1] in (str(f.default), repr(f.default)), entry
-        assert f.metadata["help"] and " ".join(f.metadata["help"].split()) in entry
-
-
-def test_help_gives_the_range_of_every_number(capsys):
-    entries, numbers = entries_of_help(capsys), 0
-    for f in train.fields(train.Config):
+@pytest.mark.parametrize("task", train.TASKS)
+def test_help_gives_the_meaning_range_and_default_of_every_flag(task, capsys):
+    """To the last character. With --task: the defaults of that task."""
+    entries, numbers = entries_of_help(train, capsys, "--task", task), 0
+    settings = train.fields(train.Config)
+    assert set(entries) == {"--resume", *(train.flag_name(f.name) for f in settings)}
+    for f in settings:
+        text, low, high, choices = f.metadata.values()
+        default, name = train.TASKS[task].settings.get(f.name, f.default), train.flag_name(f.name)
+        start = f"{name} {f.name.upper()}"
+        if choices:
+            start = f"{name} {{{','.join(choices)}}}"
+        if f.type is bool:
+            start = f"{name}, --no-{name[2:]}"
+        bounds = ""
         if f.type in (int, float):
-            low, high = f.metadata["low"], f.metadata["high"]
-            assert low <= f.default <= high
-            assert f"{low} to {high}" in entries["--" + f.name.replace("_", "-")]
-            numbers += 1
+            assert low <= default <= high
+            bounds, numbers = f" [{low} to {high}]", numbers + 1
+        assert text and entries[name] == f"{start} {text}{bounds} (default: {default})"
     assert numbers > 20
+
+
+def test_help_of_the_other_programs_gives_every_default(capsys):
+    """Flags that have no default do nothing unless they are given."""
+    entries = entries_of_help(evaluation, capsys)
+    without = {"--input", "--export", "--show-warmup", "--data"}
+    defaults = {"--split": "test", "--stage": "all that were trained", "--beams": "the run's",
+                "--device": "the run's", "--threads": "the run's"}
+    assert set(entries) == without | set(defaults)
+    for flag, default in defaults.items():
+        assert f"default: {default}" in entries[flag], flag
+    given = evaluation.parse(["run"])
+    assert given.split == "test" and not given.show_warmup
+    assert {getattr(given, flag[2:]) for flag in ("--stage", "--beams", "--input", "--export",
+                                                  "--data", "--device", "--threads")} == {None}
+    entries = entries_of_help(datasets, capsys)
+    assert set(entries) == {"--pair", "--out"}
+    assert entries["--pair"].endswith("(default: de-en)")
+    assert entries["--out"].endswith("(default: where train.py looks)")
 
 
 def test_every_end_of_a_range_is_accepted_and_nothing_beyond(capsys):

@@ -20,6 +20,7 @@ Each line of the paper's mathematics was broken once to see a test fail:
     entropy bonus or alpha ignored                    test_alpha_entropy_bonus_and_temperature_…
     swapped with itself; gain turned round            test_swap_gap_is_zero_…, test_gain_over_empty_by_hand
     <sep> written into y                              test_generate_writes_warmup_then_target
+    a sampled warmup at test time                     test_generate_writes_the_greedy_warmup
     forbidden ids, length penalty not passed on       test_generate_passes_on_…
 """
 
@@ -209,8 +210,14 @@ def test_equal_rewards_push_no_warmup_and_a_constant_changes_nothing(name):
 
 @pytest.mark.parametrize("name", sorted(set(ESTIMATORS) - {"frozen", "truncated"}))
 def test_better_warmups_are_pushed_up_and_worse_down(name):
-    a, b = make(name, torch.tensor([[-3.0, -2.0, -0.5]]))
-    assert a[0, 2] == a.max() > 0 and a[0, 0] == a.min() <= 0 and b[0].argmax() in (0, 2)
+    """And y learns most from the best, or from all alike (jensen, grpo)."""
+    (a,), (b,) = (weight.tolist() for weight in make(name, torch.tensor([[-3.0, -2.0, -0.5]])))
+    if name == "best":
+        assert a == b == [0, 0, 1]
+    else:
+        assert a[0] < a[1] < a[2] and a[0] < 0 < a[2]
+        alike = name in ("jensen", "grpo")
+        assert b == pytest.approx([1 / 3] * 3) if alike else 0 < b[0] < b[1] < b[2]
 
 
 def test_mean_of_others_by_hand():
@@ -568,6 +575,45 @@ def test_generate_writes_warmup_then_target():
     logits[:, [0, SEP]] = -math.inf
     assert torch.equal(logits.argmax(-1), y[:, 0])
     assert not (y == SEP).any()
+
+
+@pytest.mark.parametrize("length, min_length", [(3, 3), (3, 1)])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_writes_the_greedy_warmup(beams, length, min_length):
+    """Token by token the likeliest of what is allowed, whatever the seed and the temperature."""
+    model, batch = toy_model(), toy_batch()
+    s = spec(length, min_length, temperature=3.0)
+    memory, row = model.encode(batch.source), with_start(model, batch.prompt)
+    ended = torch.zeros(2, dtype=torch.bool)
+    for t in range(length):
+        logits = model.logits(model.decode(row, memory))[:, -1]
+        logits[:, :3] = -math.inf
+        if t < min_length:
+            logits[:, SEP] = -math.inf
+        assert (logits / 3.0).softmax(-1).amax() < 0.8  # sampling would choose otherwise
+        token = logits.argmax(-1).masked_fill(ended, SEP)
+        ended, row = ended | (token == SEP), torch.cat([row, token[:, None]], 1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert torch.equal(generate(model, batch, s, 4, beams=beams)[0], row[:, 2:])
+
+
+def test_generate_may_end_its_target_whatever_is_forbidden():
+    """eval.py forbids all special ids, </s> too. Greedy y by hand up to its </s>; then padding."""
+    model, batch, s = toy_model(1), toy_batch(), spec(2)
+    c, y = generate(model, batch, s, 6, forbidden=s.forbidden)
+    memory = model.encode(batch.source)
+    row = torch.cat([with_start(model, batch.prompt), c, torch.full((2, 1), SEP)], 1)
+    ended, expected = torch.zeros(2, dtype=torch.bool), []
+    for _ in range(6):
+        logits = model.logits(model.decode(row, memory))[:, -1]
+        logits[:, [0, 2, SEP]] = -math.inf
+        expected.append(logits.argmax(-1).masked_fill(ended, 0))
+        ended, row = ended | (expected[-1] == 1), torch.cat([row, expected[-1][:, None]], 1)
+    assert torch.equal(y, torch.stack(expected, 1)) and (y == 1).sum(1).tolist() == [1, 1]
+    assert y[0, 0] > SEP  # one ends at once, the other later
+    _, y = generate(model, batch, s, 6, beams=3, forbidden=s.forbidden)
+    assert (y == 1).sum(1).tolist() == [1, 1] and not (y == SEP).any()
 
 
 def test_generate_by_beam_search_and_without_warmup():

@@ -1,0 +1,251 @@
+"""What each stage does, seen from inside: what it calls, with what. Runs of all kinds are watched.
+
+Tiny runs write empty lines, and both sides of a comparison may share a mistake. So here we look at
+arguments. Every setting has a value of its own: no two can be taken for each other.
+
+Each of these was planted once to see a test fail:
+    control trained at --lr                          test_each_stage_has_its_learning_rate
+    control with the policy stage's batches          test_each_stage_has_its_batch_tokens
+    validation counted as training                   test_validation_costs_no_training
+    FLOPs of a validation logged as an update's      test_the_cost_of_a_stage_is_…
+    SFT's validation NLL doubled                     test_validation_is_the_loss_of_each_…
+    encoder dropout off in the policy stage          test_train.py: test_decoder_dropout_is_off_…
+    a baseline with more or less dropout             test_train.py: test_decoder_dropout_is_off_…
+    entropy bonus that never falls                   test_the_entropy_bonus_falls_to_zero
+    no clipping of gradients                         test_gradients_are_clipped
+    beams ignored; --length-penalty not passed on    test_decoding_is_by_the_settings
+    a sampled warmup at test time                    test_warmup.py: test_generate_writes_the_…
+    validation with --samples                        test_validation_draws_eval_samples
+"""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from conftest import TINY
+from data import collate, encode, special_ids
+from warmup import sample_warmups, score, sft_loss, target_tokens
+
+SETTINGS = dict(
+    sft_steps=4, policy_steps=5, lr=0.02, policy_lr=0.003, lr_rampup_steps=0, clip=0.05,
+    batch_tokens=900, policy_batch_tokens=300, samples=3, eval_samples=4, entropy_bonus=0.6,
+    alpha=1.7, warmup_len=2, beams=3, length_penalty=0.6, eval_every=2)
+FLAGS = [*TINY, *(f"{train.flag_name(name)}={value}" for name, value in SETTINGS.items())]
+KINDS = ("marginal", "frozen", "pause", "sft")
+
+
+def watched_run(folder, *flags):
+    """A whole run, without its report: its folder, and what its stages called."""
+    seen = SimpleNamespace(folder=folder, updates=[], policy=[], norms=[], drawn=[], split=[])
+    config, _ = train.parse(["--task", "wmt", *FLAGS, *flags, "--out", str(folder)])
+    run, _ = train.prepare(config, resume=False)
+    loss, warmup_loss, step = train.Run.loss, train.warmup_loss, torch.optim.AdamW.step
+    evaluate, in_order = evaluation.evaluate_warmups, evaluation.in_order
+
+    def watched_loss(run, batch):
+        result = loss(run, batch)
+        seen.updates.append(SimpleNamespace(
+            stage=run.state.stage, limit=run.batches.batch_tokens, flops=result[1]["flops"],
+            tokens=batch.source.numel() + batch.target.numel()))
+        return result
+
+    def watched_warmup_loss(model, batch, spec, estimator, samples, **how):
+        seen.policy.append((estimator, samples, how["alpha"], how["entropy_bonus"]))
+        return warmup_loss(model, batch, spec, estimator, samples, **how)
+
+    def watched_step(optimizer):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        seen.norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm())
+        return step(optimizer)
+
+    def watched_evaluate(model, batch, spec, samples):
+        seen.drawn.append(samples)
+        return evaluate(model, batch, spec, samples)
+
+    def watched_in_order(data, batch_tokens):
+        seen.split.append((run.state.stage, batch_tokens))
+        return in_order(data, batch_tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "loss", watched_loss)
+        patch.setattr(train, "warmup_loss", watched_warmup_loss)
+        patch.setattr(torch.optim.AdamW, "step", watched_step)
+        patch.setattr(evaluation, "evaluate_warmups", watched_evaluate)
+        patch.setattr(evaluation, "in_order", watched_in_order)
+        run.train()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Kind -> what a run of that --estimator called. The entropy bonus is for a policy."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {kind: watched_run(folder / kind, "--estimator", kind) for kind in KINDS}
+
+
+def lines_of(folder, kind="train"):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+# ----------------------------------------------------------------------------- updates
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_stage_has_its_learning_rate(kind, runs):
+    """Without a rise each stage begins at its peak: --lr, and --policy-lr for both later ones."""
+    first = {line["stage"]: line["lr"] for line in lines_of(runs[kind].folder)
+             if line["step"] == 1}
+    assert first == {"sft": 0.02, "policy": 0.003, "control": 0.003}
+    for line in lines_of(runs[kind].folder):
+        total = SETTINGS.get(f"{line['stage']}_steps") or len(
+            [other for other in lines_of(runs[kind].folder) if other["stage"] == "control"])
+        left = (total - line["step"] + 1) / total
+        assert line["lr"] == pytest.approx(first[line["stage"]] * left, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_stage_has_its_batch_tokens(kind, runs):
+    """The control's batches are SFT's. K samples are one pair, so a baseline gets K times more."""
+    wanted = {"sft": 900, "control": 900, "policy": 900 if kind in ("pause", "sft") else 300}
+    for stage, limit in wanted.items():
+        updates = [update for update in runs[kind].updates if update.stage == stage]
+        assert updates and {update.limit for update in updates} == {limit}
+        assert max(update.tokens for update in updates) <= limit
+        assert max(update.tokens for update in updates) > 0.6 * limit
+
+
+def test_gradients_are_clipped(runs):
+    """The optimizer gets a norm of --clip. The log holds the norm before."""
+    for seen in runs.values():
+        logged = [line["grad_norm"] for line in lines_of(seen.folder)]
+        assert len(seen.norms) == len(logged) and min(logged) > 0.05
+        for norm in seen.norms:
+            assert norm.item() == pytest.approx(0.05, rel=1e-3)
+
+
+def test_small_gradients_are_not_scaled(tmp_path):
+    seen = watched_run(tmp_path / "r", "--clip", "1e6", "--policy-steps", "0")
+    logged = [line["grad_norm"] for line in lines_of(seen.folder)]
+    assert [norm.item() for norm in seen.norms] == pytest.approx(logged, rel=1e-4)
+
+
+def test_the_entropy_bonus_falls_to_zero(runs):
+    """Linearly over the policy stage. A baseline whose c is constant, or absent, gets none."""
+    bonuses = {kind: [bonus for *_, bonus in runs[kind].policy] for kind in KINDS}
+    assert bonuses["marginal"] == pytest.approx([0.6 * (1 - step / 5) for step in range(5)])
+    assert bonuses["pause"] == [0.0] * 5 and bonuses["sft"] == []
+
+
+def test_the_objective_is_that_of_the_flags(runs):
+    """Estimator, K and alpha of every policy update. pause: one constant c, read by y."""
+    calls = {kind: {call[:3] for call in runs[kind].policy} for kind in KINDS}
+    assert calls == {"marginal": {("marginal", 3, 1.7)}, "frozen": {("frozen", 3, 1.7)},
+                     "pause": {("frozen", 1, 1.7)}, "sft": set()}
+
+
+# ----------------------------------------------------------------------------- compute
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cost_of_a_stage_is_that_of_its_updates(kind, runs):
+    """The losses that were computed, and nothing of validation. The control's number follows."""
+    cost = {}
+    for stage in ("sft", "policy", "control"):
+        flops = [update.flops for update in runs[kind].updates if update.stage == stage]
+        cost[stage] = evaluation.training_cost(runs[kind].folder, stage)
+        assert (cost[stage]["updates"], cost[stage]["flops"]) == (len(flops), sum(flops))
+    wanted = cost["policy"]["flops"] / (cost["sft"]["flops"] / 4)
+    assert cost["control"]["updates"] == max(1, round(wanted))
+
+
+def test_validation_costs_no_training(tmp_path, runs):
+    """Even if its lines held FLOPs and seconds; and the control's updates are those of before."""
+    folder, stages = shutil.copytree(runs["marginal"].folder, tmp_path / "r"), train.STAGES
+    before = {stage: evaluation.training_cost(folder, stage) for stage in stages}
+    run, _ = train.prepare(train.saved_config(folder), resume=True)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    valid = [line["kind"] == "valid" for line in lines]
+    assert sum(valid) > 6
+    lines = [line | dict(flops=10**18, seconds=10.0**6) if is_valid else line
+             for line, is_valid in zip(lines, valid)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert {stage: evaluation.training_cost(folder, stage) for stage in stages} == before
+    run.start_stage("control")
+    assert run.state.total == before["control"]["updates"]
+
+
+def test_more_validations_change_no_cost(tmp_path, runs):
+    """--eval-every 1 for 2: as many updates, as many FLOPs, in every stage."""
+    often = watched_run(tmp_path / "r", "--eval-every", "1").folder
+    assert len(lines_of(often, "valid")) > len(lines_of(runs["marginal"].folder, "valid"))
+    for stage in ("sft", "policy", "control"):
+        costs = [evaluation.training_cost(folder, stage) | {"seconds": 0}
+                 for folder in (often, runs["marginal"].folder)]
+        assert costs[0] == costs[1]
+
+
+# ----------------------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validation_draws_eval_samples(kind, runs):
+    """--eval-samples warmups an example, not --samples; and that many rows for each source."""
+    spec = kind != "sft"
+    assert set(runs[kind].drawn) == ({4} if spec else set())
+    sizes = {stage: {tokens for s, tokens in runs[kind].split if s == stage}
+             for stage in ("sft", "policy", "control")}
+    assert sizes == {"sft": {900}, "policy": {900 // 4 if spec else 900}, "control": {900}}
+
+
+@pytest.mark.parametrize("kind", ["sft", "pause"])
+def test_validation_is_the_loss_of_each_example_alone(kind, runs):
+    """-log P(y|x), or -log P(y|x, pauses), example by example, over all target tokens. Exact."""
+    folder = runs[kind].folder
+    config = train.saved_config(folder)
+    run, _ = train.prepare(config, resume=True)
+    model, data = run.model.double().train(), run.data["valid"]
+    spec = evaluation.warmup_spec("policy", config, run.tokenizer)
+    nll = evaluation.validate(model, data, config, spec)["nll"]
+    assert not model.training
+    total, tokens = 0.0, 0
+    for i in range(len(data.source)):
+        batch = collate(data, [i])
+        with torch.no_grad():
+            if spec is None:
+                total += sft_loss(model, batch).item()
+            else:
+                memory = model.encode(batch.source)
+                c, _ = sample_warmups(model, memory, batch.prompt, spec, 1)
+                total -= score(model, memory, batch.prompt, c, batch.target, spec)[1].item()
+        tokens += len(data.target[i])
+    assert len(data.source) > 50 and nll == pytest.approx(total / tokens, rel=1e-9)
+
+
+# ----------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("stage", ["sft", "control", "policy"])
+@pytest.mark.parametrize("flags, beams", [([], 3), (["--beams", "5"], 5)])
+def test_decoding_is_by_the_settings(stage, flags, beams, runs, tmp_path, monkeypatch):
+    """Beams, length penalty, what y may not hold, and how long it may be: of every batch."""
+    folder, seen = shutil.copytree(runs["marginal"].folder, tmp_path / "r"), []
+    tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
+
+    def fake(model, batch, spec, length, **how):
+        seen.append((spec is not None, how, batch.source.size(1), length))
+        nothing = torch.zeros(len(batch.source), 2, dtype=torch.long)
+        return (nothing if spec else None), nothing
+
+    monkeypatch.setattr(evaluation, "generate", fake)
+    assert evaluation.main([str(folder), "--stage", stage, *flags]) == 0
+    assert len(seen) > 1
+    for warmed, how, source, length in seen:
+        assert warmed == (stage == "policy")
+        assert how == dict(beams=beams, length_penalty=0.6, forbidden=special_ids(tokenizer))
+        assert length == min(40, 2 * source + 10)
