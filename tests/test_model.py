@@ -162,13 +162,45 @@ def test_scaled_weights_compute_what_t5s_do():
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
+@pytest.mark.parametrize("p, dropped", [(0.25, 64), (0.1, 26)])
+def test_dropout_keeps_the_mean_and_drops_the_share_it_says(p, dropped):
+    """The share is p rounded to 1/256. What is kept is scaled by just that, not by 1/(1-p)."""
     torch.manual_seed(0)
-    dropout, x = Dropout(0.25), torch.ones(999, 1001)
+    dropout, x = Dropout(p), torch.ones(999, 1001)
     out = dropout(x)
-    assert sorted(out.unique().tolist()) == pytest.approx([0, 4 / 3])
-    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=2e-3)
+    assert sorted(out.unique().tolist()) == pytest.approx([0, 256 / (256 - dropped)], rel=1e-6)
+    assert (out == 0).float().mean().item() == pytest.approx(dropped / 256, abs=2e-3)
     assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_dropout_stands_where_t5_has_it(decoder, gated, monkeypatch):
+    """Before the first block, behind each part of a block and within ff, and behind the last norm.
+
+    Twice the input stands for a draw. Then the whole stack by hand.
+    """
+    model = tiny_model(gated=gated)
+    memory, tokens = model.encode(SOURCE), torch.tensor([[0, 4, 5], [0, 6, 7]])
+    monkeypatch.setattr(Dropout, "forward", lambda self, x: 2 * x)
+    stack = model.decoder if decoder else model.encoder
+    biases, x = stack.position_biases(3), 2 * model.embed(tokens)
+    for layer, block in enumerate(stack.blocks):
+        x = x + 2 * block.self_attention(block.self_norm(x), biases[0], None, layer)
+        if decoder:
+            seen = block.cross_attention(block.cross_norm(x), memory.kv[layer], memory.bias)
+            x = x + 2 * seen
+        ff = block.feed_forward
+        inner = ff.up(block.ff_norm(x))
+        if gated:
+            gate, value = inner.chunk(2, -1)
+            inner = torch.nn.functional.gelu(gate, approximate="tanh") * value
+        else:
+            inner = inner.relu()
+        x = x + 2 * ff.down(2 * inner)
+    expected = 2 * stack.norm(x)
+    ours = stack(model.embed(tokens), biases, memory if decoder else None)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_dropout_gradient_uses_the_same_mask():
