@@ -298,6 +298,20 @@ def test_overwriting_takes_our_files_and_waits_until_all_else_is_well(capsys, ru
     assert left == {"config.json", "tokenizer.json", "last.pt", "notes.v2.txt"}
 
 
+def test_overwriting_takes_every_file_of_a_run(tmp_path):
+    """Of all stages and all splits: an old control.pt must not be scored beside a new sft.pt."""
+    names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
+    names += [f"{stage}.pt" for stage in ("sft", "policy", "control")]
+    names += [f"{split}.{stage}.txt" for split in ("train", "valid", "test")
+              for stage in ("sft", "policy", "control")]
+    for name in names:
+        (tmp_path / name).write_text("old")
+        with pytest.raises(train.UserError, match="--overwrite"):
+            train.new_folder(tmp_path, overwrite=False)
+        train.new_folder(tmp_path, overwrite=True)
+        assert not list(tmp_path.iterdir()), name
+
+
 def test_folder_holds_another_programs_files(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     said = complaint(capsys, train, *TINY, "--out", tmp_path)

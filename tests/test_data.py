@@ -358,6 +358,17 @@ def test_each_pointer_and_each_symbol_is_one_token():
     assert not {int(ids[0]) for ids in data.target} & set(special_ids(tokenizer)) >= {int(ids[0]) for ids in data.prompt}
 
 
+def test_letters_of_one_look_are_one_to_the_tokenizer():
+    """NFKC: ligatures, wide letters, composed umlauts, a space that does not break."""
+    text = "fine Bücher 12 A"
+    tokenizer = train_tokenizer([Example(text, "", text)], 300)
+    plain, odd = (encode(tokenizer, [Example(x, "", x)]) for x in (
+        text, "\ufb01ne Bu\u0308cher\u00a0\u2460\uff12 \uff21"))
+    for ours, theirs in zip(plain, odd):
+        assert ours[0].tolist() == theirs[0].tolist()
+    assert tokenizer.token_to_id(UNK) not in plain.source[0]
+
+
 # ------------------------------------------------------------------------------------------ parallel line files
 
 
@@ -674,6 +685,15 @@ def test_batches_keep_the_token_limit_and_come_close_to_it():
     sizes = [batch.source.numel() + batch.target.numel() for batch in made]
     assert all(size <= 400 or len(batch.source) == 1 for size, batch in zip(sizes, made)) and max(sizes) > 400
     assert len(made) < 2 * sum(len(row) for row in data.source + data.target) / 400
+
+
+def test_of_equally_long_sources_those_with_like_targets_share_a_batch():
+    """Sources of 5, targets of 1 to 60 in mixed order: without their own order half is padding."""
+    lengths = [1 + 37 * i % 60 for i in range(600)]
+    rows = [[np.full(n, 9, dtype=np.int32) for n in ns] for ns in ([5] * 600, [0] * 600, lengths)]
+    batches = Batches(Encoded(*rows), 400, seed=0)
+    targets = torch.cat([next(batches).target.flatten() for _ in range(len(batches.order))])
+    assert (targets == 0).float().mean() < 0.1
 
 
 def test_rows_are_padded_on_the_right_and_unchanged():

@@ -28,8 +28,8 @@ import torch
 import eval as evaluation
 import train
 from conftest import TINY
-from data import collate, encode, special_ids
-from warmup import sample_warmups, score, sft_loss, target_tokens
+from data import collate, encode, encode_split, special_ids
+from warmup import WarmupSpec, sample_warmups, score, sft_loss, target_tokens
 
 SETTINGS = dict(
     sft_steps=4, policy_steps=5, lr=0.02, policy_lr=0.003, lr_rampup_steps=0, clip=0.05,
@@ -48,10 +48,11 @@ def watched_run(folder, *flags):
     evaluate, in_order = evaluation.evaluate_warmups, evaluation.in_order
 
     def watched_loss(run, batch):
+        fresh = all(p.grad is None or not p.grad.any() for p in run.model.parameters())
         result = loss(run, batch)
         seen.updates.append(SimpleNamespace(
             stage=run.state.stage, limit=run.batches.batch_tokens, flops=result[1]["flops"],
-            tokens=batch.source.numel() + batch.target.numel()))
+            tokens=batch.source.numel() + batch.target.numel(), fresh=fresh))
         return result
 
     def watched_warmup_loss(model, batch, spec, estimator, samples, **how):
@@ -118,6 +119,10 @@ def test_each_stage_has_its_batch_tokens(kind, runs):
         assert updates and {update.limit for update in updates} == {limit}
         assert max(update.tokens for update in updates) <= limit
         assert max(update.tokens for update in updates) > 0.6 * limit
+
+
+def test_every_update_begins_without_gradients(runs):
+    assert all(update.fresh for seen in runs.values() for update in seen.updates)
 
 
 def test_gradients_are_clipped(runs):
@@ -227,7 +232,56 @@ def test_validation_is_the_loss_of_each_example_alone(kind, runs):
     assert len(data.source) > 50 and nll == pytest.approx(total / tokens, rel=1e-9)
 
 
+def test_averages_are_per_token_per_example_or_per_swap():
+    """By hand: 5 tokens, 4 examples, of which 3 had another example's warmup."""
+    sums = dict(loss=10.0, nll=20.0, reward=-8.0, swap_gap=6.0, swapped=3.0, over_empty=2.0)
+    sums = {name: torch.tensor(value) for name, value in sums.items()}
+    numbers = evaluation.averages(sums, 4, torch.tensor(5))
+    assert numbers == dict(loss=2.0, nll=4.0, reward=-2.0, swap_gap=2.0, over_empty=0.5)
+    alone = {"swap_gap": torch.tensor(0.0), "swapped": torch.tensor(0.0)}
+    assert evaluation.averages(alone, 1, torch.tensor(5)) == {"swap_gap": 0.0}
+
+
+def test_the_first_validation_examples_are_decoded_and_scored_against_themselves(
+        tmp_path, monkeypatch):
+    """--eval-decode 7: the same seven as text and as token ids, at every validation."""
+    seen = []
+
+    def fake(model, tokenizer, data, examples, config, spec):
+        seen.append((data, examples, spec))
+        return {"BLEU": 12.5}, [], []
+
+    monkeypatch.setattr(train, "decode_and_score", fake)
+    config, _ = train.parse(["--task", "wmt", *FLAGS, "--eval-decode=7", "--out", f"{tmp_path}/r"])
+    run, splits = train.prepare(config, resume=False)
+    run.train()
+    wanted = encode_split(run.tokenizer, splits["valid"][:7], config, "valid")
+    for data, examples, _ in seen:
+        assert examples == splits["valid"][:7]
+        for ours, theirs in zip(data, wanted):
+            assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
+    lines = lines_of(run.folder, "valid")
+    assert len(seen) == len(lines) > 6 and {line["BLEU"] for line in lines} == {12.5}
+    assert [spec is not None for *_, spec in seen] == [line["stage"] == "policy" for line in lines]
+
+
 # ----------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("stage", ["sft", "policy", "control"])
+@pytest.mark.parametrize("estimator", train.CHOICES)
+def test_the_warmup_is_that_of_the_settings(estimator, stage, runs):
+    """Only the policy stage has one; --warmup-min-len 0 stands for W; of specials it holds none."""
+    tokenizer = evaluation.load_tokenizer(runs["sft"].folder / "tokenizer.json")
+    for least in (0, 1, 3):
+        config = train.Config(estimator=estimator, warmup_len=3, warmup_min_len=least,
+                              temperature=0.7)
+        ours = evaluation.warmup_spec(stage, config, tokenizer)
+        if stage != "policy" or estimator == "sft":
+            assert ours is None
+        else:
+            assert ours == WarmupSpec(3, special_ids(tokenizer), 3, least or 3, 0.7,
+                                      pause=estimator == "pause")
 
 
 @pytest.mark.parametrize("stage", ["sft", "control", "policy"])
@@ -249,3 +303,33 @@ def test_decoding_is_by_the_settings(stage, flags, beams, runs, tmp_path, monkey
         assert warmed == (stage == "policy")
         assert how == dict(beams=beams, length_penalty=0.6, forbidden=special_ids(tokenizer))
         assert length == min(40, 2 * source + 10)
+
+
+def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_path, monkeypatch):
+    """With --init: the prefix that T5 knows. From scratch: the line itself."""
+    folder = shutil.copytree(runs["marginal"].folder, tmp_path / "r")
+    (tmp_path / "in").write_text("Anna schläft.\n")
+    settings, seen = json.loads((folder / "config.json").read_text()), []
+    monkeypatch.setattr(evaluation, "encode", lambda tokenizer, examples: (
+        seen.extend(examples), encode(tokenizer, examples))[1])
+    for init in ("", "t5-small"):
+        (folder / "config.json").write_text(json.dumps(settings | {"init": init}))
+        assert evaluation.main([str(folder), "--input", str(tmp_path / "in")]) == 0
+    assert [example.source for example in seen] == [
+        "Anna schläft.", "translate German to English: Anna schläft."]
+    assert {example.prompt for example in seen} == {"<2en>"}
+
+
+@pytest.mark.parametrize("stages, first", [
+    (["sft", "control", "policy"], "control"), (["sft", "policy"], "sft")])
+def test_significance_is_against_the_control_else_the_first_row(stages, first, capsys):
+    examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
+    rows = [evaluation.Row(stage, f"the {stage}", {}, 0.0, 1, 1, 1.0,
+                           [f"a {stage} sees {n} cats" for n in range(20)], [None] * 20)
+            for stage in stages]
+    evaluation.print_significance(rows, train.Config(), examples)
+    said = capsys.readouterr().out
+    assert f"paired bootstrap against 'the {first}'" in said
+    for line in said.splitlines():
+        if " the " in line and "±" in line:
+            assert ("p = " in line) == (f" the {first} " not in line), line

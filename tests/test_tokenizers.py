@@ -113,6 +113,16 @@ def test_mt5_has_its_sentinels_as_pieces(folder):
     assert set(special_ids(tokenizer)) == {0, 1, 2, *range(len(PIECES), 140)}
 
 
+def test_no_warmup_and_no_output_may_hold_a_sentinel_that_is_left(folder):
+    """mT5's sentinels are pieces like any other. Those that we do not rename are no text, either."""
+    pieces = PIECES + [(f"▁<extra_id_{i}>", -20.0, 1) for i in (4, 3, 2, 1, 0)]
+    (folder / "spiece.model").write_bytes(spiece(pieces))
+    tokenizer = pretrained_tokenizer(folder, ["<2de>"], 140)
+    left = [tokenizer.token_to_id(f"▁<extra_id_{i}>") for i in (2, 3, 4)]
+    n = len(PIECES)
+    assert left == [n + 2, n + 1, n] and set(special_ids(tokenizer)) == {0, 1, 2, *range(n, 140)}
+
+
 @pytest.mark.parametrize("content, complaint", [
     (b"", "not a SentencePiece unigram"), (b"\x0a\xff\xff", "not a SentencePiece unigram"), (b"hello, world", "not a SentencePiece"),
     (spiece(PIECES, model_type=2), "not a SentencePiece unigram"),

@@ -106,10 +106,11 @@ def test_log_lines_after_the_checkpoint_are_forgotten(tmp_path):
     assert [line["loss"] for line in log_of(run.folder)] == [1.0]
 
 
-def test_other_data_is_not_trained_on_after_resuming(tmp_path):
+@pytest.mark.parametrize("column", ["source", "target"])
+def test_other_data_is_not_trained_on_after_resuming(column, tmp_path):
     run = prepared(tmp_path)
     train.restore(run)
-    run.data["train"].source[7][0] += 1
+    getattr(run.data["train"], column)[7][0] += 1
     with pytest.raises(train.UserError, match="not what"):
         train.restore(run)
 
@@ -211,6 +212,29 @@ def test_position_biases_and_gains_are_not_decayed():
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
     names = {id(p): name for name, p in model.named_parameters()}
     assert all("norm" in names[id(p)] or "biases" in names[id(p)] for p in free["params"])
+
+
+def test_the_optimizer_forgets_as_fast_as_transformers_need():
+    """The second beta is 0.98: with torch's 0.999, 100 updates would hardly fill its average."""
+    model = train.EncoderDecoder(train.ModelConfig(**train.SIZES["nano"])).double()
+    optimizer = train.make_optimizer(model, 0.0)
+    weight = model.embedding.weight
+    parameter, gradients = weight.detach()[0, 0].clone(), (2.0, -0.5, 1.0)
+    m = v = 0.0
+    for step, gradient in enumerate(gradients, 1):
+        weight.grad = torch.full_like(weight, gradient)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.98 * v + 0.02 * gradient**2
+        parameter -= 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.98**step)) ** 0.5 + 1e-9)
+        assert weight[0, 0].item() == pytest.approx(parameter.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("flags, both", [(["--recompute"], True), ([], False)])
+def test_recompute_reaches_encoder_and_decoder(flags, both, tmp_path):
+    model = prepared(tmp_path, *flags).model
+    assert (model.encoder.recompute, model.decoder.recompute) == (both, both)
 
 
 @pytest.mark.parametrize("estimator", ["marginal", "frozen", "pause", "sft"])
