@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data import (EOS, PAD, PEOPLE, READERS, SAMPLES, SEP, TASKS, THINGS, UNK, VERBS, Batches,
-                  Encoded, Example, clause, collate, encode, encode_split, find_file,
+                  Encoded, Example, clause, encode, encode_split, find_file,
                   generate_splits, in_order, load, load_tokenizer, noun_phrase, pointers,
                   read_splits, sentence, special_ids, task_folder, train_tokenizer,
                   translation_sample, wrong_pair)

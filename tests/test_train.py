@@ -523,13 +523,6 @@ def test_the_prompt_of_new_text_names_the_target_language(tmp_path, monkeypatch)
     assert [tokenizer.id_to_token(int(prompt)) for prompt in seen] == ["<2de>"]
 
 
-def test_a_number_that_no_batch_gave_is_absent_not_0():
-    sums = {"nll": torch.tensor(6.0), "swap_gap": torch.tensor(0.0), "swapped": torch.tensor(0.0)}
-    assert evaluation.averages(dict(sums), 2, torch.tensor(3)) == {"nll": 2.0}
-    sums |= {"swap_gap": torch.tensor(5.0), "swapped": torch.tensor(2.0)}
-    assert evaluation.averages(sums, 4, torch.tensor(3)) == {"nll": 2.0, "swap_gap": 2.5}
-
-
 def test_log_holds_the_diagnostics(finished_run):
     policy = [line for line in log_of(finished_run) if line["stage"] == "policy"]
     names = {"reward", "spread", "ess", "entropy", "distinct", "nll", "loss", "grad_norm", "flops"}
