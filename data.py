@@ -363,9 +363,13 @@ def add_special(tokenizer: Tokenizer, texts: list[str]) -> None:
     tokenizer.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in texts])
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json. UserError if it cannot be read."""
+    """A tokenizer.json, of ours or of a T5. Else UserError."""
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        vocab = tokenizer.get_vocab()
+        if sorted(vocab.values()) != [*range(len(vocab))] or not {PAD, EOS, UNK} <= vocab.keys():
+            raise ValueError("its ids have gaps, or it lacks special tokens")
+        return tokenizer
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"cannot read {path}: {error}") from None
 

@@ -64,7 +64,7 @@ def averages(sums: dict, examples: int, tokens: torch.Tensor) -> dict[str, float
     units = {"loss": tokens, "nll": tokens, "swap_gap": sums.pop("swapped", None)}
     if units["swap_gap"] == 0:
         del sums["swap_gap"]  # no batch had two examples
-    return {name: float(value / units.get(name, examples)) for name, value in sums.items()}
+    return {name: float(value) / float(units.get(name, examples)) for name, value in sums.items()}
 
 # ----------------------------------------------------------------------------- decoding
 def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None):
@@ -304,10 +304,8 @@ def read_settings(folder: Path, kind=Settings):
     """The settings in a run's config.json. kind: Settings or train.Config. Else UserError."""
     path = folder / "config.json"
     saved = read_json(path)
-    missing = [f.name for f in fields(kind) if f.name not in saved]
-    settings = kind(**{f.name: saved[f.name] for f in fields(kind) if f.name in saved})
-    wrong = f"it lacks {missing[0]}" if missing else settings.problem()
-    if wrong:
+    settings = kind(**{f.name: saved.get(f.name) for f in fields(kind)})
+    if wrong := settings.problem():
         raise UserError(f"{path} is not what train.py wrote: {wrong}")
     return settings
 
@@ -338,7 +336,7 @@ def load_model(path: Path, tokenizer: Tokenizer, device, what: str = "stage") ->
         model = build(ModelConfig(**checkpoint["model_config"]), checkpoint["model"])
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({one_line(str(error))[:200]})") from None
-    if model.config.vocab_size != tokenizer.get_vocab_size():
+    if model.config.vocab_size != tokenizer.get_vocab_size() or not tokenizer.token_to_id(SEP):
         raise UserError(f"{path} does not fit the tokenizer.json beside it: they are of two runs")
     return model.to(device).eval()
 

@@ -133,6 +133,7 @@ class Run:
                  data: dict[str, Encoded], tokenizer: Tokenizer, model: EncoderDecoder):
         self.config, self.data, self.examples, self.tokenizer = config, data, examples, tokenizer
         self.folder = config.folder
+        self.checksum = zlib.crc32(np.concatenate(data["train"].source + data["train"].target))
         self.device = pick_device(config.device)
         if config.recompute and config.dropout and self.device.type == "mps":
             raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
@@ -278,7 +279,7 @@ def save_state(run: Run) -> None:
         run.folder / "last.pt", "state", state=asdict(run.state), model=run.model.state_dict(),
         model_config=asdict(run.model.config), optimizer=run.optimizer.state_dict(),
         batches=(run.batches.epoch, run.batches.position), random=torch.get_rng_state(),
-        data=checksum(run), log_bytes=log_file.stat().st_size if log_file.exists() else 0)
+        data=run.checksum, log_bytes=log_file.stat().st_size if log_file.exists() else 0)
 
 def restore(run: Run) -> None:
     """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
@@ -286,7 +287,7 @@ def restore(run: Run) -> None:
     On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
     """
     saved = load_checkpoint(run.folder / "last.pt", "state")
-    if any(number != saved["data"] for number in gather(checksum(run))):
+    if any(number != saved["data"] for number in gather(run.checksum)):
         raise UserError(f"the data in {run.config.data} is not what this run was trained on")
     log_file, log_bytes = run.folder / "log.jsonl", saved["log_bytes"]
     if log_bytes and not (log_file.exists() and log_file.stat().st_size >= log_bytes):
@@ -302,10 +303,6 @@ def restore(run: Run) -> None:
     torch.set_rng_state(saved["random"])
     if rank():
         torch.manual_seed(hash((run.config.seed, rank(), run.state.step)))
-
-def checksum(run: Run) -> int:
-    """Of the training data's token ids."""
-    return zlib.crc32(np.concatenate(run.data["train"].source + run.data["train"].target))
 
 def write_file(path: Path, save: Callable[[Path], None]) -> None:
     """save(temporary path), then rename: `path` holds the old or the new, whole, whatever comes."""

@@ -15,13 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import eval as evaluation
 import train
 from conftest import standard_input
-from data import load_tokenizer
+from data import Encoded, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "nano", "--sample-size", "200", "--sft-steps", "2", "--policy-steps", "0",
@@ -456,6 +457,18 @@ def test_tokenizer_of_another_run(capsys, run, half_run):
         assert "sft.pt does not fit the tokenizer.json" in said
 
 
+@pytest.mark.parametrize("old, new", [('"<sep>"', '"<sap>"'), ('"</s>"', '"<s>"'),
+                                      ('"<sep>":3', '"<sep>":2147483648'), ('"a":', '"ä":')])
+def test_a_tokenizer_with_one_wrong_word_or_number(old, new, capsys, run):
+    path = run / "tokenizer.json"
+    compact = json.dumps(json.loads(path.read_text()), separators=(",", ":"), ensure_ascii=False)
+    assert old in compact
+    path.write_text(compact.replace(old, new))
+    code = call(evaluation, run)
+    said = shown(capsys.readouterr().err)[-1]
+    assert code == 0 and "ä" in new or code == 1 and "tokenizer.json" in said, said
+
+
 @pytest.mark.parametrize("field", ["model", "model_config", "optimizer", "random", "batches"])
 def test_a_checkpoint_without_one_of_its_fields(field, capsys, run):
     for name, what, program, argv in (("last.pt", "state", train, ["--resume", run]),
@@ -558,8 +571,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(capsys, run):
 def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch):
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device("mps"))
     model = SimpleNamespace(to=lambda device: None)
+    row = [np.array([1])]
+    data = {"train": Encoded(row, row, row)}
     with pytest.raises(train.UserError, match="--dropout 0"):
-        train.Run(train.Config(recompute=True), {}, {}, None, model)
+        train.Run(train.Config(recompute=True), {}, data, None, model)
 
 
 # ----------------------------------------------------------------------------- text to translate

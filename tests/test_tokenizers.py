@@ -114,7 +114,7 @@ def test_mt5_has_its_sentinels_as_pieces(folder):
 
 
 def test_no_warmup_and_no_output_may_hold_a_sentinel_that_is_left(folder):
-    """mT5's sentinels are pieces like any other. Those that we do not rename are no text, either."""
+    """mT5's sentinels are pieces like any other. Those that we do not rename are no text."""
     pieces = PIECES + [(f"▁<extra_id_{i}>", -20.0, 1) for i in (4, 3, 2, 1, 0)]
     (folder / "spiece.model").write_bytes(spiece(pieces))
     tokenizer = pretrained_tokenizer(folder, ["<2de>"], 140)

@@ -111,8 +111,9 @@ def test_other_data_is_not_trained_on_after_resuming(column, tmp_path):
     run = prepared(tmp_path)
     train.restore(run)
     getattr(run.data["train"], column)[7][0] += 1
+    other = train.Run(run.config, run.examples, run.data, run.tokenizer, run.model)
     with pytest.raises(train.UserError, match="not what"):
-        train.restore(run)
+        train.restore(other)
 
 
 def test_a_run_that_moved_is_resumed_with_other_device_threads_and_data(

@@ -21,6 +21,7 @@ Each line of the paper's mathematics was broken once to see a test fail:
     swapped with itself; gain turned round            test_swap_gap_is_zero_…, test_gain_over_empty_by_hand
     <sep> written into y                              test_generate_writes_warmup_then_target
     a sampled warmup at test time                     test_generate_writes_the_greedy_warmup
+    </s> forbidden with the other special ids         test_generate_may_end_its_target_…
     forbidden ids, length penalty not passed on       test_generate_passes_on_…
 """
 
