@@ -47,7 +47,7 @@ class ModelConfig:
 
     def __post_init__(self):
         """ValueError for a size that no model has: some configs are read from files."""
-        least = {"encoder_layers": 0, "pad_id": 0, "eos_id": 0, "buckets": 4,
+        least = {"encoder_layers": 0, "decoder_layers": 0, "pad_id": 0, "eos_id": 0, "buckets": 4,
                  "max_distance": self.buckets}
         for f in fields(self):
             value, most = getattr(self, f.name), 1000 if "layers" in f.name else 2**20
