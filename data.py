@@ -214,17 +214,18 @@ def task_folder(task: str, pair: str) -> Path:
     reverse = folder / "-".join(reversed(pair.split("-")))
     return reverse if reverse.is_dir() and not (folder / pair).is_dir() else folder / pair
 
-def read_lines(path: Path | str | int) -> list[str]:
-    """The lines of a text file, plain or .gz, stripped. UserError if it cannot be read."""
+def read_lines(path: Path | int) -> list[str]:
+    """The lines of a text file (0: standard input), plain or .gz, stripped. Else UserError."""
     # utf-8-sig: Windows editors begin files with a mark. Only newlines end lines: U+2028 is text
     how = dict(mode="rt", encoding="utf-8-sig", newline="\n")
     try:
         with (gzip.open if f"{path}".endswith(".gz") else open)(path, **how) as file:
             lines = [line.strip() for line in file]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"cannot read {path or 'standard input'}: {error}") from None
+        name = "standard input" if path == 0 else path
+        raise UserError(f"cannot read {name}: {error}") from None
     if len(lines) == 1 and "\r" in lines[0]:
-        raise UserError(f"the lines of {path or 'the input'} end in CR alone: convert them to LF")
+        raise UserError(f"the lines of {path} end in CR alone: convert them to LF")
     return lines
 
 def find_file(folder: Path, split: str, ending: str) -> Path | None:

@@ -344,7 +344,7 @@ def translate(folder: Path, stage: str, config, tokenizer, args, device) -> None
     """Print one output line per input line. UserError names a line that cannot be translated."""
     if not TASKS[config.task].translates:
         raise UserError(f"--input translates, and {folder} was trained on {config.task}")
-    lines = read_lines(0 if args.input == "-" else args.input) or [""]  # 0: standard input
+    lines = read_lines(0 if args.input == "-" else Path(args.input)) or [""]
     examples = [translation(config.pair, source_prefix(config) + line, "") for line in lines]
     data = encode(tokenizer, examples)
     for number, (line, ids) in enumerate(zip(lines, data.source), 1):

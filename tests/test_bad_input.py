@@ -568,6 +568,15 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(capsys, run):
     assert "--overwrite it" in said and "--resume" not in said
 
 
+def test_a_gradient_that_is_no_number_is_reported_as_such(capsys, half_run):
+    """Also where warmups are drawn from a model that has become nan."""
+    saved = evaluation.load_checkpoint(half_run / "last.pt", "state")
+    saved["model"]["decoder.norm.weight"] *= torch.nan
+    torch.save(saved, half_run / "last.pt")
+    said = complaint(capsys, train, "--resume", half_run, bars=True)
+    assert "the gradient became nan: start again, lower --lr" in said
+
+
 def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch):
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device("mps"))
     model = SimpleNamespace(to=lambda device: None)
@@ -592,6 +601,7 @@ def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_pat
         with standard_input(content):
             said = complaint(capsys, evaluation, finished, "--input", "-")
         assert says.replace("read text", "read standard input") in said
+    assert "Is a directory" in complaint(capsys, evaluation, finished, "--input", "")
     assert says in complaint(capsys, evaluation, finished, "--input", "text")
 
 

@@ -307,6 +307,14 @@ def test_draw_follows_the_distribution(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_draw_gives_a_token_even_if_the_model_has_broken(device):
+    """The gradient is then reported as nan; on CUDA an id out of range would end the process."""
+    probs = torch.full((3, 5), torch.nan, device=device)
+    tokens, _ = draw(probs)
+    assert ((0 <= tokens) & (tokens < 5)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("u", ["lowest", "any", "highest"])
 def test_draw_never_takes_a_token_of_probability_0(device, u, monkeypatch):
     """At the ends of the random range, too, and where a sum of many small numbers is rounded."""

@@ -94,7 +94,9 @@ def test_readers(tmp_path):
 @pytest.mark.parametrize("line", [
     "", "{", "[]", "3", json.dumps(LOGIQA | {"answer": 4}), json.dumps(LOGIQA | {"answer": -1}),
     json.dumps(LOGIQA | {"options": ["a"]}), json.dumps(LOGIQA | {"options": None}),
-    json.dumps({"text": "x"}), json.dumps(LOGIQA | {"answer": "C"})])
+    json.dumps({"text": "x"}), json.dumps(LOGIQA | {"answer": "C"}),
+    json.dumps(LOGIQA | {"answer": True}), json.dumps(LOGIQA | {"text": "half \ud800"}),
+    "[" * 200_000])
 def test_a_bad_line_is_named(tmp_path, line):
     write_lines(tmp_path / "train.jsonl", [LOGIQA, line])
     with pytest.raises(UserError, match=r"line 2 of .*train.jsonl"):
