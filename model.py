@@ -591,11 +591,11 @@ def program(run):
             for stream in filter(None, (sys.stdout, sys.stderr)):
                 stream.reconfigure(errors="replace")  # not every terminal has every character
             run(sys.argv[1:] if argv is None else argv)
+            print(end="", flush=True)  # here, where an error is caught
             return 0
         except KeyboardInterrupt as interrupt:
             said = f"\nstopped; {interrupt}".removesuffix("; ")
         except BrokenPipeError:  # a reader such as `head` has left
-            sys.stdout = None  # else Python would complain when it leaves
             return 1
         except (UserError, OSError, UnicodeError) as error:
             said = f"error: {one_line(str(error))}"
