@@ -44,7 +44,7 @@ class Task:
     def translates(self) -> bool:
         return self.metrics == "translation"
 
-TRANSLATE = "translate {source} to {target}: "
+TRANSLATE = "translate {} to {}: "
 TASKS = {
     "toy": Task("pointers", sample="pointers", settings=dict(
         size="toy", sample_size=100000, dropout=0.0, weight_decay=0.0, sft_steps=400,
@@ -174,8 +174,8 @@ LANGUAGES = dict(de="German", en="English", fr="French", ru="Russian", zh="Chine
 
 def source_prefix(config) -> str:
     """What a pretrained model finds before its source. From scratch: nothing."""
-    source, target = (LANGUAGES.get(language, language) for language in config.pair.split("-"))
-    return TASKS[config.task].prefix.format(source=source, target=target) if config.init else ""
+    languages = [LANGUAGES.get(language, language) for language in config.pair.split("-")]
+    return TASKS[config.task].prefix.format(*languages) if config.init else ""
 
 def encode_split(tokenizer, examples: list[Example], config, split: str, scored=True) -> Encoded:
     """A split as token ids. Sources over --max-tokens are cut; pairs are left out unless scored."""
@@ -214,16 +214,15 @@ def task_folder(task: str, pair: str) -> Path:
     reverse = folder / "-".join(reversed(pair.split("-")))
     return reverse if reverse.is_dir() and not (folder / pair).is_dir() else folder / pair
 
-def read_lines(path: Path | int) -> list[str]:
-    """The lines of a text file (0: standard input), plain or .gz, stripped. Else UserError."""
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, plain or .gz, stripped. UserError if it cannot be read."""
     # utf-8-sig: Windows editors begin files with a mark. Only newlines end lines: U+2028 is text
     how = dict(mode="rt", encoding="utf-8-sig", newline="\n")
     try:
-        with (gzip.open if f"{path}".endswith(".gz") else open)(path, **how) as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, **how) as file:
             lines = [line.strip() for line in file]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        name = "standard input" if path == 0 else path
-        raise UserError(f"cannot read {name}: {error}") from None
+        raise UserError(f"cannot read {path}: {error}") from None
     if len(lines) == 1 and "\r" in lines[0]:
         raise UserError(f"the lines of {path} end in CR alone: convert them to LF")
     return lines

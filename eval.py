@@ -303,6 +303,8 @@ class Settings:
 def read_settings(folder: Path, kind=Settings):
     """The settings in a run's config.json. kind: Settings or train.Config. Else UserError."""
     path = folder / "config.json"
+    if folder.is_dir() and not path.exists():
+        raise UserError(f"no run has begun in {folder}: start it, if need be with --overwrite")
     saved = read_json(path)
     settings = kind(**{f.name: saved.get(f.name) for f in fields(kind)})
     if wrong := settings.problem():
@@ -344,7 +346,7 @@ def translate(folder: Path, stage: str, config, tokenizer, args, device) -> None
     """Print one output line per input line. UserError names a line that cannot be translated."""
     if not TASKS[config.task].translates:
         raise UserError(f"--input translates, and {folder} was trained on {config.task}")
-    lines = read_lines(0 if args.input == "-" else Path(args.input)) or [""]
+    lines = read_lines(Path("/dev/stdin" if args.input == "-" else args.input)) or [""]
     examples = [translation(config.pair, source_prefix(config) + line, "") for line in lines]
     data = encode(tokenizer, examples)
     for number, (line, ids) in enumerate(zip(lines, data.source), 1):

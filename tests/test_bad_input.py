@@ -22,7 +22,7 @@ import torch
 import eval as evaluation
 import train
 from conftest import standard_input
-from data import Encoded, load_tokenizer
+from data import Encoded, load, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "nano", "--sample-size", "200", "--sft-steps", "2", "--policy-steps", "0",
@@ -257,7 +257,8 @@ def test_without_a_policy_stage_exact_is_not_refused():
 
 
 def test_a_task_without_translation_does_not_read_the_pair():
-    assert not train.Config(task="xsum", pair="foo").problem()
+    config = train.Config(task="toy", pair="foo", sample_size=9)
+    assert not config.problem() and len(load(config)[0]["train"]) == 9
 
 
 def test_task_without_sample_and_without_data_says_where_to_put_it(capsys):
@@ -557,11 +558,12 @@ def test_a_reader_that_leaves_and_a_closed_input(finished, tmp_path):
     for end in ("text | true", "- <&-"):
         done = subprocess.run(shell + end, shell=True, capture_output=True, text=True)
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
-    assert done.returncode == 1 and "cannot read standard input" in done.stderr
+    assert done.returncode == 1 and "cannot read /dev/stdin" in done.stderr
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint(capsys, run):
     (run / "config.json").unlink()
+    assert "no run has begun" in complaint(capsys, train, "--resume", run)
     said = complaint(capsys, train, *TINY, "--out", run)
     assert "--overwrite it" in said and "--resume" not in said
     (run / "config.json").write_text("{}")
@@ -602,7 +604,7 @@ def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_pat
         (tmp_path / "text").write_bytes(content)
         with standard_input(content):
             said = complaint(capsys, evaluation, finished, "--input", "-")
-        assert says.replace("read text", "read standard input") in said
+        assert says.replace("read text", "read /dev/stdin") in said
     assert "Is a directory" in complaint(capsys, evaluation, finished, "--input", "")
     assert says in complaint(capsys, evaluation, finished, "--input", "text")
 
