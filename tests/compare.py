@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from warmup import ESTIMATORS  # noqa: E402
 
-CONTROLS = ("frozen", "pause", "sft")
+BASELINES = ("frozen", "pause", "sft")
 
 
 def train(job: tuple[str, int], args, flags: list[str]) -> str:
@@ -66,7 +66,7 @@ def table(args) -> str:
                     if estimator == args.estimators[0]:
                         rows.setdefault(row["name"], []).append(row)
                 else:
-                    title = row["name"] if estimator in CONTROLS else f"`{estimator}`"
+                    title = row["name"] if estimator in BASELINES else f"`{estimator}`"
                     rows.setdefault(title, []).append(row)
     names = list(dict.fromkeys(
         name for group in rows.values() for row in group for name in row["metrics"]))
@@ -94,7 +94,7 @@ def draw(args) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
-    solid = [e for e in args.estimators if e not in CONTROLS]
+    solid = [e for e in args.estimators if e not in BASELINES]
     left = solid[: len(solid) // 2 + 1]
     for axis, group in zip(axes, (left, [e for e in args.estimators if e not in left])):
         axis.set_visible(bool(group))
@@ -107,7 +107,7 @@ def draw(args) -> None:
                 curves.append([line[args.metric] for line in lines])
             steps = [line["step"] for line in lines]
             middle = [statistics.mean(at) for at in zip(*curves)]
-            style = "--" if estimator in CONTROLS else "-"
+            style = "--" if estimator in BASELINES else "-"
             (line,) = axis.plot(steps, middle, style, label=estimator)
             worst, best = ([pick(at) for at in zip(*curves)] for pick in (min, max))
             axis.fill_between(steps, worst, best, color=line.get_color(), alpha=0.12, linewidth=0)
@@ -117,7 +117,7 @@ def draw(args) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"{args.metric}, validation")
     figure.suptitle(f"{args.task}: mean of {args.seeds} seeds, band from the worst to the best; "
-                    "dashed: controls", fontsize=10)
+                    "dashed: baselines", fontsize=10)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.picture, dpi=110)
     print(f"wrote {args.picture}")
