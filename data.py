@@ -243,8 +243,10 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
     splits = {}
     for split in SPLITS:
         paths = [find_file(folder, split, ending) for ending in endings]
-        if None in paths:
+        if not any(paths):
             continue
+        if None in paths:
+            raise UserError(f"{folder} has one side of the {split} split only")
         columns, names = [read_lines(path) for path in paths], " and ".join(map(str, paths))
         counts = [str(len(lines)) for lines in columns]
         if len(set(counts)) > 1:

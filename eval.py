@@ -393,8 +393,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     args = parser.parse_args(argv)
     if args.show_warmup and args.input is None:
         parser.error("--show-warmup goes with --input")
-    changed = ("beams", "data", "device", "threads")
-    changes = {name: getattr(args, name) for name in changed if getattr(args, name) is not None}
+    changes = {name: value for name, value in vars(args).items()
+               if name in ("beams", "data", "device", "threads") and value is not None}
     settings = replace(read_settings(args.run), **changes)
     if wrong := settings.problem():
         parser.error(wrong)
@@ -425,8 +425,7 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
     if not (folder / "results.json").exists():  # train.py's last file
         print(f"note: this run is not finished. Go on with python train.py --resume {folder}")
     splits, _ = load(config)
-    split = args.split or "test"
-    split = split if split in splits else "valid"
+    split = args.split if args.split in splits else "test" if "test" in splits else "valid"
     rows = score_run(folder, stages, config, tokenizer, splits[split], split, device)
     for row in rows:
         path = folder / f"{split}.{row.stage}.txt"

@@ -162,7 +162,8 @@ class Run:
             sft, policy = training_cost(self.folder, "sft"), training_cost(self.folder, "policy")
             total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
         if stage != "sft":
-            self.model.load_state_dict(load_checkpoint(self.folder / "sft.pt")["model"])
+            best = load_model(self.folder / "sft.pt", self.tokenizer, self.device)
+            self.model.load_state_dict(best.state_dict())
         tokens = config.policy_batch_tokens if stage == "policy" else config.batch_tokens
         if stage == "policy" and config.estimator in ("pause", "sft"):
             tokens *= config.samples  # as many target tokens as K samples would hold
@@ -215,7 +216,6 @@ class Run:
             self.model.train()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
-
             # -- the step: gradient of all processes' summed losses / all their target tokens
             micro_batches = [next(self.batches).to(self.device) for _ in range(config.accumulate)]
             tokens = add_up(sum(target_tokens(self.model, batch) for batch in micro_batches))

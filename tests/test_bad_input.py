@@ -581,6 +581,16 @@ def test_a_gradient_that_is_no_number_is_reported_as_such(capsys, half_run):
     assert "the gradient became nan: start again, lower --lr" in said
 
 
+def test_resuming_where_the_stage_file_is_of_another_model(capsys, tmp_path):
+    """The policy stage begins at sft.pt: one without its model is refused in one line."""
+    flags = [*TINY, "--policy-steps", "1", "--no-control", "--out", "whole"]
+    assert call(train, *flags) == 0
+    saved = evaluation.load_checkpoint(Path("whole/sft.pt"))
+    del saved["model"]
+    torch.save(saved, "whole/sft.pt")
+    assert "sft.pt is damaged" in complaint(capsys, train, "--resume", "whole", bars=True)
+
+
 def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch):
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device("mps"))
     model = SimpleNamespace(to=lambda device: None)

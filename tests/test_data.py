@@ -502,6 +502,12 @@ def test_only_newlines_split_lines(tmp_path, character, end):
     assert texts(read(tmp_path)["test"]) == [(f"one{character}line", "D")]
 
 
+def test_half_a_test_split_is_not_taken_for_none(tmp_path):
+    write(tmp_path, **{name: words for name, words in PLAIN.items() if name != "test__de"})
+    with pytest.raises(UserError, match="one side of the test split only"):
+        read(tmp_path)
+
+
 def test_a_file_whose_lines_end_in_cr_alone_is_not_one_long_line(tmp_path):
     write(tmp_path, **PLAIN)
     (tmp_path / "train.de").write_bytes(b"eins\rzwei\r")
