@@ -483,7 +483,6 @@ def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: i
         final = (sums / normaliser).masked_fill(~ends | ~running, MASKED)[:, :n]
         ended_scores, keep = torch.cat([ended_scores, final], 1).topk(n, -1)
         ended = take(torch.cat([ended, grown[:, :n]], 1), keep)
-
         # open: the best n that do not end
         scores, keep = sums.masked_fill(ends, MASKED).topk(n, -1)
         tokens = take(grown, keep)
