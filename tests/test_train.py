@@ -591,7 +591,7 @@ def test_help_gives_the_meaning_range_and_default_of_every_flag(task, capsys):
     assert numbers > 20
 
 
-def test_help_of_the_other_programs_gives_every_default(capsys):
+def test_help_of_the_other_programs_gives_every_default(capsys, monkeypatch):
     """Flags that have no default do nothing unless they are given."""
     entries = entries_of_help(evaluation, capsys)
     without = {"--input", "--export", "--show-warmup", "--data"}
@@ -600,10 +600,15 @@ def test_help_of_the_other_programs_gives_every_default(capsys):
     assert set(entries) == without | set(defaults)
     for flag, default in defaults.items():
         assert f"default: {default}" in entries[flag], flag
-    given = evaluation.parse(["run"])
-    assert given.split == "test" and not given.show_warmup
-    assert {getattr(given, flag[2:]) for flag in ("--stage", "--beams", "--input", "--export",
-                                                  "--data", "--device", "--threads")} == {None}
+    settings = train.Config(beams=7, data="here", device="cpu", threads=3)
+    monkeypatch.setattr(evaluation, "read_settings", lambda folder: settings)
+    given, used = evaluation.parse(["run"])
+    assert not given.show_warmup and used == settings
+    assert {getattr(given, flag[2:]) for flag in ("--split", "--stage", "--input", "--export",
+                                                  "--beams", "--data", "--device",
+                                                  "--threads")} == {None}
+    given, used = evaluation.parse(["run", "--beams", "2", "--data", "", "--threads", "0"])
+    assert (used.beams, used.data, used.device, used.threads) == (2, "", "cpu", 0)
     entries = entries_of_help(datasets, capsys)
     assert set(entries) == {"--pair", "--out"}
     assert entries["--pair"].endswith("(default: de-en)")
