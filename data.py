@@ -90,7 +90,7 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
 
 # ----------------------------------------------------------------------------- batches
 def collate(data: Encoded, index) -> Batch:
-    """The examples of index as one batch. Their prompts have one length: see `encode_split`."""
+    """The examples of index as one batch. Prompts have one length: padding would precede y."""
     columns = (map(torch.from_numpy, pick(column, index)) for column in data)
     return Batch(*(pad_sequence(list(rows), batch_first=True).long() for rows in columns))
 
@@ -129,7 +129,7 @@ class Batches:
         return collate(self.data, index)
 
     def seek(self, epoch: int, position: int) -> None:
-        """To this place. The order of an epoch depends on the seed and its number."""
+        """Go to this place. Seed and epoch fix the order of the batches."""
         self.epoch, self.position = epoch, position
         rng = np.random.default_rng([self.seed, epoch])
         source = np.array([len(row) for row in self.data.source])
@@ -181,7 +181,7 @@ def encode_split(tokenizer, examples: list[Example], config, split: str, scored=
     """A split as token ids. Sources over --max-tokens are cut; pairs are left out unless scored."""
     data = encode(tokenizer, examples)
     if len({len(prompt) for prompt in data.prompt}) > 1:
-        raise UserError("all prompts of a task need one length in tokens: padding would precede y")
+        raise UserError("all prompts of a task must have the same number of tokens")
     most = config.max_tokens
     cut = TASKS[config.task].cut or ("end" if scored else "")
     long = [len(source) > most or (not cut and len(target) > most)
@@ -255,7 +255,7 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
         for number, lines in enumerate(zip(*columns), 1):
             try:
                 examples.append(row(*lines))
-                "".join(examples[-1]).encode()  # ValueError for half a character, "\\ud800"
+                "".join(examples[-1]).encode()  # ValueError for half a surrogate pair
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"line {number} of {names} lacks a field (docs/guide.md)") from None
         empty = [i for i, (source, _, target) in enumerate(examples) if not source or not target]

@@ -318,7 +318,8 @@ def load_checkpoint(path: Path, what: str = "stage") -> dict:
     """A file that train.py saved; `what` it must hold. Else UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            assert archive.testzip() is None  # torch.load does not look at the checksums
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: that has not been trained here") from None

@@ -400,7 +400,7 @@ def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
     # a little less than 1: u·sum must stay below the sum after rounding, too
     u = torch.rand(len(cdf), 1, device=cdf.device, dtype=cdf.dtype) * (1 - 2**-20)
     token = torch.searchsorted(cdf, u * total, right=True)
-    return token.clamp(max=probs.size(1) - 1), total  # clamp: a sum that is not a number has none
+    return token.clamp(max=probs.size(1) - 1), total  # clamp: if the sum is nan, none is found
 
 @torch.no_grad()
 def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *,
@@ -590,10 +590,10 @@ def program(run):
             for stream in filter(None, (sys.stdout, sys.stderr)):
                 stream.reconfigure(errors="replace")  # not every terminal has every character
             run(sys.argv[1:] if argv is None else argv)
-            print(end="", flush=True)  # here, where an error is caught
+            print(end="", flush=True)  # if the reader has left, it shows here
             return 0
         except KeyboardInterrupt as interrupt:
-            said = f"\nstopped; {interrupt}".removesuffix("; ")
+            said = f"\nstopped; {interrupt}" if str(interrupt) else "\nstopped"
         except BrokenPipeError:  # a reader such as `head` has left
             return 1
         except (UserError, OSError, UnicodeError) as error:
@@ -605,7 +605,6 @@ def program(run):
                     "or --beams (decoding), or add --recompute")
         print(said, file=sys.stderr)
         return 1
-
     return main
 
 def pick_device(name: str) -> torch.device:
@@ -650,7 +649,6 @@ T5_FIELDS = {  # in config.json: our name. Where T5's files are silent, its defa
     "d_ff": "ff", "num_layers": "encoder_layers", "num_decoder_layers": "decoder_layers",
     "relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max_distance",
     "dropout_rate": "dropout"}
-
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # of all T5s
 
 def t5_config(settings: dict) -> ModelConfig:
@@ -675,7 +673,7 @@ def t5_config(settings: dict) -> ModelConfig:
         return ModelConfig(**ours, gated=act == "gated-gelu", tied=tied, scaled=False,
                            absolute=False, shared_bias=family != "umt5")
     except (TypeError, ValueError) as error:
-        raise UserError(f"config.json of a T5 has no {error}") from None
+        raise UserError(f"config.json has {error}, which no T5 has") from None
 
 def t5_names(config: ModelConfig) -> dict[str, list[str]]:
     """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0."""
@@ -778,7 +776,7 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
         for ours, theirs in t5_names(config).items():
             weights[ours] = torch.cat([tensors.pop(name) for name in theirs]).float()
             if not weights[ours].isfinite().all():
-                raise ValueError(f"{theirs[0]} holds infinite numbers")
+                raise ValueError(f"{theirs[0]} holds numbers that are not finite")
         if tensors:
             raise ValueError(f"it also holds {', '.join(sorted(tensors)[:3])}")
         return build(config, weights)

@@ -162,7 +162,7 @@ class Run:
             sft, policy = training_cost(self.folder, "sft"), training_cost(self.folder, "policy")
             total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
         if stage != "sft":
-            best = load_model(self.folder / "sft.pt", self.tokenizer, self.device)
+            best = load_model(self.folder / "sft.pt", self.tokenizer, "cpu")
             self.model.load_state_dict(best.state_dict())
         tokens = config.policy_batch_tokens if stage == "policy" else config.batch_tokens
         if stage == "policy" and config.estimator in ("pause", "sft"):
@@ -289,6 +289,8 @@ def restore(run: Run) -> None:
     saved = load_checkpoint(run.folder / "last.pt", "state")
     if any(number != saved["data"] for number in gather(run.checksum)):
         raise UserError(f"the data in {run.config.data} is not what this run was trained on")
+    if saved["state"]["stage"] not in run.config.stages:
+        raise UserError(f"{run.folder} is in a stage that its config.json now leaves out")
     log_file, log_bytes = run.folder / "log.jsonl", saved["log_bytes"]
     if log_bytes and not (log_file.exists() and log_file.stat().st_size >= log_bytes):
         raise UserError(f"{log_file} is incomplete: bring it back, or start a new run")
@@ -458,8 +460,7 @@ def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, 
         model = EncoderDecoder(ModelConfig(vocab_size=tokenizer.get_vocab_size(),
                                            dropout=config.dropout, **SIZES[config.size]))
     tokens = tokenizer.get_vocab_size() - len(special_ids(tokenizer))
-    exact = config.estimator == "exact" and config.policy_steps
-    if exact and tokens**config.warmup_len > 1024:
+    if config.estimator == "exact" and config.policy_steps and tokens**config.warmup_len > 1024:
         raise UserError(f"--estimator exact is for at most 1024 warmups, not {tokens}**W")
     return model, tokenizer
 

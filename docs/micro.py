@@ -1,6 +1,6 @@
 """Warmup generations in one file: torch alone, nothing imported from this project.
 
-    python docs/micro.py               about a minute on two CPU cores
+    python docs/micro.py               about half a minute on two CPU cores
     python docs/micro.py --seed 1
 
 The source x is a random permutation f of 16 letters: 16 pairs (i, f(i)). The target y is f(start),

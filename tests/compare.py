@@ -18,9 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from eval import BASELINES  # noqa: E402
 from warmup import ESTIMATORS  # noqa: E402
 
-BASELINES = ("frozen", "pause", "sft")
 
 
 def train(job: tuple[str, int], args, flags: list[str]) -> str:

@@ -459,15 +459,13 @@ def test_tokenizer_of_another_run(capsys, run, half_run):
 
 
 @pytest.mark.parametrize("old, new", [('"<sep>"', '"<sap>"'), ('"</s>"', '"<s>"'),
-                                      ('"<sep>":3', '"<sep>":2147483648'), ('"a":', '"ä":')])
+                                      ('"<sep>":3', '"<sep>":2147483648')])
 def test_a_tokenizer_with_one_wrong_word_or_number(old, new, capsys, run):
     path = run / "tokenizer.json"
     compact = json.dumps(json.loads(path.read_text()), separators=(",", ":"), ensure_ascii=False)
     assert old in compact
     path.write_text(compact.replace(old, new))
-    code = call(evaluation, run)
-    said = shown(capsys.readouterr().err)[-1]
-    assert code == 0 and "ä" in new or code == 1 and "tokenizer.json" in said, said
+    assert "tokenizer.json" in complaint(capsys, evaluation, run, bars=True)
 
 
 @pytest.mark.parametrize("field", ["model", "model_config", "optimizer", "random", "batches"])
@@ -507,7 +505,7 @@ def test_a_folder_where_a_file_is_expected(name, capsys, run):
     (run / name).mkdir()
     if name != "last.pt":
         assert name in complaint(capsys, evaluation, run, bars=True)
-    assert name in complaint(capsys, train, "--resume", run, bars=True) or name == "sft.pt"
+    assert name in complaint(capsys, train, "--resume", run, bars=True)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "log.jsonl"])
@@ -589,6 +587,16 @@ def test_resuming_where_the_stage_file_is_of_another_model(capsys, tmp_path):
     del saved["model"]
     torch.save(saved, "whole/sft.pt")
     assert "sft.pt is damaged" in complaint(capsys, train, "--resume", "whole", bars=True)
+
+
+@pytest.mark.parametrize("change", [dict(policy_steps=0), dict(control=False)])
+def test_a_stage_that_the_config_now_leaves_out(change, capsys):
+    assert call(train, *TINY, "--policy-steps", "1", "--out", "whole") == 0
+    settings, log = json.loads(Path("whole/config.json").read_text()), Path("whole/log.jsonl")
+    before = log.read_bytes()
+    Path("whole/config.json").write_text(json.dumps(settings | change))
+    assert "now leaves out" in complaint(capsys, train, "--resume", "whole")
+    assert log.read_bytes() == before
 
 
 def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch):

@@ -38,7 +38,8 @@ def test_questions_are_as_described():
     torch.manual_seed(0)
     pairs, question, y, once = micro.questions(200)
     kinds = set()
-    for ids, (kind, start), answer, between in zip(*(x.tolist() for x in (pairs, question, y, once))):
+    columns = (x.tolist() for x in (pairs, question, y, once))
+    for ids, (kind, start), answer, between in zip(*columns):
         f = dict(divmod(i, micro.V) for i in ids)
         assert sorted(f) == sorted(f.values()) == list(range(micro.V))
         assert between == f[start] and answer == (between if kind == micro.V else f[between])

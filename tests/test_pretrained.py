@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, change, complaint):
 
 
 @pytest.mark.parametrize("damage, complaint", [
-    (lambda x: x * float("nan"), "infinite"), (lambda x: x * float("inf"), "infinite"),
+    (lambda x: x * float("nan"), "not finite"), (lambda x: x * float("inf"), "not finite"),
     (lambda x: x[0], "size|dimension"), (lambda x: x.sum(), "dimension"),
     (lambda x: x[None], "size|dimension"), (lambda x: x[:-1], "size"), (lambda x: 7, "Tensor|tensor"),
     (lambda x: x.tolist(), "Tensor|tensor"), (lambda x: None, "Tensor|tensor")])

@@ -41,6 +41,7 @@ SETTINGS = dict(
     batch_tokens=900, policy_batch_tokens=300, samples=3, eval_samples=4,
     alpha=1.7, warmup_len=2, beams=3, length_penalty=0.6, eval_every=2)
 FLAGS = [*TINY, *(f"{train.flag_name(name)}={value}" for name, value in SETTINGS.items())]
+ESTIMATORS = train.Config.__dataclass_fields__["estimator"].metadata["choices"]
 KINDS = ("marginal", "frozen", "pause", "sft")
 
 
@@ -277,7 +278,7 @@ def test_the_first_validation_examples_are_decoded_and_scored_against_themselves
 
 
 @pytest.mark.parametrize("stage", ["sft", "policy", "control"])
-@pytest.mark.parametrize("estimator", train.Config.__dataclass_fields__["estimator"].metadata["choices"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_warmup_is_that_of_the_settings(estimator, stage, runs):
     """Only the policy stage has one; --warmup-min-len 0 stands for W; of specials it holds none."""
     tokenizer = evaluation.load_tokenizer(runs["sft"].folder / "tokenizer.json")
