@@ -49,13 +49,13 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
     device = next(model.parameters()).device
     sums, tokens = {}, 0
     for _, batch in in_order(data, config.batch_tokens // (config.eval_samples if spec else 1)):
+        tokens += target_tokens(model, batch)
         batch = batch.to(device)
         with precision(config.dtype, device):
             if spec:
                 new = evaluate_warmups(model, batch, spec, config.eval_samples, config.alpha)
             else:
                 new = {"nll": -direct_logprobs(model, model.encode(batch.source), batch).sum()}
-        tokens += target_tokens(model, batch)
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
     return averages(sums, len(data.source), tokens)
 

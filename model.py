@@ -242,6 +242,11 @@ class Memory:
     kv: list[tuple[Tensor, Tensor]]  # per decoder layer: keys and values, (B,H,S,D) each
     bias: Tensor  # (B,1,1,S): 0 at a source token, MASKED at padding
 
+    def select(self, rows: Tensor) -> "Memory":
+        """rows (n,) -> the memory of n decoder rows, each with a copy of its example's."""
+        kv = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.kv]
+        return Memory(kv, self.bias[rows])
+
 class Cache:
     """Self-attention keys and values of what N decoder rows have read. It has `room` places."""
     def __init__(self, model: "EncoderDecoder", room: int):

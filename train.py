@@ -29,7 +29,7 @@ from eval import (BASELINES, FORMAT, STAGES, Settings, averages, decode_and_scor
                   validate, warmup_spec)
 from model import (SIZES, EncoderDecoder, ModelConfig, UserError, compile_stacks, load_pretrained,
                    one_line, pick_device, precision, pretrained_folder, program)
-from warmup import Batch, all_warmups, sft_loss, target_tokens, warmup_loss
+from warmup import Batch, sft_loss, target_tokens, warmup_loss
 
 MOVABLE = ("device", "threads", "data")  # the settings that may change when a run moves
 
@@ -83,19 +83,20 @@ class Config(Settings):
         return ["sft", *later] if self.policy_steps else ["sft"]
 
 # ----------------------------------------------------------------------------- equal compute
-def update_flops(model: ModelConfig, batch: Batch, K: int = 0, W: int = 0, *,
-                 sampled=False, scored=False) -> int:
-    """FLOPs of the matrix products of one update on a batch, padding included. K = 0: SFT.
+def update_flops(model: ModelConfig, batch: Batch, computed: torch.Tensor | None = None,
+                 W: int = 0, *, K: int = 0, scored=False) -> int:
+    """FLOPs of the matrix products of one update on a batch, padding included.
 
     A product of sizes (i,j) and (j,k) takes 2·i·j·k. A backward pass costs two forward passes.
-    K rows of [start] prompt c <sep> y are trained. sampled: c was drawn before, forward only.
-    scored: log P(c|x) is trained, too. What --recompute repeats is not counted.
+    computed (B,): rows [start] prompt c <sep> y of each example that are trained; None: SFT. K: so
+    many c were drawn before, forward only. scored: log P(c|x) is trained, too. What --recompute
+    repeats is not counted.
     """
     B, S = batch.source.shape
     P, T = batch.prompt.size(1), batch.target.size(1)
     E, inner = model.width, model.inner
     ff = E * model.ff * (3 if model.gated else 2)
-    real = int((batch.target != model.pad_id).sum())  # padding does not reach the output layer
+    real = (batch.target != model.pad_id).sum(1)  # (B,): padding does not reach the output layer
 
     def decode(rows: int, tokens: float, keys: float) -> float:
         """keys: decoder tokens that a token attends to, on average."""
@@ -107,13 +108,13 @@ def update_flops(model: ModelConfig, batch: Batch, K: int = 0, W: int = 0, *,
 
     encode = 2 * B * S * model.encoder_layers * (4 * E * inner + ff + 2 * inner * S)
     encode += 2 * B * S * model.decoder_layers * 2 * E * inner  # cross keys and values
-    if K == 0:
-        return round(3 * (encode + decode(B, P + T, P + T) + output(real)))
-    length = P + W + 1 + T
-    flops = 3 * (encode + decode(B * K, length, length) + output(K * real))
+    if computed is None:
+        return round(3 * (encode + decode(B, P + T, P + T) + output(int(real.sum()))))
+    rows, length = int(computed.sum()), P + W + 1 + T
+    flops = 3 * (encode + decode(rows, length, length) + output(int(computed @ real)))
     if scored:
-        flops += 3 * output(B * K * W)
-    if sampled:  # the prefix once, then one token at a time
+        flops += 3 * output(rows * W)
+    if K:  # the prefix once, then one token at a time
         flops += decode(B, 1 + P, 1 + P) + decode(B * K, W - 1, 1 + P + W / 2)
         flops += output(B * K * W)
     return round(flops)
@@ -190,21 +191,21 @@ class Run:
     def loss(self, batch: Batch) -> tuple[torch.Tensor, dict]:
         """The stage's loss of a micro-batch, a sum over target tokens; FLOPs and diagnostics."""
         config, state, spec, model = self.config, self.state, self.spec, self.model
+        here = batch.to(self.device)  # FLOPs are counted on the CPU: no waiting for a GPU
         if state.stage == "policy":  # baselines, too: they differ in the warmup alone
             model.decoder.eval()  # see warmup_loss: decoder dropout is off-policy
         if spec is None:
-            return sft_loss(model, batch), {"flops": update_flops(model.config, batch)}
+            return sft_loss(model, here), {"flops": update_flops(model.config, batch)}
         estimator, K = config.estimator, config.samples
         bonus = config.entropy_bonus * (1 - state.step / state.total)
         if spec.pause:  # a constant c: nothing to sample, to compare or to improve
             estimator, K = "frozen", 1
-        if estimator == "exact":
-            K = len(all_warmups(spec, model.config.vocab_size))
-        loss, numbers = warmup_loss(model, batch, spec, estimator, K, alpha=config.alpha,
+        loss, numbers = warmup_loss(model, here, spec, estimator, K, alpha=config.alpha,
                                     entropy_bonus=bonus)
-        flops = update_flops(model.config, batch, K, spec.length, scored=not spec.pause,
-                             sampled=not spec.pause and estimator != "exact")
-        return loss, numbers | {"flops": flops}
+        drawn = 0 if spec.pause or estimator == "exact" else K
+        numbers["flops"] = update_flops(model.config, batch, numbers.pop("computed"), spec.length,
+                                        K=drawn, scored=not spec.pause)
+        return loss, numbers
 
     def train_stage(self, bar: tqdm) -> None:
         """The updates of one stage: THE training loop."""
@@ -217,7 +218,7 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
             # -- the step: gradient of all processes' summed losses / all their target tokens
-            micro_batches = [next(self.batches).to(self.device) for _ in range(config.accumulate)]
+            micro_batches = [next(self.batches) for _ in range(config.accumulate)]
             tokens = add_up(sum(target_tokens(self.model, batch) for batch in micro_batches))
             sums = {}
             for batch in micro_batches:
@@ -228,15 +229,17 @@ class Run:
                 sums = {name: sums.get(name, 0) + value for name, value in numbers.items()}
             sum_gradients(self.model)
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-            if not torch.isfinite(norm):
-                rate = "--lr" if state.stage == "sft" else "--policy-lr"
-                raise UserError(f"the gradient became {norm.item()}: start again, lower {rate}")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             # -- end of the step
 
+            sums = to_host(sums | {"grad_norm": norm})
+            norm = sums.pop("grad_norm")
+            if not math.isfinite(norm):  # nothing was saved since
+                rate = "--lr" if state.stage == "sft" else "--policy-lr"
+                raise UserError(f"the gradient became {norm}: start again, lower {rate}")
             sums = gather_sums(sums)
-            record = {"flops": int(sums.pop("flops")), "grad_norm": norm.item(),
+            record = {"flops": int(sums.pop("flops")), "grad_norm": norm,
                       "lr": self.learning_rate(), "seconds": time.perf_counter() - started}
             record |= averages(sums, sums.pop("examples"), tokens)
             state.step += 1
@@ -380,9 +383,15 @@ def add_up(x: torch.Tensor) -> torch.Tensor:
     meet(dist.all_reduce, x)
     return x
 
-def gather_sums(sums: dict) -> dict[str, float]:
+def to_host(numbers: dict) -> dict[str, float]:
+    """Tensors of one number become floats, in one transfer: the host waits for a GPU once."""
+    names = [name for name, value in numbers.items() if torch.is_tensor(value)]
+    values = torch.stack([numbers[name].float() for name in names]).tolist()
+    return numbers | dict(zip(names, values))
+
+def gather_sums(sums: dict[str, float]) -> dict[str, float]:
     """Named numbers, summed over the processes."""
-    everyone = gather({name: float(value) for name, value in sums.items()})
+    everyone = gather(sums)
     return {name: sum(one[name] for one in everyone) for name in sums}
 
 def sum_gradients(model: EncoderDecoder) -> None:

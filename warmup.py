@@ -147,6 +147,28 @@ def warmup_logprobs(model: EncoderDecoder, hidden: Tensor, c: Tensor, spec: Warm
     seps_before = is_sep.cumsum(1) - is_sep  # (N,W): after an earlier <sep> a token was forced
     return log_probs.masked_fill(seps_before > 0, 0.0).sum(1)
 
+def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor,
+                   target: Tensor, spec: WarmupSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """`score`, but a warmup that an example has twice is computed once. The fast path of `score`.
+
+    Each distinct warmup is a row with a memory of its own, and the rows' log-probs are handed back
+    to all (B,K). Also: how many warmups of each example were computed, (B,) on the CPU.
+    """
+    B, K, _ = c.shape
+    earliest = earliest_equal(c)  # (B,K)
+    first = first_occurrence(c)  # (B,K)
+    example, k = first.cpu().nonzero(as_tuple=True)  # (n,) each
+    if len(k) > 0.9 * B * K:  # one memory for K rows is faster than what few repeats save
+        return *score(model, memory, prompt, c, target, spec), torch.full((B,), K)
+    computed = example.bincount(minlength=B)
+    example, k = example.to(c.device), k.to(c.device)
+    rows = c[example, k][:, None]  # (n,1,W)
+    log_pi, log_p = score(
+        model, memory.select(example), prompt[example], rows, target[example], spec)  # (n,1) both
+    number = first.flatten().cumsum(0).view(B, K) - 1  # of the row, at its first occurrence
+    number = number.gather(1, earliest)  # (B,K)
+    return log_pi[number, 0], log_p[number, 0], computed
+
 def all_warmups(spec: WarmupSpec, vocab_size: int) -> Tensor:
     """Every warmup that can be sampled, (all,W), for `exact` and tests. About V^W: toys only."""
     tokens = [i for i in range(vocab_size) if i not in spec.forbidden]
@@ -242,10 +264,14 @@ def weights(estimator: str, R: Tensor, log_pi: Tensor, c: Tensor) -> tuple[Tenso
         return truncated(R, log_pi.masked_fill(~first_occurrence(c), -torch.inf))
     return ESTIMATORS[estimator](R)
 
+def earliest_equal(c: Tensor) -> Tensor:
+    """c (B,K,W) -> (B,K): the first place where the same example has an equal warmup."""
+    same = (c[:, :, None] == c[:, None]).all(-1)  # (B,K,K)
+    return same.int().argmax(-1)  # of equals, argmax takes the first
+
 def first_occurrence(c: Tensor) -> Tensor:
     """c (B,K,W) -> (B,K): False where an earlier warmup of the same example is equal."""
-    same = (c[:, :, None] == c[:, None]).all(-1)  # (B,K,K)
-    return ~same.tril(-1).any(-1)
+    return earliest_equal(c) == torch.arange(c.size(1), device=c.device)
 
 def entropy_gradient(log_pi: Tensor) -> Tensor:
     """(B,K) -> (B,K): what to add to a, to follow the gradient of the entropy H = -E[log pi].
@@ -267,6 +293,7 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
                 entropy_bonus: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one policy update, and its diagnostics: sums over the batch, as sft_loss.
 
+    `computed` beside them is score_distinct's (B,): what an update costs depends on it.
     alpha scales R before the estimator. With `marginal`, b goes from that of `frozen` (alpha 0) to
     that of `best` (alpha ∞). entropy_bonus adds so much of the entropy of sampled warmups, in nats.
     The encoder runs once, so sampling and scoring share its dropout. ValueError if the decoder has
@@ -280,13 +307,15 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
         c = c.expand(len(batch.source), -1, -1)  # (B,all,W)
     else:
         c, _ = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W)
-    log_pi, log_p = score(model, memory, batch.prompt, c, batch.target, spec)  # (B,K) both
+    log_pi, log_p, computed = score_distinct(
+        model, memory, batch.prompt, c, batch.target, spec)  # (B,K), (B,K), (B,)
     R = log_p.detach()
     a, b = weights(estimator, alpha * R, log_pi.detach(), c)  # (B,K) both
     if entropy_bonus:
         a = a + entropy_bonus * entropy_gradient(log_pi.detach())
     loss = surrogate(a, b, log_pi, log_p)
-    return loss, diagnostics(R, log_pi.detach(), c, alpha, exact=estimator == "exact")
+    numbers = diagnostics(R, log_pi.detach(), c, alpha, exact=estimator == "exact")
+    return loss, numbers | {"computed": computed}
 
 # ----------------------------------------------------------------------------- is it working?
 def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, alpha: float = 1.0,
@@ -331,13 +360,13 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
     """
     memory = model.encode(batch.source)
     c, log_pi = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W), (B,K)
-    _, log_p = score(model, memory, batch.prompt, c, batch.target, spec)  # (B,K)
-    neighbours = c.roll(-1, 0)
-    _, swapped = score(model, memory, batch.prompt, neighbours, batch.target, spec)  # (B,K)
+    _, log_p, _ = score_distinct(model, memory, batch.prompt, c, batch.target, spec)  # (B,K)
+    others = c.roll(-1, 0)
+    _, swapped, _ = score_distinct(model, memory, batch.prompt, others, batch.target, spec)
     direct = direct_logprobs(model, memory, batch)  # (B,)
     return diagnostics(log_p, log_pi, c, alpha) | {
         "swap_gap": (log_p - swapped).mean(1).sum(),
-        "swapped": torch.tensor(float(len(c)) if len(c) > 1 else 0.0, device=c.device),
+        "swapped": len(c) if len(c) > 1 else 0,
         "over_empty": (log_p.mean(1) - direct).sum(),
     }
 

@@ -48,11 +48,15 @@ def test_the_flops_of_equal_compute_are_what_torch_counts(monkeypatch, shape, pr
     batch.source[0, 4:] = batch.target[1, 3:] = 0
     net = model.EncoderDecoder(c).eval()
     pause, sampled = (WarmupSpec(2, (0, 1, 2), 4, 4, pause=pause) for pause in (True, False))
+    repeating = WarmupSpec(2, (0, 1, *range(2, 49)), 4, 4)  # one token is left
     updates = {  # loss: the arguments of update_flops
         lambda: sft_loss(net, batch): dict(),
         lambda: warmup_loss(net, batch, sampled, "marginal", 3)[0]:
-            dict(K=3, W=4, sampled=True, scored=True),
-        lambda: warmup_loss(net, batch, pause, "frozen", 1)[0]: dict(K=1, W=4),
+            dict(computed=torch.tensor([3, 3]), K=3, W=4, scored=True),
+        lambda: warmup_loss(net, batch, pause, "frozen", 1)[0]:
+            dict(computed=torch.tensor([1, 1]), W=4),
+        lambda: warmup_loss(net, batch, repeating, "marginal", 3)[0]:
+            dict(computed=torch.tensor([1, 1]), K=3, W=4, scored=True),
     }
     for loss, how in updates.items():
         with FlopCounterMode(display=False) as counter:

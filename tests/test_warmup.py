@@ -23,6 +23,8 @@ Each line of the paper's mathematics was broken once to see a test fail:
     a sampled warmup at test time                     test_generate_writes_the_greedy_warmup
     </s> forbidden with the other special ids         test_generate_may_end_its_target_…
     forbidden ids, length penalty not passed on       test_generate_passes_on_…
+    a repeat gets another row's log-probs or memory   test_distinct_warmups_scored_once_are_the_plain_path
+    more rows computed, or fewer reported             test_a_repeated_warmup_is_computed_once
 """
 
 import itertools
@@ -34,7 +36,8 @@ import torch
 from model import EncoderDecoder, ModelConfig, beam_search, precision
 from warmup import (ESTIMATORS, Batch, WarmupSpec, all_warmups, diagnostics, direct_logprobs,
                     entropy_gradient, evaluate_warmups, first_occurrence, generate, marginal,
-                    mean_of_others, sample_warmups, score, sft_loss, sum_logprobs, surrogate,
+                    mean_of_others, sample_warmups, score, score_distinct, sft_loss, sum_logprobs,
+                    surrogate,
                     target_tokens, warmup_logprobs, warmup_loss, weights, with_start)
 
 F64 = dict(dtype=torch.float64)
@@ -690,5 +693,58 @@ def test_generate_passes_on_the_length_penalty(monkeypatch):
 
 
 def test_swap_gap_does_not_count_an_example_without_a_neighbour():
-    assert evaluate_warmups(toy_model(), first_of(toy_batch()), spec(), 2)["swapped"].item() == 0
-    assert evaluate_warmups(toy_model(), toy_batch(), spec(), 2)["swapped"].item() == 2
+    assert evaluate_warmups(toy_model(), first_of(toy_batch()), spec(), 2)["swapped"] == 0
+    assert evaluate_warmups(toy_model(), toy_batch(), spec(), 2)["swapped"] == 2
+
+
+# ----------------------------------------------------------------------------- the fast path of `score`
+
+REPEATS = {  # three examples, K = 4: which of the example's warmups stands in each place
+    "some": [[0, 1, 0, 0], [2, 1, 1, 3], [0, 0, 1, 1]],
+    "none": [[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 3]],
+    "all": [[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2]],
+    "few": [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 0]],  # 11 of 12 are distinct: not worth it
+}
+
+
+def with_repeats(repeats, early):
+    """Model, batch of three examples (unlike in length), spec and c (3,4,3)."""
+    two = toy_batch()
+    batch = Batch(*(torch.cat([x, x[:1].roll(1, 1)]) for x in (two.source, two.prompt, two.target)))
+    s = spec(3, 1 if early else 3)
+    c = all_warmups(s, V)[-8::2].flip(0)[torch.tensor(REPEATS[repeats])]  # (3,4,3)
+    return toy_model(), batch, s, c
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("repeats", REPEATS)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_distinct_warmups_scored_once_are_the_plain_path(name, repeats, early, monkeypatch):
+    model, batch, s, c = with_repeats(repeats, early)
+    monkeypatch.setattr("warmup.sample_warmups", lambda *args, **how: (c, None))
+
+    def step():
+        loss, numbers = warmup_loss(model, batch, s, name, 4)
+        return loss, numbers, torch.autograd.grad(loss, list(model.parameters()))
+
+    loss, numbers, gradients = step()
+    everything = lambda *args: (*score(*args), torch.full((3,), 4))  # noqa: E731
+    monkeypatch.setattr("warmup.score_distinct", everything)
+    plain_loss, plain_numbers, plain_gradients = step()
+    exactly = dict(rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(loss, plain_loss, **exactly)
+    torch.testing.assert_close(gradients, plain_gradients, **exactly)
+    for key in plain_numbers.keys() - {"computed"}:
+        torch.testing.assert_close(numbers[key], plain_numbers[key], **exactly)
+
+
+@pytest.mark.parametrize("repeats", REPEATS)
+def test_a_repeated_warmup_is_computed_once(repeats, monkeypatch):
+    model, batch, s, c = with_repeats(repeats, False)
+    shapes = []
+    monkeypatch.setattr("warmup.score", lambda *args: shapes.append(args[3].shape) or score(*args))
+    *_, computed = score_distinct(
+        model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+    expected = {"some": [2, 3, 2], "none": [4, 4, 4], "all": [1, 1, 1], "few": [4, 4, 4]}
+    assert computed.tolist() == expected[repeats]
+    assert shapes[0].numel() == 3 * sum(expected[repeats])  # of W = 3 tokens
