@@ -13,7 +13,7 @@ layers, positions only as a learned bias on attention scores, the pad id as deco
 import json, math, os, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import lru_cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -198,6 +198,7 @@ class PositionBias(nn.Module):
         # contiguous: CUDA's fused kernels ask for such a mask
         return bias.permute(2, 0, 1).unsqueeze(0).contiguous()  # (1,H,L,L)
 
+@lru_cache(64)
 def sinusoids(length: int, width: int, device) -> Tensor:
     """(length,width): sin, cos of positions at wavelengths 2π to 20,000π (Vaswani et al. §3.5)."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
@@ -226,6 +227,9 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, biases: list[Tensor], memory=None, cache=None) -> Tensor:
         x = self.dropout(x)
+        if torch.is_autocast_enabled(x.device.type) and x.device.type != "cpu":
+            dtype = torch.get_autocast_dtype(x.device.type)
+            biases = [bias.to(dtype) for bias in biases]  # once, not in the attention of each layer
         for layer, block in enumerate(self.blocks):
             bias = biases[layer if len(biases) > 1 else 0]
             if self.recompute and torch.is_grad_enabled():
@@ -438,7 +442,7 @@ def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *
         log_probs[:, t] = torch.where(done, 0.0, log_prob[:, 0])
         if stop is not None:
             done = done | (tokens[:, t] == stop)
-            if done.all():
+            if all_true(done, t):
                 break
         if t + 1 < length:
             hidden = model.decode(tokens[:, t : t + 1], memory, cache)[:, -1]
@@ -492,7 +496,7 @@ def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: i
         scores, keep = sums.masked_fill(ends, MASKED).topk(n, -1)
         tokens = take(grown, keep)
         running = running & (scores[:, :1] / normaliser > ended_scores[:, -1:])
-        if t + 1 == length or not running.any():
+        if t + 1 == length or all_true(~running, t):
             break
         survivors = first_row + beam.gather(1, keep)  # (B,n): the cache rows they continue
         cache.select(survivors.view(-1))
@@ -627,13 +631,25 @@ def pick_device(name: str) -> torch.device:
         torch.cuda.set_device(int(number or 0))
     return torch.device(name)
 
-@contextmanager
-def precision(dtype: str, device: torch.device):
+def precision(dtype: str, device: torch.device) -> torch.autocast:
     """Matrix products in bfloat16 if so named (auto: on CUDA). Weights stay float32."""
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     # no cache of cast weights: sampling would fill it without gradients, and scoring would use it
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)
+
+@contextmanager
+def decoding():
+    """No gradients; and in low precision a weight is cast once, not for each token."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
+    with torch.no_grad():
         yield
+    torch.set_autocast_cache_enabled(before)
+    torch.clear_autocast_cache()
+
+def all_true(done: Tensor, step: int) -> bool:
+    """Whether decoding may stop. To look makes the host wait for a GPU: only at each 8th step."""
+    return (step % 8 == 7 or not done.is_cuda) and bool(done.all())
 
 def compile_stacks(model: EncoderDecoder, **how) -> None:
     """torch.compile of encoder and decoder, with dynamic shapes: no two batches are alike."""

@@ -219,7 +219,8 @@ class Run:
                 group["lr"] = self.learning_rate()
             # -- the step: gradient of all processes' summed losses / all their target tokens
             micro_batches = [next(self.batches) for _ in range(config.accumulate)]
-            tokens = add_up(sum(target_tokens(self.model, batch) for batch in micro_batches))
+            tokens = sum(target_tokens(self.model, batch) for batch in micro_batches)
+            tokens = int(add_up(tokens))
             sums = {}
             for batch in micro_batches:
                 with precision(config.dtype, self.device):

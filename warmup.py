@@ -15,12 +15,13 @@ own likelihood. Every sample is used once, so the policy that is updated is the 
 
 import itertools, math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import EncoderDecoder, Memory, beam_search, sample
+from model import EncoderDecoder, Memory, beam_search, decoding, sample
 
 @dataclass(frozen=True)
 class WarmupSpec:
@@ -42,7 +43,12 @@ class WarmupSpec:
     def forbidden_ids(self, device, may_stop: bool) -> Tensor:
         """Ids of probability 0. <sep> is one of them wherever the warmup may not stop."""
         ids = [i for i in self.forbidden if i != self.sep_id or not may_stop]
-        return torch.tensor(ids, device=device)
+        return id_tensor(tuple(ids), device)
+
+@lru_cache(64)
+def id_tensor(ids: tuple[int, ...], device) -> Tensor:
+    """ids as a tensor. It is made once: to send it to a GPU anew would take longer than its use."""
+    return torch.tensor(ids, device=device)
 
 @dataclass
 class Batch:
@@ -70,11 +76,9 @@ def sum_logprobs(model: EncoderDecoder, hidden: Tensor, target: Tensor) -> Tenso
 
     Only real tokens reach the output layer. It is the largest product, and padding is much of T.
     """
-    real = target != model.config.pad_id  # (N,T)
-    log_probs = model.token_logprobs(hidden[real], target[real])  # (tokens,)
-    # (tokens,): the row that each token stands in
-    rows = torch.arange(len(target), device=target.device)[:, None].expand_as(target)[real]
-    return log_probs.new_zeros(len(target)).index_add(0, rows, log_probs)
+    row, at = (target != model.config.pad_id).nonzero(as_tuple=True)  # (tokens,) each
+    log_probs = model.token_logprobs(hidden[row, at], target[row, at])  # (tokens,)
+    return log_probs.new_zeros(len(target)).index_add(0, row, log_probs)
 
 # ----------------------------------------------------------------------------- stage 1: SFT
 def direct_logprobs(model: EncoderDecoder, memory: Memory, batch: Batch) -> Tensor:
@@ -88,6 +92,7 @@ def sft_loss(model: EncoderDecoder, batch: Batch) -> Tensor:
     return -direct_logprobs(model, model.encode(batch.source), batch).sum()
 
 # ----------------------------------------------------------------------------- stage 2: warmups
+@decoding()
 def sample_warmups(model: EncoderDecoder, memory: Memory, prompt: Tensor, spec: WarmupSpec,
                    samples: int, temperature: float | None = None) -> tuple[Tensor, Tensor]:
     """Draw K = samples warmups per example from P(c|x): c (B,K,W), log P(c|x) (B,K). No autograd.
@@ -371,7 +376,7 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
     }
 
 # ----------------------------------------------------------------------------- test time
-@torch.no_grad()
+@decoding()
 def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, length: int, *,
              beams: int = 1, length_penalty: float = 1.0, forbidden: tuple[int, ...] = ()
              ) -> tuple[Tensor | None, Tensor]:
@@ -391,7 +396,7 @@ def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, lengt
         sep = torch.full_like(c[:, :1], spec.sep_id)
         prefix = torch.cat([prefix, c, sep], 1)  # (B,1+P+W+1)
         never.add(spec.sep_id)
-    never = torch.tensor(sorted(never - {config.eos_id}), device=prefix.device)
+    never = id_tensor(tuple(sorted(never - {config.eos_id})), prefix.device)
     if beams > 1:
         y, _ = beam_search(model, memory, prefix, length, beams=beams,
                            length_penalty=length_penalty, forbidden=never)

@@ -35,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import (SIZES, EncoderDecoder, ModelConfig, beam_search,  # noqa: E402
-                   compile_stacks, plain_token_logprobs, sample, save_pretrained)
+                   compile_stacks, decoding, plain_token_logprobs, sample, save_pretrained)
 from train import make_optimizer  # noqa: E402
 from warmup import Batch, WarmupSpec, marginal, score, sft_loss, warmup_loss  # noqa: E402
 
@@ -154,7 +154,7 @@ class Ours:
         start = torch.zeros_like(batch.source[:, :1])
         how["forbidden"] = torch.tensor(FORBIDDEN, device=batch.source.device)
         function = beam_search if "beams" in how else sample
-        with self.low(), torch.no_grad():
+        with self.low(), decoding():
             memory = self.model.eval().encode(batch.source)
             return function(self.model, memory, start, length, **how)[0]
 

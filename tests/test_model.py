@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from model import (SIZES, Cache, Dropout, EncoderDecoder, ModelConfig, PositionBias, attention,
+from model import (SIZES, Cache, Dropout, EncoderDecoder, ModelConfig, PositionBias, all_true,
+                   attention,
                    beam_search, draw, plain_attention, plain_token_logprobs, rms_norm, sample)
 
 
@@ -344,6 +345,37 @@ def test_samples_follow_the_distribution():
     p, seen = logits.softmax(0), torch.bincount(tokens.flatten(), minlength=11) / n
     assert seen[3] == 0
     assert ((seen - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+
+
+class OnGPU:
+    """As much of a tensor on a GPU as all_true uses. It counts the looks."""
+    is_cuda, looks = True, 0
+
+    def all(self):
+        self.looks += 1
+        return True
+
+
+def test_decoding_looks_at_a_gpu_only_every_8th_step():
+    done = OnGPU()
+    assert [step for step in range(20) if all_true(done, step)] == [7, 15] and done.looks == 2
+    on_cpu = torch.tensor([True, True])
+    assert all(all_true(on_cpu, step) for step in range(20))
+    assert not all_true(torch.tensor([True, False]), 7)
+
+
+def test_a_late_look_changes_no_result(monkeypatch):
+    """Rows that are done write what is forced: as well to stop at once as seven steps later."""
+    model, source = tiny_model(), torch.randint(3, 11, (3, 5))
+    memory, start = model.encode(source), torch.zeros(3, 1, dtype=torch.long)
+    found = []
+    for looks in (all_true, lambda done, step: False):
+        monkeypatch.setattr("model.all_true", looks)
+        torch.manual_seed(0)
+        found += [(*sample(model, memory, start, 12, samples=2, stop=1, temperature=2.0),
+                   *beam_search(model, memory, start, 12, beams=3))]
+    for at_once, late in zip(*found):
+        assert torch.equal(at_once, late)
 
 
 def test_rows_end_at_stop_and_are_filled():

@@ -25,6 +25,8 @@ Each line of the paper's mathematics was broken once to see a test fail:
     forbidden ids, length penalty not passed on       test_generate_passes_on_…
     a repeat gets another row's log-probs or memory   test_distinct_warmups_scored_once_are_the_plain_path
     more rows computed, or fewer reported             test_a_repeated_warmup_is_computed_once
+    cast weights of sampling used in scoring          test_bfloat16_reaches_every_parameter
+    weights cast at every token                       test_in_low_precision_weights_are_cast_once_…
 """
 
 import itertools
@@ -33,7 +35,9 @@ import math
 import pytest
 import torch
 
-from model import EncoderDecoder, ModelConfig, beam_search, precision
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import EncoderDecoder, ModelConfig, beam_search, decoding, precision
 from warmup import (ESTIMATORS, Batch, WarmupSpec, all_warmups, diagnostics, direct_logprobs,
                     entropy_gradient, evaluate_warmups, first_occurrence, generate, marginal,
                     mean_of_others, sample_warmups, score, score_distinct, sft_loss, sum_logprobs,
@@ -748,3 +752,47 @@ def test_a_repeated_warmup_is_computed_once(repeats, monkeypatch):
     expected = {"some": [2, 3, 2], "none": [4, 4, 4], "all": [1, 1, 1], "few": [4, 4, 4]}
     assert computed.tolist() == expected[repeats]
     assert shapes[0].numel() == 3 * sum(expected[repeats])  # of W = 3 tokens
+
+
+class Casts(TorchDispatchMode):
+    """Counts the matrices of float32 that become bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self.seen += tuple(args[0].shape) == (V, 16)  # the embedding, which is the output layer
+        return out
+
+
+def test_in_low_precision_weights_are_cast_once_for_all_tokens():
+    """The same tokens and log-probs, bit for bit, as with a cast at each token."""
+    torch.manual_seed(0)
+    model = EncoderDecoder(ModelConfig(vocab_size=V, width=16, heads=2, head_size=8, ff=16,
+                                       encoder_layers=1, decoder_layers=1)).eval()
+    batch, s = toy_batch(), spec(5)
+    found, counts = [], []
+    plain = sample_warmups.__wrapped__
+    for search in (sample_warmups, torch.no_grad()(plain)):
+        with precision("bfloat16", torch.device("cpu")):
+            memory = model.encode(batch.source)
+            torch.manual_seed(1)
+            with Casts() as casts:
+                found.append(search(model, memory, batch.prompt, s, 3))
+        counts.append(casts.seen)
+        assert torch.is_autocast_cache_enabled()
+    assert counts == [1, 5]
+    for ours, expected in zip(*found):
+        assert torch.equal(ours, expected)
+
+
+def test_decoding_has_no_gradients_and_leaves_autocast_as_it_was():
+    for before in (True, False):
+        torch.set_autocast_cache_enabled(before)
+        with decoding():
+            assert torch.is_autocast_cache_enabled() and not torch.is_grad_enabled()
+        assert torch.is_autocast_cache_enabled() == before
+    torch.set_autocast_cache_enabled(True)
