@@ -19,6 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 
 from model import UserError, one_line, program
 from warmup import Batch
@@ -78,8 +79,10 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
     columns = []
     for name, texts in zip(Example._fields, zip(*examples)):
         tokenizer.encode_special_tokens = name != "prompt"
-        encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        rows = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        rows = []
+        for at in range(0, len(texts), 4096):  # an encoding takes ten times the memory of its ids
+            some = tokenizer.encode_batch_fast(texts[at : at + 4096], add_special_tokens=False)
+            rows += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
         if name != "prompt":  # T5's own tokenizer reads "</s>" in a text as a special token
             rows = [np.where(np.isin(row, special), np.int32(unknown), row) for row in rows]
         # pretrained_tokenizer sets a post_processor: T5's sources end in </s>, too
@@ -111,9 +114,7 @@ def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray
 class Batches:
     """Endless training batches of similar lengths. (seed, epoch, position) fixes the next one.
 
-    N processes take turns: `next` moves on by N batches and returns the rank-th of them.
-    """
-
+    N processes take turns: `next` moves on by N batches and returns the rank-th of them."""
     def __init__(self, data: Encoded, batch_tokens: int, seed: int, rank=0, processes=1):
         self.data, self.batch_tokens, self.seed = data, batch_tokens, seed
         self.rank, self.processes = rank, processes
@@ -139,18 +140,19 @@ class Batches:
         batches = bucket(self.data, self.batch_tokens, key)
         self.order = pick(batches, rng.permutation(len(batches)))
 
-def in_order(data: Encoded, batch_tokens: int) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, longest sources first, with its indices: to validate and decode."""
+def in_order(data: Encoded, batch_tokens: int, what: str) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Every example once, longest sources first, with its indices. The progress bar says `what`."""
     longest_first = -np.array([len(row) for row in data.source])
-    for index in bucket(data, batch_tokens, longest_first):
-        yield index, collate(data, index)
+    with tqdm(total=len(data.source), desc=what, unit="example", delay=2, leave=False) as bar:
+        for index in bucket(data, batch_tokens, longest_first):
+            yield index, collate(data, index)
+            bar.update(len(index))
 
 # ===== plumbing: where data comes from, readers, tokenizers, built-in samples, download
 def load(config) -> tuple[dict[str, list[Example]], str]:
     """The splits of a task, and where they come from: "sample" or a folder. Prints the choice.
 
-    config: train.Config. Its data "" looks for the task's folder, then takes the sample.
-    """
+    config: train.Config. Its data "" looks for the task's folder, then takes the sample."""
     task, folder = TASKS[config.task], task_folder(config.task, config.pair)
     origin = config.data or (str(folder) if task.reader and folder.is_dir() else "sample")
     if origin != "sample" and task.reader:
@@ -238,8 +240,7 @@ def find_file(folder: Path, split: str, ending: str) -> Path | None:
 def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, list[Example]]:
     """The splits of a folder. row makes an Example of line i of each file that a split has.
 
-    Examples with an empty side are left out of training. Elsewhere that would change the score.
-    """
+    Examples with an empty side are left out of training. Elsewhere that would change the score."""
     splits = {}
     for split in SPLITS:
         paths = [find_file(folder, split, ending) for ending in endings]
@@ -330,8 +331,7 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
     """SentencePiece's spiece.model, a protobuf, as the pipeline that T5's tokenizer.json holds.
 
     T5 (100) and umT5 (300) expect sentinels <extra_id_N> behind the pieces, counted backwards.
-    mT5 has them as pieces.
-    """
+    mT5 has them as pieces."""
     try:
         fields = list(protobuf(path.read_bytes()))  # 1: a piece; 2: the trainer; 3: the normalizer
         trainer, normalizer = (dict(protobuf(dict(fields).get(number, b""))) for number in (2, 3))
@@ -380,8 +380,7 @@ def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Toke
 
     So no embedding is resized: the sentinels stand for masked spans in pretraining and for nothing
     in our text. The other sentinels, and embeddings without a token (T5: 28), become special
-    tokens, which no warmup and no output may hold.
-    """
+    tokens, which no warmup and no output may hold."""
     if (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(folder / "tokenizer.json")
     elif (folder / "spiece.model").exists():
@@ -415,8 +414,7 @@ def pointers(r: random.Random, config) -> Example:
     """y = f^hops(start): a random permutation f of --symbols letters, 1 to --hops look-ups.
 
     The source holds f as one word "ij", and so one token, for each f(i) = j. One decoder layer can
-    look up one word per token that it writes. So two hops need a token in between: a warmup.
-    """
+    look up one word per token that it writes. So two hops need a token in between: a warmup."""
     letters = "abcdefghijklmnopqrstuvwxyz"[: config.symbols]
     hops = r.randint(min(1, config.hops), config.hops)
     source = " ".join(i + j for i, j in zip(letters, r.sample(letters, len(letters))))
@@ -452,14 +450,16 @@ NUMBERS = table("two zwei|three drei|four vier|five fünf|twelve zwölf")
 # prefix, auxiliary. The first eight take people or things as object, the next six things only, the
 # last six no object.
 VERBS = table("""see sees saw sieht sehen gesehen - hat
-look_at looks_at looked_at sieht sehen gesehen an hat|find finds found findet finden gefunden - hat
+look_at looks_at looked_at sieht sehen gesehen an hat
+find finds found findet finden gefunden - hat
 look_for looks_for looked_for sucht suchen gesucht - hat
 fetch fetches fetched holt holen geholt ab hat
 forget forgets forgot vergisst vergessen vergessen - hat
 need needs needed braucht brauchen gebraucht - hat|paint paints painted malt malen gemalt - hat
 buy buys bought kauft kaufen gekauft - hat|sell sells sold verkauft verkaufen verkauft - hat
-choose chooses chose sucht suchen gesucht aus hat|carry carries carried trägt tragen getragen - hat
-open opens opened macht machen gemacht auf hat|close closes closed macht machen gemacht zu hat
+choose chooses chose sucht suchen gesucht aus hat
+carry carries carried trägt tragen getragen - hat|open opens opened macht machen gemacht auf hat
+close closes closed macht machen gemacht zu hat
 sleep sleeps slept schläft schlafen geschlafen - hat
 work works worked arbeitet arbeiten gearbeitet - hat
 stay stays stayed bleibt bleiben geblieben - ist
@@ -512,8 +512,7 @@ def clause(r: random.Random, order: str) -> tuple[str, str]:
 
     The finite verb is second in a "main" clause, so the subject moves behind it when an adverbial
     ("front") or another clause ("inv") comes first. In a subordinate clause ("sub") the verb is
-    last. Separable prefixes and participles close the clause.
-    """
+    last. Separable prefixes and participles close the clause."""
     which = r.randrange(len(VERBS))
     past, negated = r.random() < 0.5, r.random() < 0.2
     base, third, simple_past, singular, many, participle, prefix, auxiliary = VERBS[which]
@@ -628,8 +627,7 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
     """--sample-size training examples; for validation and test 500 each, at most a quarter of it.
 
     The split of an example is a hash of its longer side. So no seed's training data holds another
-    seed's test item, and no direction of translation the other's.
-    """
+    seed's test item, and no direction of translation the other's."""
     held_out = min(500, max(1, config.sample_size // 4))
     wanted = {"train": config.sample_size, "valid": held_out, "test": held_out}
     splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice

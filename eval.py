@@ -6,8 +6,8 @@
 """
 
 import argparse, json, sys, zipfile
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,15 +15,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from data import (EOS, PAD, SEP, TASKS, UNK, Encoded, Example, chain, encode, encode_split,
-                  in_order, load, load_tokenizer, read_lines, source_prefix, special_ids,
-                  translation, wrong_pair)
+from data import (EOS, PAD, SEP, TASKS, UNK, Encoded, Example, chain, collate, encode,
+                  encode_split, in_order, load, load_tokenizer, read_lines, source_prefix,
+                  special_ids, translation, wrong_pair)
 from model import (EncoderDecoder, ModelConfig, UserError, build, one_line, pick_device,
                    precision, program, read_json, save_pretrained)
-from warmup import (ESTIMATORS, WarmupSpec, direct_logprobs, evaluate_warmups, generate,
-                    target_tokens)
+from warmup import (ESTIMATORS, Batch, WarmupSpec, direct_logprobs, evaluate_warmups, generate,
+                    sample_warmups, score, target_tokens, weights)
 
 STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # file -> table row
 BASELINES = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, frozen"}  # --estimator
@@ -32,10 +31,9 @@ def warmup_spec(stage: str, config, tokenizer: Tokenizer) -> WarmupSpec | None:
     """What stands before y after a stage. None: nothing."""
     if stage != "policy" or config.estimator == "sft":
         return None
-    length = config.warmup_len
     return WarmupSpec(
-        tokenizer.token_to_id(SEP), special_ids(tokenizer), length,
-        config.warmup_min_len or length, config.temperature, pause=config.estimator == "pause")
+        tokenizer.token_to_id(SEP), special_ids(tokenizer), config.warmup_len,
+        config.warmup_min_len or config.warmup_len, config.temperature, config.estimator == "pause")
 
 # ----------------------------------------------------------------------------- likelihood
 @torch.no_grad()
@@ -43,12 +41,12 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
     """Held-out numbers, no dropout. nll: nats per target token, </s> included.
 
     Without a spec: -log P(y|x). With one: -log of the mean of P(y|x,c) over --eval-samples sampled
-    warmups, in expectation an upper bound on -log P(y|x), and evaluate_warmups' other numbers.
-    """
+    warmups, in expectation an upper bound on -log P(y|x), and evaluate_warmups' other numbers."""
     model.eval()
     device = next(model.parameters()).device
     sums, tokens = {}, 0
-    for _, batch in in_order(data, config.batch_tokens // (config.eval_samples if spec else 1)):
+    batch_tokens = config.batch_tokens // (config.eval_samples if spec else 1)
+    for _, batch in in_order(data, batch_tokens, "validation"):
         tokens += target_tokens(model, batch)
         batch = batch.to(device)
         with precision(config.dtype, device):
@@ -67,29 +65,31 @@ def averages(sums: dict, examples: int, tokens: torch.Tensor) -> dict[str, float
     return {name: float(value) / float(units.get(name, examples)) for name, value in sums.items()}
 
 # ----------------------------------------------------------------------------- decoding
-def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None):
-    """Hypotheses, and warmups (else None), as text in the order of the data. Greedy c, beam y."""
+def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None, c=None):
+    """A pair for each example: y, and the warmup before it or None. c (B,W), else greedy."""
     device = next(model.parameters()).device
-    hypotheses, warmups = {}, {}
-    for index, batch in in_order(data, config.batch_tokens):
-        length = min(config.max_tokens, 2 * batch.source.size(1) + 10)  # no text grows by more
-        with precision(config.dtype, device):
-            c, y = generate(model, batch.to(device), spec, length, beams=config.beams,
-                            length_penalty=config.length_penalty, forbidden=special_ids(tokenizer))
-        texts = tokenizer.decode_batch(y.tolist(), skip_special_tokens=True)
-        hypotheses |= zip(index, map(str.strip, texts))
-        if spec:
-            texts = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
-            warmups |= zip(index, texts)
-    places = range(len(data.source))
-    return [hypotheses[i] for i in places], [warmups.get(i) for i in places]
+    length = min(config.max_tokens, 2 * batch.source.size(1) + 10)  # no text grows by more
+    with precision(config.dtype, device):
+        c, y = generate(model, batch.to(device), spec, length, beams=config.beams, c=c,
+                        length_penalty=config.length_penalty, forbidden=special_ids(tokenizer))
+    hypotheses = map(str.strip, tokenizer.decode_batch(y.tolist(), skip_special_tokens=True))
+    if spec is None:
+        return [(hypothesis, None) for hypothesis in hypotheses]
+    return [*zip(hypotheses, tokenizer.decode_batch(c.tolist(), skip_special_tokens=False))]
+
+def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None):
+    """Hypotheses and warmups, as text in the order of the data."""
+    pairs = {}
+    for index, batch in in_order(data, config.batch_tokens, "decoding"):
+        pairs |= zip(index, decode_batch(model, tokenizer, batch, config, spec))
+    hypotheses, warmups = zip(*(pairs[i] for i in range(len(data.source))))
+    return list(hypotheses), list(warmups)
 
 # ----------------------------------------------------------------------------- metrics
 def translation_metrics(config) -> dict:
     """sacreBLEU's BLEU, with its tokenizer for languages without spaces, and chrF++.
 
-    {} for other tasks. UserError where sacreBLEU lacks a tokenizer.
-    """
+    {} for other tasks. UserError where sacreBLEU lacks a tokenizer."""
     if not TASKS[config.task].translates:
         return {}
     tokenizers = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
@@ -108,8 +108,7 @@ def translation_scores(config, examples: list[Example], hypotheses, warmups) -> 
 def pointer_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """Exact match by hops, from 0 to 1.
 
-    hit rate: the share of warmups that begin with the symbols in between. Nobody labelled them.
-    """
+    hit rate: the share of warmups that begin with the symbols in between. Nobody labelled them."""
     right = defaultdict(list)
     for example, hypothesis, warmup in zip(examples, hypotheses, warmups):
         symbols = chain(example)  # start, the symbols in between, the answer
@@ -132,47 +131,45 @@ class Row:
     flops: int  # of their matrix products
     seconds: float  # of the same
     hypotheses: list[str]
-    warmups: list[str | None]
-
-    def to_json(self) -> dict:
-        return {name: value for name, value in asdict(self).items()
-                if name not in ("stage", "hypotheses", "warmups")}
 
 def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], config, spec):
-    """Metrics, hypotheses and warmups of a split; data: the examples as token ids."""
+    """Metrics and hypotheses of a split; data: the examples as token ids."""
     hypotheses, warmups = decode_split(model, tokenizer, data, config, spec)
-    metrics = METRICS[TASKS[config.task].metrics]
-    return metrics(config, examples, hypotheses, warmups), hypotheses, warmups
+    return METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups), hypotheses
 
-def score_stage(folder: Path, stage: str, config, tokenizer, examples, data, device) -> Row:
-    """Decode and score a stage's best checkpoint on examples; data: these as token ids."""
-    torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
-    model = load_model(folder / f"{stage}.pt", tokenizer, device)
-    spec = warmup_spec(stage, config, tokenizer)
-    scores, hypotheses, warmups = decode_and_score(model, tokenizer, data, examples, config, spec)
-    scores = {name: round(score, 4) for name, score in scores.items()}
-    nll = round(validate(model, data, config, spec)["nll"], 4)
-    name = BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
-    return Row(stage, name, scores, nll, **training_cost(folder, "sft", stage),
-               hypotheses=hypotheses, warmups=warmups)
+def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:
+    """Decode and score the best checkpoints of stages on a split."""
+    data, rows = encode_split(tokenizer, examples, config, split), []
+    for stage in stages:
+        torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
+        model = load_model(folder / f"{stage}.pt", tokenizer, device)
+        spec = warmup_spec(stage, config, tokenizer)
+        scores, hypotheses = decode_and_score(model, tokenizer, data, examples, config, spec)
+        scores = {name: round(score, 4) for name, score in scores.items()}
+        nll = round(validate(model, data, config, spec)["nll"], 4)
+        rows.append(Row(stage, row_name(stage, config), scores, nll,
+                        **training_cost(folder, "sft", stage), hypotheses=hypotheses))
+    return rows
+
+def row_name(stage: str, config) -> str:
+    return BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
 
 def training_cost(folder: Path, *stages: str) -> dict[str, int | float]:
     """Updates, FLOPs and seconds of these stages together, from log.jsonl."""
-    try:
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [line for line in map(json.loads, lines) if line["kind"] == "train"]
-        records = [record for record in records if record["stage"] in stages]
-        return {"updates": len(records), "flops": sum(record["flops"] for record in records),
-                "seconds": round(sum(record["seconds"] for record in records), 1)}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder}/log.jsonl is not what train.py wrote: {error}") from None
+    records = [r for r in read_log(folder) if r["kind"] == "train" and r["stage"] in stages]
+    return {"updates": len(records), "flops": sum(record["flops"] for record in records),
+            "seconds": round(sum(record["seconds"] for record in records), 1)}
 
-def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:
-    """Score stages on a split."""
-    data = encode_split(tokenizer, examples, config, split)
-    with tqdm(stages, desc=f"decoding {split}", unit="stage", leave=False) as bar:
-        return [score_stage(folder, stage, config, tokenizer, examples, data, device)
-                for stage in bar]
+def read_log(folder: Path) -> list[dict]:
+    """The records of log.jsonl. UserError if one of them lacks what train.py wrote."""
+    path, needed = folder / "log.jsonl", {"train": "flops seconds", "valid": "step"}
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for record in records:
+            sum(record[name] for name in needed[record["kind"]].split()), STAGES[record["stage"]]
+        return records
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not what train.py wrote: {error}") from None
 
 def print_table(rows: list[Row], config, examples: list[Example], split: str) -> None:
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage."""
@@ -182,13 +179,13 @@ def print_table(rows: list[Row], config, examples: list[Example], split: str) ->
     header = "".join(f"{name:>9}" for name in names)
     print(f"{'':20}{header}{'NLL/token':>11}{'updates':>9}{'TFLOP':>10}{'seconds':>9}")
     for row in rows:
-        metrics = [f"{row.metrics[name]:9.2f}" if name in row.metrics else f"{'-':>9}"
-                   for name in names]
-        print(f"{row.name:20}{''.join(metrics)}{row.nll:11.3f}{row.updates:9}"
+        cells = [f"{row.metrics[n]:9.2f}" if n in row.metrics else f"{'-':>9}" for n in names]
+        print(f"{row.name:20}{''.join(cells)}{row.nll:11.3f}{row.updates:9}"
               f"{row.flops / 1e12:10,.2f}{row.seconds:9.0f}")
     for name, signature in signatures(config, examples).items():
         print(f"{name}: {signature}")
 
+# ===== plumbing: significance, other metrics, show and plot, settings, checkpoints, export, program
 def print_significance(rows: list[Row], config, examples: list[Example]) -> None:
     """sacreBLEU's paired bootstrap (Koehn 2004) of each row against the control, else the first."""
     rows = sorted(rows, key=lambda row: row.stage != "control")
@@ -204,50 +201,86 @@ def print_significance(rows: list[Row], config, examples: list[Example]) -> None
             print(f"  {name:7} {row.name:20} {result.score:6.2f}  mean {result.mean:6.2f} "
                   f"± {result.ci:.2f}{p}")
 
-# ===== plumbing: other metrics, examples, settings, checkpoints, new text, export, the program
 def rouge_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """Mean F1 of ROUGE-1, -2 and -L (rouge-score, Porter stemmer), times 100."""
-    names = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
-    scorer = RougeScorer(list(names.values()), use_stemmer=True)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     scores = [scorer.score(example.target, y) for example, y in zip(examples, hypotheses)]
-    means = {}
-    for name, key in names.items():
-        means[name] = 100 * sum(score[key].fmeasure for score in scores) / len(scores)
-    return means
+    return {key.replace("rouge", "ROUGE-"):
+            100 * sum(score[key].fmeasure for score in scores) / len(scores) for key in scores[0]}
 
 def option_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """Accuracy and macro-F1 over the answers that occur, in percent. Other words are wrong."""
     answers = [example.target for example in examples]
-    f1 = []
-    for answer in sorted(set(answers)):
-        hits = sum(y == h == answer for y, h in zip(answers, hypotheses))
-        f1.append(2 * hits / (answers.count(answer) + hypotheses.count(answer)))
-    right = sum(y == h for y, h in zip(answers, hypotheses))
-    return {"acc": 100 * right / len(answers), "F1": 100 * sum(f1) / len(f1)}
+    hits = Counter(y for y, h in zip(answers, hypotheses) if y == h)
+    f1 = [2 * hits[y] / (answers.count(y) + hypotheses.count(y)) for y in sorted(set(answers))]
+    return {"acc": 100 * hits.total() / len(answers), "F1": 100 * sum(f1) / len(f1)}
 
 METRICS = {"translation": translation_scores, "pointers": pointer_scores,
            "summaries": rouge_scores, "options": option_scores}
 
 def signatures(config, examples: list[Example]) -> dict[str, str]:
     """sacreBLEU's own description of how each metric was computed."""
-    targets = [example.target for example in examples]
-    out = {}
-    for name, metric in translation_metrics(config).items():
+    targets, metrics = [example.target for example in examples], translation_metrics(config)
+    for metric in metrics.values():
         metric.corpus_score(targets, [targets])
-        out[name] = str(metric.get_signature())
-    return out
+    return {name: str(metric.get_signature()) for name, metric in metrics.items()}
 
-def print_examples(rows: list[Row], examples: list[Example], count: int = 3) -> None:
-    for i, example in enumerate(examples[:count]):
-        print(f"\nsource     {example.source}")
-        if " " in example.prompt:  # a tag alone says nothing new
-            print(f"prompt     {example.prompt}")
-        print(f"reference  {example.target}")
-        for row in rows:
-            if row.stage == "sft":
-                print(f"sft        {row.hypotheses[i]}")
-            elif row.warmups[i] is not None:
-                print(f"warmup c   {row.warmups[i]}\nwarmup y   {row.hypotheses[i]}")
+def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Example], device):
+    """Print examples with what each stage writes, and the estimator at work.
+
+    Of each example K warmups are sampled, as in a policy update. For each c: log P(c|x),
+    R = log P(y|x,c), the weights a and b that the estimator gives it, and y as written after it."""
+    torch.manual_seed(config.seed)
+    models = {stage: load_model(folder / f"{stage}.pt", tokenizer, device) for stage in stages}
+    data, K = encode_split(tokenizer, examples, config, "shown"), config.samples
+    for i, example in enumerate(examples):
+        batch, copies = collate(data, [i]).to(device), collate(data, [i] * K)
+        print(f"\nsource              {example.source}\nprompt              {example.prompt}")
+        print(f"reference           {example.target}")
+        for stage, model in models.items():
+            spec = warmup_spec(stage, config, tokenizer)
+            [(y, warmup)] = decode_batch(model, tokenizer, batch, config, spec)
+            print(f"{row_name(stage, config):20}{f'{warmup} -> ' if spec else ''}{y}")
+        if spec is None or spec.pause or config.estimator == "exact":
+            continue  # nothing is sampled
+        with precision(config.dtype, device), torch.no_grad():
+            memory = model.encode(batch.source)
+            c, _ = sample_warmups(model, memory, batch.prompt, spec, K)  # (1,K,W)
+            log_pi, R = score(model, memory, batch.prompt, c, batch.target, spec)  # (1,K) both
+        a, b = weights(config.estimator, config.alpha * R, log_pi, c)  # (1,K) both
+        print("  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y")
+        numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows
+        written = decode_batch(model, tokenizer, copies, config, spec, c[0])
+        for row, (y, warmup) in zip(numbers, written):
+            print("{:12.3f}{:14.3f}{:+9.3f}{:9.3f}  ".format(*row) + f"{warmup} -> {y}")
+
+def plot(folder: Path, config, out: Path) -> None:
+    """log.jsonl as a page of curves, a PNG. UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot draws by matplotlib: pip install matplotlib") from None
+    curves, spent = defaultdict(list), {"sft": 0}  # spent: FLOPs so far, SFT's included
+    for record in read_log(folder):
+        stage = record["stage"]
+        spent[stage] = spent.get(stage, spent["sft"]) + record.get("flops", 0)
+        for name, value in record.items():
+            curves[record["kind"], name, stage].append((spent[stage] / 1e12, value))
+    panels = {"validation NLL, nats per token": ("valid", "nll"),
+              "swap gap, nats: how much y depends on c": ("valid", "swap_gap"),
+              "spread of rewards within an example, nats": ("train", "spread"),
+              "entropy of the warmups, nats": ("train", "entropy")}
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure.supxlabel("TFLOP, those of SFT included")
+    for axis, (title, key) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
+        axis.set_title(title)
+        for stage, style in zip(STAGES, ("k-", "k:", "C0-")):
+            x, y = [*zip(*curves[*key, stage])] or ([], [])
+            axis.plot(x, y, style, label=row_name(stage, config))
+    figure.axes[0].set_yscale("log")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(out, format="png")
+    print(f"wrote {out}")
 
 def flag(default, help: str, low=None, high=None, choices=None):
     """A setting: its default, what it means and in which unit, its range or its choices."""
@@ -272,6 +305,7 @@ class Settings:
     # warmups
     estimator: str = flag("marginal", "or a baseline: frozen, pause, sft",
                           choices=(*ESTIMATORS, "exact", "pause", "sft"))
+    samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
     warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)
     warmup_min_len: int = flag(0, "tokens before <sep> may end a warmup; 0: all W", 0, 1024)
     alpha: float = flag(1.0, "factor on the reward", 0, 1e9)
@@ -384,14 +418,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     one("--split", choices=("train", "valid", "test"), help="score this split; default: test")
     one("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
     one("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
-    add("--stage", choices=tuple(STAGES), help="default: all that were trained; for --input and "
-        "--export policy, else sft")
+    one("--show", type=int, metavar="N", help="of N test items: sampled warmups and their weights")
+    one("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
+    add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: the last of these")
     add("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
     add("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     add("--data", help="folder of the data, if it has moved since training")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: the run's --device")
     add("--threads", type=int, help="CPU threads; default: the run's --threads")
     args = parser.parse_args(argv)
+    if args.show is not None and args.show < 1:
+        parser.error("--show takes a number of items, 1 or more")
     if args.show_warmup and args.input is None:
         parser.error("--show-warmup goes with --input")
     changes = {name: value for name, value in vars(args).items()
@@ -412,13 +449,14 @@ def main(argv: list[str]) -> None:
     trained = [stage for stage in STAGES if (args.run / f"{stage}.pt").exists()]
     if not trained:
         raise UserError(f"{args.run} holds no trained stage (sft.pt, …): train it first")
-    stage = args.stage or ("policy" if "policy" in trained else "sft")
-    if args.export:
-        export(args.run, stage, args.export, tokenizer)
+    stages = [args.stage] if args.stage else trained
+    if args.plot:
+        plot(args.run, config, args.plot)
+    elif args.export:
+        export(args.run, stages[-1], args.export, tokenizer)
     elif args.input is not None:
-        translate(args.run, stage, config, tokenizer, args, device)
+        translate(args.run, stages[-1], config, tokenizer, args, device)
     else:
-        stages = [args.stage] if args.stage else trained
         score_split(args.run, stages, config, tokenizer, args, device)
 
 def score_split(folder: Path, stages: list[str], config, tokenizer, args, device) -> None:
@@ -427,13 +465,15 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
         print(f"note: this run is not finished. Go on with python train.py --resume {folder}")
     splits, _ = load(config)
     split = args.split if args.split in splits else "test" if "test" in splits else "valid"
+    if args.show:
+        return show(folder, stages, config, tokenizer, splits[split][: args.show], device)
     rows = score_run(folder, stages, config, tokenizer, splits[split], split, device)
     for row in rows:
         path = folder / f"{split}.{row.stage}.txt"
         path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
         print(f"wrote {path}")
     print_table(rows, config, splits[split], split)
-    print_examples(rows, splits[split])
+    show(folder, stages, config, tokenizer, splits[split][:3], device)
     if len(rows) > 1 and translation_metrics(config):
         print_significance(rows, config, splits[split])
 

@@ -116,8 +116,7 @@ class CrossAttention(nn.Module):
     """The decoder's look at the source. Keys and values are projected once per example.
 
     Cross-attention has no causal structure, so an example's K warmups may stand side by side on
-    the query axis: queries (B,H,K·L,D) against ONE copy of keys (B,H,S,D). Nothing is repeated.
-    """
+    the query axis: queries (B,H,K·L,D) against ONE copy of keys (B,H,S,D). Nothing is repeated."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.scale = config.heads, config.attention_scale
@@ -172,8 +171,7 @@ class PositionBias(nn.Module):
     """T5's only notion of position: a learned number per head and distance (Raffel et al. §2.1).
 
     Half of the buckets hold one distance each; the others grow logarithmically to max_distance.
-    The encoder looks both ways and splits its buckets by sign. The decoder looks back only.
-    """
+    The encoder looks both ways and splits its buckets by sign. The decoder looks back only."""
     def __init__(self, config: ModelConfig, bidirectional: bool):
         super().__init__()
         self.bidirectional = bidirectional
@@ -295,8 +293,7 @@ class EncoderDecoder(nn.Module):
         """1/sqrt(fan-in), as T5: products have variance 1. Unscaled queries are sqrt(D) smaller.
 
         Our choice: with a tied output, logits and what layers add to the residual stream start at
-        0.3 of that. Else the decoder's own input token dominates the logits.
-        """
+        0.3 of that. Else the decoder's own input token dominates the logits."""
         config, small = self.config, 0.3 if self.config.tied else 1.0
         shrink = config.head_size**-0.5 / config.attention_scale  # 1, or T5's 1/sqrt(D)
         wide = config.width**-0.5
@@ -320,8 +317,7 @@ class EncoderDecoder(nn.Module):
         T5's embeddings are sqrt(E) larger and its queries sqrt(D) smaller than `scaled` ones: its
         optimizer, Adafactor, takes steps in proportion to a weight's size. AdamW's steps are all
         alike. It would leave such embeddings behind and make attention scores jump. So from
-        scratch a factor here and in `attention_scale` stands for the difference.
-        """
+        scratch a factor here and in `attention_scale` stands for the difference."""
         x = self.embedding(tokens)
         if self.config.scaled:
             x = x * self.config.width**0.5
@@ -342,8 +338,7 @@ class EncoderDecoder(nn.Module):
         """tokens (N,L), after those in the cache -> hidden states (N,L,E).
 
         N = B·K rows share the memory of B examples; ValueError if they do not divide. Rows are
-        padded on the right only, so the causal mask keeps real tokens from padding.
-        """
+        padded on the right only, so the causal mask keeps real tokens from padding."""
         L, past = tokens.size(1), cache.length if cache else 0
         if len(tokens) % len(memory.bias):
             raise ValueError(f"{len(tokens)} rows: not a multiple of {len(memory.bias)} examples")
@@ -399,8 +394,7 @@ def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
     """probs (N,V), not normalised -> a token of each row and the row's sum, (N,1) both.
 
     Inverts the cumulative distribution: the token is the first whose cumulative sum exceeds
-    u·sum, u uniform in [0,1). One random number a row; torch.multinomial draws V.
-    """
+    u·sum, u uniform in [0,1). One random number a row; torch.multinomial draws V."""
     cdf = probs.cumsum(-1)  # (N,V)
     if cdf.is_cuda:
         # a parallel sum rounds up and down: no gap may open for a token of probability 0
@@ -420,8 +414,7 @@ def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *
     K = samples independent draws per example. temperature 0 is greedy. No top-k or top-p: a policy
     gradient is only right if we sample from exactly the distribution that `token_logprobs` scores.
     A row ends at `stop`, which may not come within the first min_length tokens. The rest of it
-    holds `fill`, with log-prob 0: it is no choice.
-    """
+    holds `fill`, with log-prob 0: it is no choice."""
     cache, hidden = read_prefix(model, memory, prefix, length, samples)  # hidden (N,E)
     tokens = prefix.new_full((len(hidden), length), fill)  # (N,length)
     log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -460,8 +453,7 @@ def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: i
 
     score = sum of log-probs / (tokens written, </s> included) ** length_penalty, best first. Each
     step looks at 2n candidates, so that n stay open when some end. An example stops when its best
-    open beam, at its present length, cannot beat its worst finished one.
-    """
+    open beam, at its present length, cannot beat its worst finished one."""
     B, n, config = len(prefix), beams, model.config
     cache, hidden = read_prefix(model, memory, prefix, length, n)  # hidden (B·n,E)
     first_row = torch.arange(B, device=prefix.device)[:, None] * n  # (B,1) of each example
@@ -508,8 +500,7 @@ class Dropout(nn.Module):
     """Zero each element with probability p and scale the rest by 1/(1-p), in training only.
 
     On a CPU torch draws a random float per element. A random byte decides as well; it rounds p to
-    1/256. With torch's dropout an SFT step (size small) takes 1.12 to 1.22 times as long.
-    """
+    1/256. With torch's dropout an SFT step (size small) takes 1.12 to 1.22 times as long."""
     def __init__(self, p: float):
         super().__init__()
         self.p = p
@@ -528,8 +519,7 @@ class _TokenLogProbs(torch.autograd.Function):
     Autograd would keep logits and log-probs, each tokens x V, until the backward pass. Here one
     buffer is overwritten: logits, then exp(logits - max), then their gradient. One chunk is kept
     for the backward pass; of several, each is computed again there. With the plain form a warmup
-    step (size small) takes 1.6 times as long, and the loss at mT5's V 15 times the memory.
-    """
+    step (size small) takes 1.6 times as long, and the loss at mT5's V 15 times the memory."""
     @staticmethod
     def forward(ctx, hidden, weight, targets, forbidden, chunk):
         ctx.save_for_backward(hidden, weight, targets, forbidden)
@@ -610,8 +600,8 @@ def program(run):
         except RuntimeError as error:  # torch has no type for the memory of a CPU
             if not isinstance(error, torch.OutOfMemoryError) and "allocate mem" not in str(error):
                 raise
-            said = ("error: out of memory. Lower --batch-tokens, --policy-batch-tokens (warmups) "
-                    "or --beams (decoding), or add --recompute")
+            said = ("error: out of memory. Lower --batch-tokens, --policy-batch-tokens or --beams, "
+                    "or train with --recompute")
         print(said, file=sys.stderr)
         return 1
     return main
@@ -786,8 +776,7 @@ def untangle(tensors: dict[str, Tensor], config: ModelConfig, settings: dict) ->
 def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
     """A T5 in float32 from a Hugging Face folder or hub name.
 
-    changes: ModelConfig fields, such as dropout. Every tensor is used or named in a UserError.
-    """
+    changes: ModelConfig fields, such as dropout. Every tensor is used or named in a UserError."""
     folder = pretrained_folder(source)
     settings = read_json(folder / "config.json")
     config = replace(t5_config(settings), **changes)

@@ -24,9 +24,8 @@ from tqdm import tqdm
 from data import (TASKS, Batches, Encoded, Example, encode_split, load, load_tokenizer,
                   pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
 from eval import (BASELINES, FORMAT, STAGES, Settings, averages, decode_and_score, flag,
-                  flag_name, load_checkpoint, load_model, print_examples, print_table,
-                  read_settings, score_run, signatures, training_cost, translation_metrics,
-                  validate, warmup_spec)
+                  flag_name, load_checkpoint, load_model, print_table, read_settings, score_run,
+                  show, signatures, training_cost, translation_metrics, validate, warmup_spec)
 from model import (SIZES, EncoderDecoder, ModelConfig, UserError, compile_stacks, load_pretrained,
                    one_line, pick_device, precision, pretrained_folder, program)
 from warmup import Batch, sft_loss, target_tokens, warmup_loss
@@ -37,8 +36,7 @@ MOVABLE = ("device", "threads", "data")  # the settings that may change when a r
 class Config(Settings):
     """Every setting of a run, beside eval.Settings: what scoring reads, too. Saved as JSON.
 
-    Each field is a flag (--sft-steps for sft_steps).
-    """
+    Each field is a flag (--sft-steps for sft_steps)."""
     out: str = flag("", "run folder; default: runs/TASK")
     overwrite: bool = flag(False, "replace an earlier run in the same folder")
     # model
@@ -58,7 +56,6 @@ class Config(Settings):
     lr_rampup_steps: int = flag(100, "updates of linear rise, at most 1/4 of a stage", 0, 10**9)
     weight_decay: float = flag(0.01, "AdamW's decay of weight matrices", 0, 100)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-9, 1e9)
-    samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
     entropy_bonus: float = flag(0.0, "weight of the entropy (nats), falling to 0", 0, 1e6)
     eval_every: int = flag(100, "updates between validations; each saves last.pt", 1, 10**9)
     eval_decode: int = flag(0, "validation examples to decode at each validation", 0, 10**9)
@@ -90,8 +87,7 @@ def update_flops(model: ModelConfig, batch: Batch, computed: torch.Tensor | None
     A product of sizes (i,j) and (j,k) takes 2·i·j·k. A backward pass costs two forward passes.
     computed (B,): rows [start] prompt c <sep> y of each example that are trained; None: SFT. K: so
     many c were drawn before, forward only. scored: log P(c|x) is trained, too. What --recompute
-    repeats is not counted.
-    """
+    repeats is not counted."""
     B, S = batch.source.shape
     P, T = batch.prompt.size(1), batch.target.size(1)
     E, inner = model.width, model.inner
@@ -147,12 +143,17 @@ class Run:
 
     def train(self) -> None:
         """All stages in turn, from wherever the state stands."""
-        stages = self.config.stages
-        for stage in stages[stages.index(self.state.stage) :]:
-            if stage != self.state.stage:
-                self.start_stage(stage)
-            with tqdm(total=self.state.total, initial=self.state.step, desc=stage, unit="step",
-                      dynamic_ncols=True, mininterval=1, disable=rank() > 0) as bar:
+        config, stages = self.config, self.config.stages
+        begun = stages.index(self.state.stage)
+        updates = [config.sft_steps, config.policy_steps, 2 * config.policy_steps]  # last: a guess
+        with tqdm(initial=sum(updates[:begun]) + self.state.step, unit="update", mininterval=1,
+                  dynamic_ncols=True, disable=rank() > 0) as bar:
+            for number, stage in enumerate(stages[begun:], begun):
+                if stage != self.state.stage:
+                    self.start_stage(stage)
+                updates[number] = self.state.total
+                bar.total = sum(updates[: len(stages)])
+                bar.set_description(stage)
                 self.train_stage(bar)
 
     def start_stage(self, stage: str) -> None:
@@ -168,7 +169,7 @@ class Run:
         tokens = config.policy_batch_tokens if stage == "policy" else config.batch_tokens
         if stage == "policy" and config.estimator in ("pause", "sft"):
             tokens *= config.samples  # as many target tokens as K samples would hold
-        self.state = State(stage, total=total)
+        self.state, self.latest = State(stage, total=total), {}
         self.spec = warmup_spec(stage, config, self.tokenizer)
         self.batches = Batches(self.data["train"], tokens, config.seed, rank(), processes())
         self.optimizer = make_optimizer(self.model, config.weight_decay)
@@ -234,19 +235,19 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
             # -- end of the step
 
-            sums = to_host(sums | {"grad_norm": norm})
+            sums = gather_sums(sums | {"grad_norm": norm / processes()})
             norm = sums.pop("grad_norm")
             if not math.isfinite(norm):  # nothing was saved since
                 rate = "--lr" if state.stage == "sft" else "--policy-lr"
                 raise UserError(f"the gradient became {norm}: start again, lower {rate}")
-            sums = gather_sums(sums)
-            record = {"flops": int(sums.pop("flops")), "grad_norm": norm,
-                      "lr": self.learning_rate(), "seconds": time.perf_counter() - started}
+            record = {"flops": sums.pop("flops"), "grad_norm": norm, "lr": self.learning_rate(),
+                      "seconds": time.perf_counter() - started}
             record |= averages(sums, sums.pop("examples"), tokens)
             state.step += 1
             log(self, "train", record)
-            shown = [name for name in ("nll", "spread", "entropy") if name in record] or ["loss"]
-            bar.set_postfix({name: f"{record[name]:.2f}" for name in shown}, refresh=False)
+            shown = ("nll", "spread", "swap_gap") if self.spec else ("loss",)
+            bar.set_postfix({name: f"{self.latest[name]:.2f}" for name in shown
+                             if name in self.latest}, refresh=False)
             bar.update()
             if state.step % config.eval_every == 0 or state.step == state.total:
                 validate_and_save(self)
@@ -263,7 +264,7 @@ def validate_and_save(run: Run) -> None:
         if config.eval_decode:
             texts = run.examples["valid"][: config.eval_decode]
             data = Encoded(*(column[: config.eval_decode] for column in run.data["valid"]))
-            scores, *_ = decode_and_score(run.model, run.tokenizer, data, texts, config, run.spec)
+            scores, _ = decode_and_score(run.model, run.tokenizer, data, texts, config, run.spec)
             numbers |= scores
         log(run, "valid", numbers)
         if numbers["nll"] < state.best:
@@ -288,8 +289,7 @@ def save_state(run: Run) -> None:
 def restore(run: Run) -> None:
     """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
 
-    On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
-    """
+    On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew."""
     saved = load_checkpoint(run.folder / "last.pt", "state")
     if any(number != saved["data"] for number in gather(run.checksum)):
         raise UserError(f"the data in {run.config.data} is not what this run was trained on")
@@ -332,6 +332,7 @@ def write_json(path: Path, content: dict) -> None:
 def log(run: Run, kind: str, numbers: dict) -> None:
     """Append a line to log.jsonl. By rank 0."""
     line = {"kind": kind, "stage": run.state.stage, "step": run.state.step} | numbers
+    run.latest |= numbers  # for the progress bar
     path = run.folder / "log.jsonl"
     if rank():
         return
@@ -342,13 +343,12 @@ def log(run: Run, kind: str, numbers: dict) -> None:
         raise UserError(f"cannot write {path}: {error}") from None
 
 def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused where torch has it. Matrices are decayed; gains and position biases are not."""
+    """AdamW. Matrices are decayed; gains and position biases are not."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() == 2 and "biases" not in name]
     others = [p for name, p in named if p.dim() != 2 or "biases" in name]
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    fused = named[0][1].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=fused,
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True,
                              weight_decay=weight_decay)
 
 # ----------------------------------------------------------------------------- processes
@@ -384,15 +384,11 @@ def add_up(x: torch.Tensor) -> torch.Tensor:
     meet(dist.all_reduce, x)
     return x
 
-def to_host(numbers: dict) -> dict[str, float]:
-    """Tensors of one number become floats, in one transfer: the host waits for a GPU once."""
-    names = [name for name, value in numbers.items() if torch.is_tensor(value)]
-    values = torch.stack([numbers[name].float() for name in names]).tolist()
-    return numbers | dict(zip(names, values))
-
-def gather_sums(sums: dict[str, float]) -> dict[str, float]:
-    """Named numbers, summed over the processes."""
-    everyone = gather(sums)
+def gather_sums(sums: dict) -> dict[str, float]:
+    """Named numbers, summed over the processes. Tensors come in one transfer: a GPU waits once."""
+    names = [name for name, value in sums.items() if torch.is_tensor(value)]
+    values = torch.stack([sums[name].float() for name in names]).tolist()
+    everyone = gather(sums | dict(zip(names, values)))
     return {name: sum(one[name] for one in everyone) for name in sums}
 
 def sum_gradients(model: EncoderDecoder) -> None:
@@ -512,9 +508,10 @@ def report(run: Run, splits: dict[str, list[Example]]) -> None:
     rows = score_run(config.folder, stages, config, run.tokenizer, splits[split], split, run.device)
     write_json(config.folder / "results.json", {
         "task": config.task, "pair": config.pair, "data": config.data, "split": split,
-        "rows": [row.to_json() for row in rows], "signature": signatures(config, splits[split])})
+        "rows": [{k: v for k, v in vars(row).items() if k != "hypotheses"} for row in rows],
+        "signature": signatures(config, splits[split])})
     print_table(rows, config, splits[split], split)
-    print_examples(rows, splits[split])
+    show(config.folder, stages, config, run.tokenizer, splits[split][:3], run.device)
     print(f"\nsaved {config.folder}/results.json. Score again: python eval.py {config.folder}")
 
 @program

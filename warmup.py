@@ -26,7 +26,6 @@ from model import EncoderDecoder, Memory, beam_search, decoding, sample
 @dataclass(frozen=True)
 class WarmupSpec:
     """What a warmup may look like. Sampling and scoring share it, so they agree."""
-
     sep_id: int  # stands between warmup and target
     forbidden: tuple[int, ...]  # never in a warmup: pad, </s>, tags. <sep> is one; see min_length
     length: int  # W
@@ -40,27 +39,21 @@ class WarmupSpec:
         if self.sep_id not in self.forbidden:
             raise ValueError("<sep> must be forbidden: min_length says where it may end a warmup")
 
+    @lru_cache  # made once: to send it to a GPU takes longer than to use it
     def forbidden_ids(self, device, may_stop: bool) -> Tensor:
         """Ids of probability 0. <sep> is one of them wherever the warmup may not stop."""
         ids = [i for i in self.forbidden if i != self.sep_id or not may_stop]
-        return id_tensor(tuple(ids), device)
-
-@lru_cache(64)
-def id_tensor(ids: tuple[int, ...], device) -> Tensor:
-    """ids as a tensor. It is made once: to send it to a GPU anew would take longer than its use."""
-    return torch.tensor(ids, device=device)
+        return torch.tensor(ids, device=device)
 
 @dataclass
 class Batch:
     """B examples. Rows are padded on the right. The prompts of one batch have one length P."""
-
     source: Tensor  # (B,S)
     prompt: Tensor  # (B,P) what the decoder reads first, never scored: a language tag, a question
     target: Tensor  # (B,T), each row ends in </s>
 
     def to(self, device) -> "Batch":
-        tensors = (self.source, self.prompt, self.target)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
 def target_tokens(model: EncoderDecoder, batch: Batch) -> Tensor:
     """How many target tokens a batch has, </s> included, as a () tensor."""
@@ -74,8 +67,7 @@ def with_start(model: EncoderDecoder, prompt: Tensor) -> Tensor:
 def sum_logprobs(model: EncoderDecoder, hidden: Tensor, target: Tensor) -> Tensor:
     """hidden (N,T,E), target (N,T) -> (N,): the sum of each row's target log-probs.
 
-    Only real tokens reach the output layer. It is the largest product, and padding is much of T.
-    """
+    Only real tokens reach the output layer. It is the largest product, and padding is much of T."""
     row, at = (target != model.config.pad_id).nonzero(as_tuple=True)  # (tokens,) each
     log_probs = model.token_logprobs(hidden[row, at], target[row, at])  # (tokens,)
     return log_probs.new_zeros(len(target)).index_add(0, row, log_probs)
@@ -98,8 +90,7 @@ def sample_warmups(model: EncoderDecoder, memory: Memory, prompt: Tensor, spec: 
     """Draw K = samples warmups per example from P(c|x): c (B,K,W), log P(c|x) (B,K). No autograd.
 
     A warmup that stops early is filled up with <sep>: y starts at the same place in every row. The
-    filling is forced, so it carries no log-prob. temperature None: the spec's; 0: greedy.
-    """
+    filling is forced, so it carries no log-prob. temperature None: the spec's; 0: greedy."""
     if spec.pause:
         c = prompt.new_full((len(prompt), samples, spec.length), spec.sep_id)  # (B,K,W)
         return c, torch.zeros(c.shape[:2], device=c.device)
@@ -157,8 +148,7 @@ def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Ten
     """`score`, but a warmup that an example has twice is computed once. The fast path of `score`.
 
     Each distinct warmup is a row with a memory of its own, and the rows' log-probs are handed back
-    to all (B,K). Also: how many warmups of each example were computed, (B,) on the CPU.
-    """
+    to all (B,K). Also: how many warmups of each example were computed, (B,) on the CPU."""
     B, K, _ = c.shape
     earliest = earliest_equal(c)  # (B,K)
     first = first_occurrence(c)  # (B,K)
@@ -205,8 +195,7 @@ def marginal(R: Tensor) -> tuple[Tensor, Tensor]:
 
     With the mean of p over the samples for P(y|x), r(c_k)/K is w_k. The bias is O(1/K).
     The -1/K is a control variate: E[∇ log pi] = 0, so it changes no expectation. Without it equal
-    rewards would still push every sampled c to repeat itself.
-    """
+    rewards would still push every sampled c to repeat itself."""
     K = num_samples(R)
     w = R.softmax(-1)
     return w - 1 / K, w
@@ -228,8 +217,7 @@ def iwae(R: Tensor) -> tuple[Tensor, Tensor]:
 def prob(R: Tensor) -> tuple[Tensor, Tensor]:
     """a = (p_k - mean_{j≠k} p_j)/K, b = p_k/K: exact for P(y|x) itself (VeriFree).
 
-    p underflows where targets are long.
-    """
+    p underflows where targets are long."""
     K = num_samples(R)
     p = R.exp()
     return (p - mean_of_others(p)) / K, p / K
@@ -249,8 +237,7 @@ def truncated(R: Tensor, log_pi: Tensor) -> tuple[Tensor, Tensor]:
     """a = b = softmax(log pi + R): exact for log Σ pi p over a set of DISTINCT warmups (RAG).
 
     A repeat must come with log pi = -inf (see `weights`). Else sampling would count it once, and
-    its pi again. Over all warmups this is ∇ log P(y|x) by (1): `exact` is this one, enumerated.
-    """
+    its pi again. Over all warmups this is ∇ log P(y|x) by (1): `exact` is this one, enumerated."""
     num_samples(R)
     posterior = (log_pi + R).softmax(-1)
     return posterior, posterior
@@ -281,16 +268,14 @@ def first_occurrence(c: Tensor) -> Tensor:
 def entropy_gradient(log_pi: Tensor) -> Tensor:
     """(B,K) -> (B,K): what to add to a, to follow the gradient of the entropy H = -E[log pi].
 
-    ∇H = -E[log pi ∇ log pi], so a_k = -(log pi_k - mean_{j≠k} log pi_j)/K.
-    """
+    ∇H = -E[log pi ∇ log pi], so a_k = -(log pi_k - mean_{j≠k} log pi_j)/K."""
     return -(log_pi - mean_of_others(log_pi)) / num_samples(log_pi)
 
 def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
     """loss = -Σ_k [ sg(a_k) log P(c_k|x) + sg(b_k) log P(y|x,c_k) ]  (2), summed over the batch.
 
     Its gradient is the estimator. Its value means nothing: near 0, and it may rise while all is
-    well. log_p keeps its graph: without it the target half of (1) would vanish in silence.
-    """
+    well. log_p keeps its graph: without it the target half of (1) would vanish in silence."""
     return -(a.detach() * log_pi + b.detach() * log_p).sum()
 
 def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
@@ -302,8 +287,7 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
     alpha scales R before the estimator. With `marginal`, b goes from that of `frozen` (alpha 0) to
     that of `best` (alpha ∞). entropy_bonus adds so much of the entropy of sampled warmups, in nats.
     The encoder runs once, so sampling and scoring share its dropout. ValueError if the decoder has
-    dropout on: we would then score another distribution than we sampled from.
-    """
+    dropout on: we would then score another distribution than we sampled from."""
     if model.decoder.training:
         raise ValueError("call model.decoder.eval() first: decoder dropout is off-policy")
     memory = model.encode(batch.source)
@@ -334,8 +318,7 @@ def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, alpha: float = 1.0,
     spread    standard deviation of R within an example, nats. 0: no c is better than another
     ess       effective sample size 1/Σw², w as the softmax of alpha·R: 1 (one takes all) to K
     entropy   -log P(c|x) of the sampled c, nats. Its mean is the policy's entropy
-    distinct  distinct warmups / K
-    """
+    distinct  distinct warmups / K"""
     if exact:
         log_q = log_pi  # (B,K): what each warmup counts
         distinct = R.new_ones(len(R))
@@ -361,8 +344,7 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
 
     swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example). 0: y ignores c
     swapped     how many examples swap_gap counts. One that is alone in its batch has no other
-    over_empty  mean_k log P(y|x,c_k) - log P(y|x): what a warmup gains over writing y at once
-    """
+    over_empty  mean_k log P(y|x,c_k) - log P(y|x): what a warmup gains over writing y at once"""
     memory = model.encode(batch.source)
     c, log_pi = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W), (B,K)
     _, log_p, _ = score_distinct(model, memory, batch.prompt, c, batch.target, spec)  # (B,K)
@@ -378,25 +360,24 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
 # ----------------------------------------------------------------------------- test time
 @decoding()
 def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, length: int, *,
-             beams: int = 1, length_penalty: float = 1.0, forbidden: tuple[int, ...] = ()
-             ) -> tuple[Tensor | None, Tensor]:
+             beams: int = 1, length_penalty: float = 1.0, forbidden: tuple[int, ...] = (),
+             c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
     """Write a greedy warmup, then the target: c (B,W) or None, y (B,length), padded after </s>.
 
-    spec None: no warmup, as after SFT. beams > 1: beam search over y; 1: greedy y. Before its
-    </s>, y holds no pad, no <sep> of the spec and no forbidden id. batch.target is not read.
-    """
+    spec None: no warmup, as after SFT. c: a warmup to write y after, in place of the greedy one.
+    beams > 1: beam search over y; 1: greedy y. Before its </s>, y holds no pad, no <sep> of the
+    spec and no forbidden id. batch.target is not read."""
     config = model.config
     memory = model.encode(batch.source)
     prefix = with_start(model, batch.prompt)  # (B,1+P)
     never = {config.pad_id, *forbidden}
-    c = None
     if spec is not None:
-        c, _ = sample_warmups(model, memory, batch.prompt, spec, 1, temperature=0.0)
-        c = c[:, 0]  # (B,W)
+        if c is None:
+            c = sample_warmups(model, memory, batch.prompt, spec, 1, temperature=0.0)[0][:, 0]
         sep = torch.full_like(c[:, :1], spec.sep_id)
         prefix = torch.cat([prefix, c, sep], 1)  # (B,1+P+W+1)
         never.add(spec.sep_id)
-    never = id_tensor(tuple(sorted(never - {config.eos_id})), prefix.device)
+    never = torch.tensor(sorted(never - {config.eos_id}), device=prefix.device)
     if beams > 1:
         y, _ = beam_search(model, memory, prefix, length, beams=beams,
                            length_penalty=length_penalty, forbidden=never)

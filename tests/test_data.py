@@ -753,7 +753,7 @@ def test_processes_take_turns(processes):
 
 def test_in_order_covers_everything_once_longest_first():
     data, seen, lengths = numbered(), [], []
-    for index, batch in in_order(data, 400):
+    for index, batch in in_order(data, 400, "a test"):
         assert who([batch.source]) == index.tolist()
         seen, lengths = seen + index.tolist(), lengths + [batch.source.size(1)]
     assert sorted(seen) == list(range(300)) and lengths == sorted(lengths, reverse=True)

@@ -75,9 +75,9 @@ def watched_run(folder, *flags):
         seen.drawn.append(samples)
         return evaluate(model, batch, spec, samples, alpha)
 
-    def watched_in_order(data, batch_tokens):
-        seen.split.append((run.state.stage, batch_tokens))
-        return in_order(data, batch_tokens)
+    def watched_in_order(data, batch_tokens, what):
+        seen.split.append((run.state.stage, batch_tokens, what))
+        return in_order(data, batch_tokens, what)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Run, "loss", watched_loss)
@@ -212,7 +212,7 @@ def test_validation_draws_eval_samples(kind, runs):
     """--eval-samples warmups an example, not --samples; and that many rows for each source."""
     spec = kind != "sft"
     assert set(runs[kind].drawn) == ({4} if spec else set())
-    sizes = {stage: {tokens for s, tokens in runs[kind].split if s == stage}
+    sizes = {stage: {tokens for s, tokens, _ in runs[kind].split if s == stage}
              for stage in ("sft", "policy", "control")}
     assert sizes == {"sft": {900}, "policy": {900 // 4 if spec else 900}, "control": {900}}
 
@@ -258,7 +258,7 @@ def test_the_first_validation_examples_are_decoded_and_scored_against_themselves
 
     def fake(model, tokenizer, data, examples, config, spec):
         seen.append((data, examples, spec))
-        return {"BLEU": 12.5}, [], []
+        return {"BLEU": 12.5}, []
 
     monkeypatch.setattr(train, "decode_and_score", fake)
     config, _ = train.parse(["--task", "wmt", *FLAGS, "--eval-decode=7", "--out", f"{tmp_path}/r"])
@@ -300,8 +300,9 @@ def test_decoding_is_by_the_settings(stage, flags, beams, runs, tmp_path, monkey
     folder, seen = shutil.copytree(runs["marginal"].folder, tmp_path / "r"), []
     tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
 
-    def fake(model, batch, spec, length, **how):
-        seen.append((spec is not None, how, batch.source.size(1), length))
+    def fake(model, batch, spec, length, *, c, **how):
+        if c is None:  # else one of the sampled warmups that are shown below the table
+            seen.append((spec is not None, how, batch.source.size(1), length))
         nothing = torch.zeros(len(batch.source), 2, dtype=torch.long)
         return (nothing if spec else None), nothing
 
@@ -334,7 +335,7 @@ def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_pa
 def test_significance_is_against_the_control_else_the_first_row(stages, first, capsys):
     examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
     rows = [evaluation.Row(stage, f"the {stage}", {}, 0.0, 1, 1, 1.0,
-                           [f"a {stage} sees {n} cats" for n in range(20)], [None] * 20)
+                           [f"a {stage} sees {n} cats" for n in range(20)])
             for stage in stages]
     evaluation.print_significance(rows, train.Config(), examples)
     said = capsys.readouterr().out

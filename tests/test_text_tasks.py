@@ -184,7 +184,7 @@ def test_the_whole_path(task, columns, tmp_path, capsys):
     assert train.main(["--task", task, *flags, "--out", str(folder)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"[1-9]\d* of 300 train examples .*--max-tokens.*: their source loses", out)
-    assert "warmup y" in out
+    assert "log P(c|x)" in out
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [set(row["metrics"]) for row in rows] == [columns] * 3
     assert evaluation.main([str(folder), "--stage", "policy"]) == 0

@@ -166,7 +166,7 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
     runs = [str(tmp_path / name) for name in ("whole", "parts")]
     assert train.main([*arguments, "--out", runs[0]]) == 0
     printed = capsys.readouterr().out
-    assert "vocabulary 140" in printed and "translate German to English: " in printed and "warmup c" in printed
+    assert "vocabulary 140" in printed and "translate German to English: " in printed and "log P(c|x)" in printed
     config = json.loads((Path(runs[0]) / "config.json").read_text())
     assert config["init"] == str(folder)
     shutil.rmtree(folder)  # the run folder stands alone

@@ -418,7 +418,7 @@ def test_a_run_leaves_what_the_readme_says(finished_run):
         "wmt", "de-en", "sample", "test"]
     assert [row["name"] for row in results["rows"]] == ["sft", "sft, same compute", "warmup"]
     for row in results["rows"]:
-        assert set(row) == {"name", "metrics", "nll", "updates", "flops", "seconds"}
+        assert set(row) == {"stage", "name", "metrics", "nll", "updates", "flops", "seconds"}
         assert set(row["metrics"]) == {"BLEU", "chrF++"} and 0 < row["nll"] < math.inf
     assert results["rows"][0]["updates"] == 4 and results["rows"][2]["updates"] == 4 + 3
     assert "tok:13a" in results["signature"]["BLEU"]
@@ -447,7 +447,7 @@ def test_the_best_checkpoint_is_kept_not_the_last(tmp_path, monkeypatch):
 def test_the_cost_of_stages_is_that_of_their_logged_updates(tmp_path):
     lines = [dict(kind="train", stage=stage, flops=10**20 + n, seconds=n / 4)
              for n, stage in enumerate(["sft", "sft", "policy", "control"])]
-    lines.insert(1, dict(kind="valid", stage="sft", nll=1.0))
+    lines.insert(1, dict(kind="valid", stage="sft", step=1, nll=1.0))
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     cost = evaluation.training_cost(tmp_path, "sft", "policy")
@@ -474,7 +474,7 @@ def test_eval_reproduces_the_table(finished_run, capsys):
 
 
 def test_the_table_counts_in_tflop(capsys):
-    row = evaluation.Row("sft", "sft", {"BLEU": 1.5}, 2.5, 300, 1234_567_000_000_000, 61.0, [], [])
+    row = evaluation.Row("sft", "sft", {"BLEU": 1.5}, 2.5, 300, 1234_567_000_000_000, 61.0, [])
     evaluation.print_table([row], train.Config(), [train.Example("a", "<2en>", "b")], "test")
     out = capsys.readouterr().out
     assert re.search(r"\nsft +1\.50 +2\.500 +300 +1,234\.57 +61\n", out)
@@ -483,7 +483,7 @@ def test_the_table_counts_in_tflop(capsys):
 def test_equal_outputs_are_no_significant_difference(capsys):
     """sacreBLEU's bootstrap gives two equal systems the smallest p there is."""
     examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
-    rows = [evaluation.Row(stage, stage, {}, 0.0, 1, 1, 1.0, ["a dog sees cats"] * 20, [None] * 20)
+    rows = [evaluation.Row(stage, stage, {}, 0.0, 1, 1, 1.0, ["a dog sees cats"] * 20)
             for stage in ("sft", "control", "policy")]
     rows[2].hypotheses = ["a small dog sees cats"] * 20
     evaluation.print_significance(rows, train.Config(), examples)
@@ -494,15 +494,14 @@ def test_equal_outputs_are_no_significant_difference(capsys):
 
 
 def test_monte_carlo_scores_draw_the_same_warmups_every_time(finished_run, monkeypatch):
-    """The NLL is estimated from samples: score_stage must seed them (stand-in: a random number)."""
+    """The NLL is estimated from samples: score_run must seed them (stand-in: a random number)."""
     monkeypatch.setattr(evaluation, "validate", lambda *_: {"nll": torch.rand(()).item()})
     config = evaluation.read_settings(finished_run)
     tokenizer = evaluation.load_tokenizer(finished_run / "tokenizer.json")
     examples = load(train.Config(data="sample", sample_size=8))[0]["test"]
-    encoded = encode(tokenizer, examples)
-    arguments = "policy", config, tokenizer, examples, encoded, torch.device("cpu")
-    rows = [evaluation.score_stage(finished_run, *arguments) for _ in range(2)]
-    assert rows[0].nll == rows[1].nll
+    arguments = ["policy"], config, tokenizer, examples, "test", torch.device("cpu")
+    first, second = [evaluation.score_run(finished_run, *arguments)[0] for _ in range(2)]
+    assert first.nll == second.nll
 
 
 def test_translating_keeps_line_order_and_count(finished_run, tmp_path, capsys):
@@ -605,8 +604,8 @@ def test_help_gives_the_meaning_range_and_default_of_every_flag(task, capsys):
 def test_help_of_the_other_programs_gives_every_default(capsys, monkeypatch):
     """Flags that have no default do nothing unless they are given."""
     entries = entries_of_help(evaluation, capsys)
-    without = {"--input", "--export", "--show-warmup", "--data"}
-    defaults = {"--split": "test", "--stage": "all that were trained", "--beams": "the run's",
+    without = {"--input", "--export", "--show-warmup", "--data", "--show", "--plot"}
+    defaults = {"--split": "test", "--stage": "all", "--beams": "the run's",
                 "--device": "the run's", "--threads": "the run's"}
     assert set(entries) == without | set(defaults)
     for flag, default in defaults.items():
@@ -616,7 +615,7 @@ def test_help_of_the_other_programs_gives_every_default(capsys, monkeypatch):
     given, used = evaluation.parse(["run"])
     assert not given.show_warmup and used == settings
     assert {getattr(given, flag[2:]) for flag in ("--split", "--stage", "--input", "--export",
-                                                  "--beams", "--data", "--device",
+                                                  "--show", "--plot", "--beams", "--data", "--device",
                                                   "--threads")} == {None}
     given, used = evaluation.parse(["run", "--beams", "2", "--data", "", "--threads", "0"])
     assert (used.beams, used.data, used.device, used.threads) == (2, "", "cpu", 0)
