@@ -30,6 +30,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -37,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from model import (SIZES, EncoderDecoder, ModelConfig, beam_search,  # noqa: E402
                    compile_stacks, decoding, plain_token_logprobs, sample, save_pretrained)
 from train import make_optimizer  # noqa: E402
-from warmup import Batch, WarmupSpec, marginal, score, sft_loss, warmup_loss  # noqa: E402
+from warmup import (Batch, WarmupSpec, marginal, sample_warmups, score,  # noqa: E402
+                    sft_loss, warmup_loss)
 
 SAMPLES, LENGTH, BEAMS, WRITTEN = 4, 8, 4, 24
 SEP, FORBIDDEN = 2, (0, 1, 2)  # pad, </s>, <sep>: on both sides, so that both write every token
@@ -51,12 +53,14 @@ LOSSES = {"V = 32,128": 32128, "V = 250,112": 250112}  # the row `loss` has no l
 ROWS = {
     "sft": "SFT step",  # forward, backward, clip, fused AdamW. Dropout 0.1; Hugging Face drops attention weights, too
     "warmup": f"warmup step, K = {SAMPLES}, W = {LENGTH}",  # the same without dropout, against the naive recipe
+    "half": "the same, half of the samples distinct",  # what repeats is scored once; the naive recipe scores all
+    "quarter": "the same, all samples alike",
     "recompute": "warmup step with --recompute",  # of ours; the naive recipe as it is
     "sample": f"sample {SAMPLES} × {LENGTH} tokens",  # from the full softmax, the encoder included
     "beam": f"beam {BEAMS}, {WRITTEN} tokens",  # the encoder included
     "loss": "loss of 4,096 tokens",  # token_logprobs and its gradients, against plain_token_logprobs
 }
-TARGETS = {"sft": 1.5, "warmup": 3, "recompute": "1/3 of the memory", "sample": 4, "beam": 3}
+TARGETS = {"sft": 1.5, "warmup": 3, "half": 2.5, "recompute": "1/3 of the memory", "sample": 4, "beam": 3}
 
 
 # ----------------------------------------------------------------------------- the floor
@@ -82,9 +86,14 @@ def work(c: ModelConfig, B: int, S: int, T: int, K: int = SAMPLES, W: int = LENG
 
     update, read = 28 * (source + target + V * E * (1 if c.tied else 2)), 4 * (target + V * E)
     sft = encode + decode(B, T, T) + 2 * B * T * E * V
-    scored = encode + decode(B * K, W + 1 + T, W + 1 + T) + 2 * B * K * (W + T) * E * V
-    warmup = (write(K, W) + 3 * scored, update + W * read)
-    return {"sft": (3 * sft, update), "warmup": warmup, "recompute": warmup,  # to compute twice is no need
+
+    def warmup(distinct):  # of the K samples of an example
+        rows = B * distinct
+        scored = encode + decode(rows, W + 1 + T, W + 1 + T) + 2 * rows * (W + T) * E * V
+        return write(K, W) + 3 * scored, update + W * read
+
+    return {"sft": (3 * sft, update), "warmup": warmup(K), "half": warmup(K // 2), "quarter": warmup(K // 4),
+            "recompute": warmup(K),  # to compute twice is no need
             "sample": (encode + write(K, W), W * read), "beam": (encode + write(BEAMS, WRITTEN), WRITTEN * read),
             "loss": (6 * B * E * V, 8 * V * E)}  # B tokens
 
@@ -139,6 +148,19 @@ class Ours:
             loss, _ = warmup_loss(self.model.eval(), batch, spec, estimator, K)
         self.step(loss / batch.target.numel())
 
+    def half(self, batch, distinct=SAMPLES // 2):
+        """A warmup step in which the samples of an example are copies of so many."""
+        def repeat(*args):
+            c, log_pi = sample_warmups(*args)  # (B,K,W), (B,K)
+            copies = [k % distinct for k in range(SAMPLES)]
+            return c[:, copies], log_pi[:, copies]
+
+        with mock.patch("warmup.sample_warmups", repeat):
+            self.warmup(batch)
+
+    def quarter(self, batch):
+        self.half(batch, SAMPLES // 4)
+
     def recompute(self, batch):
         self.model.encoder.recompute = self.model.decoder.recompute = True
         self.warmup(batch)
@@ -181,7 +203,7 @@ class Theirs(Ours):
             loss = -(a * log_pi + b * log_p).sum() / batch.target.numel()
         self.step(loss)
 
-    recompute = warmup
+    half = quarter = recompute = warmup
 
     def score(self, batch, c):
         """log P(c|x), log P(y|x,c), both (B,K), of c (B,K,W): all inputs repeated K times, all logits held."""

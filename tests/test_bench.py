@@ -17,7 +17,7 @@ def test_flops_are_what_torch_counts(monkeypatch, shape):
     c = model.ModelConfig(vocab_size=50, width=24, heads=3, head_size=6, ff=40, encoder_layers=2, decoder_layers=3, **shape)
     batch = Batch(torch.randint(3, 50, (2, 5)), torch.empty(2, 0, dtype=torch.long), torch.randint(3, 50, (2, 7)))
     side, expected = bench.Ours(model.EncoderDecoder(c)), bench.work(c, 2, 5, 7)
-    for row in ("sft", "warmup", "sample", "beam"):
+    for row in ("sft", "warmup", "half", "quarter", "sample", "beam"):
         with FlopCounterMode(display=False) as counter:
             getattr(side, row)(batch)
         assert counter.get_total_flops() == expected[row][0], row
