@@ -751,6 +751,17 @@ def test_processes_take_turns(processes):
     assert len({(part.epoch, part.position) for part in parts}) == 1
 
 
+def test_chunks_of_text_stay_in_order():
+    """5,000 examples are encoded in two parts: each row is that of its own text."""
+    examples = [Example(f"{i} Katzen", "<2en>", f"{i + 7} cats") for i in range(5000)]
+    tokenizer = train_tokenizer(examples[:500], 300)
+    data = encode(tokenizer, examples)
+    assert [len(column) for column in data] == [5000] * 3
+    for i in (0, 1, 4094, 4095, 4096, 4097, 4999):
+        assert tokenizer.decode(data.source[i].tolist()) == examples[i].source
+        assert tokenizer.decode(data.target[i].tolist()[:-1]) == examples[i].target
+
+
 def test_in_order_covers_everything_once_longest_first():
     data, seen, lengths = numbered(), [], []
     for index, batch in in_order(data, 400, "a test"):

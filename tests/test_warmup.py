@@ -606,6 +606,29 @@ def test_generate_writes_the_greedy_warmup(beams, length, min_length):
         assert torch.equal(generate(model, batch, s, 4, beams=beams)[0], row[:, 2:])
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_writes_the_target_after_a_given_warmup(beams):
+    """Not the greedy one: y is that of a decoder which has read [start] prompt c <sep>."""
+    model, batch, s = toy_model(2), toy_batch(), spec(2)
+    greedy, y = generate(model, batch, s, 4, beams=beams)
+    again, same = generate(model, batch, s, 4, beams=beams, c=greedy)
+    assert torch.equal(again, greedy) and torch.equal(same, y)
+    c = torch.where(greedy == SEP + 1, SEP + 2, SEP + 1)  # (B,2), unlike the greedy one
+    given, y = generate(model, batch, s, 4, beams=beams, c=c)
+    assert torch.equal(given, c)
+    prefix = torch.cat([with_start(model, batch.prompt), c, torch.full((2, 1), SEP)], 1)
+    memory, never = model.encode(batch.source), torch.tensor([0, SEP])
+    if beams == 1:
+        for t in range(4):
+            row = torch.cat([prefix, y[:, :t]], 1)
+            logits = model.logits(model.decode(row, memory))[:, -1].index_fill(1, never, -math.inf)
+            alive = ~(y[:, :t] == 1).any(1)
+            assert torch.equal(logits.argmax(-1)[alive], y[alive, t])
+    else:
+        wanted, _ = beam_search(model, memory, prefix, 4, beams=3, forbidden=never)
+        assert torch.equal(y, wanted[:, 0])
+
+
 def test_generate_may_end_its_target_whatever_is_forbidden():
     """eval.py forbids all special ids, </s> too. Greedy y by hand up to its </s>; then padding."""
     model, batch, s = toy_model(1), toy_batch(), spec(2)

@@ -1,0 +1,271 @@
+"""What a user sees: `eval.py --show` and `--plot`, and the progress bars.
+
+Each of these was planted once to see a test fail:
+    a and b exchanged; alpha left out; log P(c|x) and R exchanged      test_show_prints_…
+    y written after the greedy warmup, or for another source           test_show_prints_…
+    samples shown for a constant warmup                                test_nothing_is_sampled_…
+    control drawn from 0 FLOPs, not from SFT's; a train value missing  test_plot_draws_…
+    the bar's total that of a stage                                    test_one_bar_…
+"""
+
+import json
+import shutil
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+from conftest import TINY
+from data import load_tokenizer
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of the finished run: three stages, K = 2, W = 2."""
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+def change(run, **settings):
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+# ----------------------------------------------------------------------------- --show
+
+
+def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
+    """Two examples, three given warmups each. All numbers by hand, from plain logits."""
+    change(run, samples=3, alpha=0.4)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    words = [tokenizer.token_to_id(word) for word in ("▁in", "▁the", "▁Frau", "▁a")]
+    given = torch.tensor([[[words[0], words[1]], [words[2], words[3]], [words[0], words[1]]]])
+    drawn, written, sources = [], [], []
+
+    def draw(model, memory, prompt, spec, samples):
+        drawn.append(samples)
+        return given, None
+
+    def write(model, batch, spec, length, *, c, **how):
+        n = len(batch.source)
+        written.append(n)
+        sources.append(batch.source)
+        c = given[0, :1].expand(n, -1) if c is None and spec else c  # greedy: the first of them
+        return c, (torch.tensor([[words[1]]]) if c is None else c.flip(1))
+
+    monkeypatch.setattr(evaluation, "sample_warmups", draw)
+    monkeypatch.setattr(evaluation, "generate", write)
+    assert evaluation.main([str(run), "--show", "2"]) == 0
+    out = capsys.readouterr().out
+    assert drawn == [3, 3] and written == [1, 1, 1, 3] * 2
+    assert all(torch.equal(sources[i].expand(3, -1), sources[i + 1]) for i in (2, 6))
+    examples = data.load(evaluation.read_settings(run))[0]["test"]
+    capsys.readouterr()
+    blocks = out.split("\nsource ")[1:]
+    assert len(blocks) == 2
+    for block, example in zip(blocks, examples):
+        source, prompt, reference, *stages, titles = block.splitlines()[:7]
+        rows = block.splitlines()[7:10]
+        assert source.strip() == example.source
+        assert prompt.split() == ["prompt", "<2en>"]
+        assert reference.removeprefix("reference").strip() == example.target
+        assert stages[0].split() == ["sft", "the"]
+        assert stages[1].split() == ["sft,", "same", "compute", "the"]
+        assert stages[2].split() == ["warmup", "in", "the", "->", "the", "in"]
+        assert titles.split() == "log P(c|x) log P(y|x,c) a b sampled c -> y".split()
+        log_pi, R = by_hand(run, tokenizer, example, given[0])
+        w = [(0.4 * r).exp().item() for r in R - R.max()]
+        w = [x / sum(w) for x in w]
+        for k, row in enumerate(rows):
+            *numbers, text = row.split(maxsplit=4)
+            expected = [log_pi[k], R[k], w[k] - 1 / 3, w[k]]
+            assert [float(x) for x in numbers] == pytest.approx(list(map(float, expected)),
+                                                                abs=6e-4)
+            assert numbers[2][0] in "+-"
+            assert text == ("Frau a -> a Frau" if k == 1 else "in the -> the in")
+        assert rows[0] == rows[2] != rows[1]
+
+
+def by_hand(run, tokenizer, example, c):
+    """log P(c|x) and log P(y|x,c), (K,) each: the whole sequence through plain logits."""
+    model = evaluation.load_model(run / "policy.pt", tokenizer, torch.device("cpu"))
+    ids = {name: tokenizer.encode(text, add_special_tokens=False).ids
+           for name, text in example._asdict().items()}
+    log_pi, R = [], []
+    for row in c.tolist():
+        y = [*ids["target"], 1]
+        tokens = torch.tensor([[0, *ids["prompt"], *row, 3, *y[:-1]]])
+        with torch.no_grad():
+            memory = model.encode(torch.tensor([ids["source"]]))
+            logits = model.logits(model.decode(tokens, memory))[0].double()
+        at = len(ids["prompt"])  # the place that predicts the warmup's first token
+        policy = logits[at : at + 2].index_fill(1, torch.tensor([0, 1, 2, 3, 4]), -torch.inf)
+        log_pi.append(policy.log_softmax(-1)[range(2), row].sum())
+        target = logits[at + 3 :].log_softmax(-1)
+        R.append(target[range(len(y)), y].sum())
+    return torch.stack(log_pi), torch.stack(R)
+
+
+@pytest.mark.parametrize("estimator", ["pause", "sft", "exact"])
+def test_nothing_is_sampled_where_the_estimator_samples_nothing(estimator, run, capsys):
+    change(run, estimator=estimator)
+    assert evaluation.main([str(run), "--show", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "log P(c|x)" not in out
+    names = [line[:20].rstrip() for line in out.splitlines()[-3:]]
+    assert names == ["sft", "sft, same compute", evaluation.BASELINES.get(estimator, "warmup")]
+    assert (" -> " in out) == (estimator != "sft")
+
+
+def test_show_is_the_same_every_time_and_for_each_stage(run, capsys):
+    shown = []
+    for flags in ([], [], ["--stage", "policy"], ["--stage", "sft"]):
+        assert evaluation.main([str(run), "--show", "2", *flags]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert shown[2] == "".join(line for line in shown[0].splitlines(keepends=True)
+                               if not line.startswith("sft"))
+    assert "sft" in shown[3] and "log P" not in shown[3] and "warmup" not in shown[3]
+
+
+def test_training_and_scoring_end_with_what_show_prints(run, capsys):
+    """The table of a run is followed by its first three examples."""
+    assert evaluation.main([str(run), "--show", "3"]) == 0
+    shown = capsys.readouterr().out
+    shown = shown[shown.index("\nsource "):]
+    assert evaluation.main([str(run)]) == 0
+    assert shown in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- --plot
+
+
+class Axis:
+    """Stands for matplotlib's: keeps what is drawn."""
+
+    def __init__(self):
+        self.lines, self.title, self.scale = {}, "", "linear"
+
+    def plot(self, x, y, style, label):
+        self.lines[label] = (list(x), list(y))
+
+    def set_title(self, title):
+        self.title = title
+
+    def set_yscale(self, scale):
+        self.scale = scale
+
+    def legend(self, **how):
+        pass
+
+
+def test_plot_draws_the_log_against_flops(run, monkeypatch, tmp_path, capsys):
+    """Each stage's values at the FLOPs spent so far; both later stages begin where SFT ended."""
+    axes, page = [Axis() for _ in range(4)], tmp_path / "curves.png"
+
+    class Figure:
+        def __init__(self, **how):
+            self.axes = axes
+
+        def subplots(self, rows, columns, **how):
+            assert (rows, columns) == (2, 2)
+            return SimpleNamespace(flat=axes)
+
+        def supxlabel(self, text):
+            assert "TFLOP" in text
+
+        def savefig(self, path, format):
+            assert (path, format) == (page, "png")
+
+    module = ModuleType("matplotlib.figure")
+    module.Figure = Figure
+    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    assert evaluation.main([str(run), "--plot", str(page)]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+    def cost(stage, step):
+        return sum(r["flops"] for r in records if (r["kind"], r["stage"]) == ("train", stage)
+                   and r["step"] <= step) / 1e12
+
+    names = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}
+    for axis, (kind, key) in zip(axes, [("valid", "nll"), ("valid", "swap_gap"),
+                                        ("train", "spread"), ("train", "entropy")]):
+        assert axis.title and set(axis.lines) == set(names.values())
+        for stage, name in names.items():
+            before = 0 if stage == "sft" else cost("sft", 99)
+            wanted = [(before + cost(stage, r["step"]), r[key]) for r in records
+                      if (r["kind"], r["stage"]) == (kind, stage) and key in r]
+            assert bool(wanted) == (stage == "policy" or key == "nll")
+            x, y = axis.lines[name]
+            assert x == pytest.approx([x for x, _ in wanted], rel=1e-9)
+            assert y == [y for _, y in wanted]
+    assert [axis.scale for axis in axes] == ["log", "linear", "linear", "linear"]
+
+
+def test_plot_writes_a_picture(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib to test drawing")
+    assert evaluation.main([str(run), "--plot", str(tmp_path / "curves")]) == 0
+    assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_plot_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert evaluation.main([str(run), "--plot", str(tmp_path / "curves.png")]) == 1
+    assert capsys.readouterr().err == "error: --plot draws by matplotlib: pip install matplotlib\n"
+
+
+# ----------------------------------------------------------------------------- the bars
+
+
+class Bar(train.tqdm):
+    """Keeps every bar, its totals and its last numbers."""
+
+    made = []
+
+    def __init__(self, *args, **how):
+        super().__init__(*args, **how)
+        self.made.append(self)
+        self.shown = []
+
+    def set_postfix(self, numbers, **how):
+        self.shown.append((self.desc, self.total, set(numbers)))
+
+
+def test_one_bar_counts_the_updates_of_the_whole_run(tmp_path, monkeypatch):
+    """4 SFT, 3 warmup, then the control's. A beginner's three numbers; all others are in the log."""
+    monkeypatch.setattr(train, "tqdm", Bar)
+    Bar.made.clear()
+    flags = ["--task", "wmt", *TINY, "--eval-every", "1", "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    [bar] = Bar.made
+    control = json.loads((tmp_path / "run" / "results.json").read_text())["rows"][1]["updates"] - 4
+    assert bar.n == bar.total == 4 + 3 + control and len(bar.shown) == bar.n
+    assert bar.shown[:4] == [("sft: ", 4 + 3 + 2 * 3, {"loss"})] * 4
+    assert bar.shown[4:7] == [("policy: ", 4 + 3 + 2 * 3, {"nll", "spread", "swap_gap"})] * 3
+    assert bar.shown[7:] == [("control: ", 4 + 3 + control, {"loss"})] * control
+
+
+def test_a_resumed_run_begins_its_bar_where_it_stopped(run, monkeypatch):
+    """In the policy stage, after one of its updates."""
+    monkeypatch.setattr(train, "tqdm", Bar)
+    Bar.made.clear()
+    settings = evaluation.read_settings(run, train.Config)
+    [*_, stage], before = settings.stages, settings.sft_steps + settings.policy_steps
+    assert stage == "control"
+    assert train.main(["--resume", str(run)]) == 0
+    [bar] = Bar.made
+    assert bar.initial == bar.total == bar.n > before
+
+
+def test_validation_and_decoding_have_a_bar_of_examples(run, monkeypatch):
+    monkeypatch.setattr(data, "tqdm", Bar)
+    Bar.made.clear()
+    assert evaluation.main([str(run), "--stage", "policy"]) == 0
+    assert [(bar.desc, bar.n, bar.total) for bar in Bar.made] == [
+        ("decoding", 75, 75), ("validation", 75, 75)]
