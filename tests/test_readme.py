@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def run(command: str, monkeypatch) -> None:
         with pytest.raises(SystemExit) as stop:
             program.main(arguments)
         assert stop.value.code == 0
+    elif "--plot" in arguments and not find_spec("matplotlib"):
+        evaluation.parse(arguments)
     elif "--export" in arguments:
         with monkeypatch.context() as patch:  # a model that was not trained here
             patch.setattr(evaluation, "read_settings", lambda folder: evaluation.Settings())
