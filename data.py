@@ -646,7 +646,6 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
     return {split: list(rows) for split, rows in splits.items()}
 
 # ----------------------------------------------------------------------------- download
-#
 # A task's function yields (file name, line) of all that it downloads; its docstring is printed.
 # get(url, sha256) downloads a file and returns its path. The checksums are those that MLCommons'
 # Croissant specification (FLORES) and Hugging Face's dataset_infos.json (XSum) state.

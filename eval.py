@@ -228,8 +228,8 @@ def signatures(config, examples: list[Example]) -> dict[str, str]:
 def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Example], device):
     """Print examples with what each stage writes, and the estimator at work.
 
-    Of each example K warmups are sampled, as in a policy update. For each c: log P(c|x),
-    R = log P(y|x,c), the weights a and b that the estimator gives it, and y as written after it."""
+    Of each example K warmups are sampled, as in a policy update. For each c: how often it was
+    drawn, log P(c|x), R = log P(y|x,c), a draw's weights a and b, and y as written after it."""
     torch.manual_seed(config.seed)
     models = {stage: load_model(folder / f"{stage}.pt", tokenizer, device) for stage in stages}
     data, K = encode_split(tokenizer, examples, config, "shown"), config.samples
@@ -248,11 +248,13 @@ def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Exam
             c, _ = sample_warmups(model, memory, batch.prompt, spec, K)  # (1,K,W)
             log_pi, R = score(model, memory, batch.prompt, c, batch.target, spec)  # (1,K) both
         a, b = weights(config.estimator, config.alpha * R, log_pi, c)  # (1,K) both
-        print("  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y")
+        print("drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y")
         numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows
         written = decode_batch(model, tokenizer, copies, config, spec, c[0])
-        for row, (y, warmup) in zip(numbers, written):
-            print("{:12.3f}{:14.3f}{:+9.3f}{:9.3f}  ".format(*row) + f"{warmup} -> {y}")
+        lines = ["{:12.3f}{:14.3f}{:+9.3f}{:9.3f}  ".format(*row) + f"{warmup} -> {y}"
+                 for row, (y, warmup) in zip(numbers, written)]
+        for line, times in Counter(lines).most_common():
+            print(f"{times:4} x{line}")
 
 def plot(folder: Path, config, out: Path) -> None:
     """log.jsonl as a page of curves, a PNG. UserError without matplotlib."""
@@ -275,8 +277,8 @@ def plot(folder: Path, config, out: Path) -> None:
     for axis, (title, key) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
         axis.set_title(title)
         for stage, style in zip(STAGES, ("k-", "k:", "C0-")):
-            x, y = [*zip(*curves[*key, stage])] or ([], [])
-            axis.plot(x, y, style, label=row_name(stage, config))
+            if curve := curves[*key, stage]:
+                axis.plot(*zip(*curve), style, label=row_name(stage, config))
     figure.axes[0].set_yscale("log")
     figure.axes[0].legend(frameon=False)
     figure.savefig(out, format="png")

@@ -352,7 +352,6 @@ def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.Ad
                              weight_decay=weight_decay)
 
 # ----------------------------------------------------------------------------- processes
-#
 # Under torchrun N processes run this program, each on its share of the batches. They meet in
 # `gather` and `add_up`, which all must call in the same order. Rank 0 validates, decodes and
 # writes while the others wait.

@@ -174,7 +174,6 @@ def all_warmups(spec: WarmupSpec, vocab_size: int) -> Tensor:
     return torch.tensor(rows)
 
 # ----------------------------------------------------------------------------- the estimators
-#
 # Each is a choice of two weights for the surrogate (2): a_k moves the warmup, b_k moves the target.
 # R (B,K) -> a, b (B,K). R_k = log p_k is the sum of the target's log-probs after warmup c_k.
 
