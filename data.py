@@ -314,7 +314,6 @@ def prompt_tags(examples: list[Example]) -> list[str]:
 def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a protobuf message: whole numbers, and bytes for all else."""
     stream = io.BytesIO(data)
-
     def varint() -> int:
         """7 bits a byte, lowest first; the top bit says that more follow."""
         byte = stream.read(1)[0]
@@ -649,7 +648,6 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
 # A task's function yields (file name, line) of all that it downloads; its docstring is printed.
 # get(url, sha256) downloads a file and returns its path. The checksums are those that MLCommons'
 # Croissant specification (FLORES) and Hugging Face's dataset_infos.json (XSum) state.
-
 GITHUB = "https://raw.githubusercontent.com"
 NEWS = "https://data.statmt.org/news-commentary/v18.1/training/news-commentary-v18"
 FLORES = dict(de="deu_Latn", en="eng_Latn", fr="fra_Latn", ru="rus_Cyrl", zh="zho_Hans")
@@ -728,7 +726,6 @@ def download(task: str, pair: str, folder: Path) -> None:
     files: dict[str, list[str]] = {f"{split}.{side}": [] for split in SPLITS for side in sides}
     print(lines.__doc__)
     with tempfile.TemporaryDirectory() as work:
-
         def get(url: str, sha256: str | None) -> Path:
             path = Path(work) / url.rsplit("/", 1)[1]
             try:
@@ -736,7 +733,6 @@ def download(task: str, pair: str, folder: Path) -> None:
             except Exception as error:  # the network's, the disk's, or a wrong checksum
                 raise UserError(f"cannot download {url} ({error}): try again later") from None
             return path
-
         try:
             for name, line in lines(get, *(sides if languages else [])):
                 files[name].append(line)

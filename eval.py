@@ -1,11 +1,12 @@
 """Score a run: decode a split, compute its metrics, compare its stages, translate new text.
 
     python eval.py runs/wmt                     the table that train.py printed
+    python eval.py runs/wmt --show 3            sampled warmups, their rewards and weights
     python eval.py runs/wmt --input text.de     translate a file, one line in, one line out
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 """
 
-import argparse, json, sys, zipfile
+import argparse, itertools, json, sys, zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
     return averages(sums, len(data.source), tokens)
 
-def averages(sums: dict, examples: int, tokens: torch.Tensor) -> dict[str, float]:
+def averages(sums: dict, examples: int, tokens: int | torch.Tensor) -> dict[str, float]:
     """Sums over examples -> loss and nll per target token, all else per example."""
     units = {"loss": tokens, "nll": tokens, "swap_gap": sums.pop("swapped", None)}
     if units["swap_gap"] == 0:
@@ -141,14 +142,14 @@ def score_run(folder: Path, stages, config, tokenizer, examples, split: str, dev
     """Decode and score the best checkpoints of stages on a split."""
     data, rows = encode_split(tokenizer, examples, config, split), []
     for stage in stages:
+        cost = training_cost(folder, "sft", stage)  # first: decoding takes long
         torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
         model = load_model(folder / f"{stage}.pt", tokenizer, device)
         spec = warmup_spec(stage, config, tokenizer)
-        scores, hypotheses = decode_and_score(model, tokenizer, data, examples, config, spec)
+        scores, texts = decode_and_score(model, tokenizer, data, examples, config, spec)
         scores = {name: round(score, 4) for name, score in scores.items()}
         nll = round(validate(model, data, config, spec)["nll"], 4)
-        rows.append(Row(stage, row_name(stage, config), scores, nll,
-                        **training_cost(folder, "sft", stage), hypotheses=hypotheses))
+        rows.append(Row(stage, row_name(stage, config), scores, nll, **cost, hypotheses=texts))
     return rows
 
 def row_name(stage: str, config) -> str:
@@ -169,7 +170,7 @@ def read_log(folder: Path) -> list[dict]:
             sum(record[name] for name in needed[record["kind"]].split()), STAGES[record["stage"]]
         return records
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not what train.py wrote: {error}") from None
+        raise UserError(f"{path} is damaged ({error}): train.py --resume mends its end") from None
 
 def print_table(rows: list[Row], config, examples: list[Example], split: str) -> None:
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage."""
@@ -226,35 +227,38 @@ def signatures(config, examples: list[Example]) -> dict[str, str]:
     return {name: str(metric.get_signature()) for name, metric in metrics.items()}
 
 def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Example], device):
-    """Print examples with what each stage writes, and the estimator at work.
-
-    Of each example K warmups are sampled, as in a policy update. For each c: how often it was
-    drawn, log P(c|x), R = log P(y|x,c), a draw's weights a and b, and y as written after it."""
+    """Print examples with what each stage writes, and the estimator at work."""
     torch.manual_seed(config.seed)
-    models = {stage: load_model(folder / f"{stage}.pt", tokenizer, device) for stage in stages}
-    data, K = encode_split(tokenizer, examples, config, "shown"), config.samples
-    for i, example in enumerate(examples):
-        batch, copies = collate(data, [i]).to(device), collate(data, [i] * K)
-        print(f"\nsource              {example.source}\nprompt              {example.prompt}")
-        print(f"reference           {example.target}")
-        for stage, model in models.items():
-            spec = warmup_spec(stage, config, tokenizer)
-            [(y, warmup)] = decode_batch(model, tokenizer, batch, config, spec)
-            print(f"{row_name(stage, config):20}{f'{warmup} -> ' if spec else ''}{y}")
-        if spec is None or spec.pause or config.estimator == "exact":
-            continue  # nothing is sampled
-        with precision(config.dtype, device), torch.no_grad():
-            memory = model.encode(batch.source)
-            c, _ = sample_warmups(model, memory, batch.prompt, spec, K)  # (1,K,W)
-            log_pi, R = score(model, memory, batch.prompt, c, batch.target, spec)  # (1,K) both
-        a, b = weights(config.estimator, config.alpha * R, log_pi, c)  # (1,K) both
-        print("drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y")
-        numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows
-        written = decode_batch(model, tokenizer, copies, config, spec, c[0])
-        lines = ["{:12.3f}{:14.3f}{:+9.3f}{:9.3f}  ".format(*row) + f"{warmup} -> {y}"
-                 for row, (y, warmup) in zip(numbers, written)]
-        for line, times in Counter(lines).most_common():
-            print(f"{times:4} x{line}")
+    data = encode_split(tokenizer, examples, config, "shown")
+    pages = [[f"\nsource              {e.source}", f"prompt              {e.prompt}",
+              f"reference           {e.target}"] for e in examples]
+    for stage in stages:
+        model = load_model(folder / f"{stage}.pt", tokenizer, device)
+        spec = warmup_spec(stage, config, tokenizer)
+        for i, page in enumerate(pages):
+            [(y, warmup)] = decode_batch(model, tokenizer, collate(data, [i]), config, spec)
+            page.append(f"{row_name(stage, config):20}{f'{warmup} -> ' if spec else ''}{y}")
+            if spec and not spec.pause and config.estimator != "exact" and config.samples > 1:
+                page += samples_at_work(model, tokenizer, data, i, config, spec)
+    print("\n".join(itertools.chain(*pages)))
+
+def samples_at_work(model, tokenizer, data: Encoded, i: int, config, spec) -> list[str]:
+    """K sampled warmups of example i, as in a policy update, likeliest first. A line for each c:
+
+    how often it was drawn, log P(c|x), R = log P(y|x,c), a draw's weights a and b, y after it."""
+    K, device = config.samples, next(model.parameters()).device
+    one, copies = collate(data, [i]).to(device), collate(data, [i] * K)
+    with precision(config.dtype, device), torch.no_grad():
+        memory = model.encode(one.source)
+        c, _ = sample_warmups(model, memory, one.prompt, spec, K)  # (1,K,W)
+        log_pi, R = score(model, memory, one.prompt, c, one.target, spec)  # (1,K) both
+    a, b = weights(config.estimator, config.alpha * R, log_pi, c)  # (1,K) both
+    numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows
+    written = decode_batch(model, tokenizer, copies, config, spec, c[0])
+    drawn = Counter("{:12.3f}{:14.3f}{:+9.3f}{:9.3f}  ".format(*row) + f"{warmup} -> {y}"
+                    for row, (y, warmup) in zip(numbers, written))
+    return ["drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y",
+            *(f"{times:4} x{line}" for line, times in drawn.most_common())]
 
 def plot(folder: Path, config, out: Path) -> None:
     """log.jsonl as a page of curves, a PNG. UserError without matplotlib."""
@@ -276,7 +280,7 @@ def plot(folder: Path, config, out: Path) -> None:
     figure.supxlabel("TFLOP, those of SFT included")
     for axis, (title, key) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
         axis.set_title(title)
-        for stage, style in zip(STAGES, ("k-", "k:", "C0-")):
+        for stage, style in zip(STAGES, ("k.-", "k.:", "C0.-")):
             if curve := curves[*key, stage]:
                 axis.plot(*zip(*curve), style, label=row_name(stage, config))
     figure.axes[0].set_yscale("log")
@@ -420,9 +424,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     one("--split", choices=("train", "valid", "test"), help="score this split; default: test")
     one("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
     one("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
-    one("--show", type=int, metavar="N", help="of N test items: sampled warmups and their weights")
+    one("--show", type=int, metavar="N", help="N test items: outputs, sampled warmups, their weights")
     one("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
-    add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: the last of these")
+    add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: policy, else sft")
     add("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
     add("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     add("--data", help="folder of the data, if it has moved since training")
@@ -431,6 +435,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     args = parser.parse_args(argv)
     if args.show is not None and args.show < 1:
         parser.error("--show takes a number of items, 1 or more")
+    if args.plot and args.plot.suffix != ".png":  # no other file is written over
+        parser.error("--plot takes the name of a .png file")
     if args.show_warmup and args.input is None:
         parser.error("--show-warmup goes with --input")
     changes = {name: value for name, value in vars(args).items()
@@ -442,8 +448,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
 
 @program
 def main(argv: list[str]) -> None:
-    """The program: score a run, or translate with it, or export it."""
+    """The program: score a run, or do what a flag says instead."""
     args, config = parse(argv)
+    if args.plot:
+        return plot(args.run, config, args.plot)
     tokenizer = load_tokenizer(args.run / "tokenizer.json")
     device = pick_device(config.device)
     if config.threads:
@@ -452,9 +460,7 @@ def main(argv: list[str]) -> None:
     if not trained:
         raise UserError(f"{args.run} holds no trained stage (sft.pt, …): train it first")
     stages = [args.stage] if args.stage else trained
-    if args.plot:
-        plot(args.run, config, args.plot)
-    elif args.export:
+    if args.export:
         export(args.run, stages[-1], args.export, tokenizer)
     elif args.input is not None:
         translate(args.run, stages[-1], config, tokenizer, args, device)
@@ -470,11 +476,11 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
     if args.show:
         return show(folder, stages, config, tokenizer, splits[split][: args.show], device)
     rows = score_run(folder, stages, config, tokenizer, splits[split], split, device)
+    print_table(rows, config, splits[split], split)
     for row in rows:
         path = folder / f"{split}.{row.stage}.txt"
         path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
         print(f"wrote {path}")
-    print_table(rows, config, splits[split], split)
     show(folder, stages, config, tokenizer, splits[split][:3], device)
     if len(rows) > 1 and translation_metrics(config):
         print_significance(rows, config, splits[split])

@@ -79,8 +79,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0)
     """softmax(scale q kᵀ + bias) v: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D), fused where torch can.
 
     bias, broadcast to (B,H,L,S), holds position bias and masks. scale is 1 for T5. No dropout of
-    attention weights (our choice: the fused CPU kernel has none, and the other dropouts suffice).
-    """
+    attention weights: our choice, the fused CPU kernel has none."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: fused is 5x slower
         return plain_attention(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
@@ -126,8 +125,7 @@ class CrossAttention(nn.Module):
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states (B,S,E) -> keys and values, (B,H,S,D) each."""
-        k, v = split_heads(self.kv(states), 2, self.heads)
-        return k, v
+        return split_heads(self.kv(states), 2, self.heads).unbind()
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
         N, L, _ = x.shape
@@ -196,7 +194,7 @@ class PositionBias(nn.Module):
         # contiguous: CUDA's fused kernels ask for such a mask
         return bias.permute(2, 0, 1).unsqueeze(0).contiguous()  # (1,H,L,L)
 
-@lru_cache(64)
+@lru_cache
 def sinusoids(length: int, width: int, device) -> Tensor:
     """(length,width): sin, cos of positions at wavelengths 2π to 20,000π (Vaswani et al. §3.5)."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
@@ -244,10 +242,10 @@ class Memory:
     kv: list[tuple[Tensor, Tensor]]  # per decoder layer: keys and values, (B,H,S,D) each
     bias: Tensor  # (B,1,1,S): 0 at a source token, MASKED at padding
 
-    def select(self, rows: Tensor) -> "Memory":
-        """rows (n,) -> the memory of n decoder rows, each with a copy of its example's."""
-        kv = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.kv]
-        return Memory(kv, self.bias[rows])
+    def select(self, examples: Tensor) -> "Memory":
+        """examples (n,) -> the memory of n decoder rows, each with a copy of its example's."""
+        kv = [(k.index_select(0, examples), v.index_select(0, examples)) for k, v in self.kv]
+        return Memory(kv, self.bias[examples])
 
 class Cache:
     """Self-attention keys and values of what N decoder rows have read. It has `room` places."""
@@ -323,7 +321,8 @@ class EncoderDecoder(nn.Module):
             x = x * self.config.width**0.5
         if self.config.absolute:
             end = past + tokens.size(1)
-            x = x + sinusoids(end, self.config.width, x.device)[past:].to(x.dtype)  # (L,E)
+            places = sinusoids(-(-end // 64) * 64, self.config.width, x.device)  # few to keep
+            x = x + places[past:end].to(x.dtype)  # (L,E)
         return x
 
     def encode(self, source: Tensor) -> Memory:
@@ -632,10 +631,12 @@ def decoding():
     """No gradients; and in low precision a weight is cast once, not for each token."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(True)
-    with torch.no_grad():
-        yield
-    torch.set_autocast_cache_enabled(before)
-    torch.clear_autocast_cache()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
 
 def all_true(done: Tensor, step: int) -> bool:
     """Whether decoding may stop. To look makes the host wait for a GPU: only at each 8th step."""

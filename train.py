@@ -81,12 +81,12 @@ class Config(Settings):
 
 # ----------------------------------------------------------------------------- equal compute
 def update_flops(model: ModelConfig, batch: Batch, computed: torch.Tensor | None = None,
-                 W: int = 0, *, K: int = 0, scored=False) -> int:
+                 W: int = 0, *, drawn: int = 0, scored=False) -> int:
     """FLOPs of the matrix products of one update on a batch, padding included.
 
     A product of sizes (i,j) and (j,k) takes 2·i·j·k. A backward pass costs two forward passes.
-    computed (B,): rows [start] prompt c <sep> y of each example that are trained; None: SFT. K: so
-    many c were drawn before, forward only. scored: log P(c|x) is trained, too. What --recompute
+    computed (B,): trained rows [start] prompt c <sep> y of each example; None: SFT. drawn: warmups
+    sampled for each example, forward only. scored: log P(c|x) is trained, too. What --recompute
     repeats is not counted."""
     B, S = batch.source.shape
     P, T = batch.prompt.size(1), batch.target.size(1)
@@ -110,9 +110,9 @@ def update_flops(model: ModelConfig, batch: Batch, computed: torch.Tensor | None
     flops = 3 * (encode + decode(rows, length, length) + output(int(computed @ real)))
     if scored:
         flops += 3 * output(rows * W)
-    if K:  # the prefix once, then one token at a time
-        flops += decode(B, 1 + P, 1 + P) + decode(B * K, W - 1, 1 + P + W / 2)
-        flops += output(B * K * W)
+    if drawn:  # the prefix once, then one token at a time
+        flops += decode(B, 1 + P, 1 + P) + decode(B * drawn, W - 1, 1 + P + W / 2)
+        flops += output(B * drawn * W)
     return round(flops)
 
 # ----------------------------------------------------------------------------- training
@@ -146,13 +146,14 @@ class Run:
         config, stages = self.config, self.config.stages
         begun = stages.index(self.state.stage)
         updates = [config.sft_steps, config.policy_steps, 2 * config.policy_steps]  # last: a guess
-        with tqdm(initial=sum(updates[:begun]) + self.state.step, unit="update", mininterval=1,
-                  dynamic_ncols=True, disable=rank() > 0) as bar:
+        with tqdm(total=sum(updates[: len(stages)]), initial=sum(updates[:begun]) + self.state.step,
+                  unit="update", mininterval=1, dynamic_ncols=True, disable=rank() > 0) as bar:
             for number, stage in enumerate(stages[begun:], begun):
                 if stage != self.state.stage:
                     self.start_stage(stage)
                 updates[number] = self.state.total
                 bar.total = sum(updates[: len(stages)])
+                bar.set_postfix()  # no numbers of another stage
                 bar.set_description(stage)
                 self.train_stage(bar)
 
@@ -197,15 +198,14 @@ class Run:
             model.decoder.eval()  # see warmup_loss: decoder dropout is off-policy
         if spec is None:
             return sft_loss(model, here), {"flops": update_flops(model.config, batch)}
-        estimator, K = config.estimator, config.samples
+        # pause: a constant c, so there is nothing to sample, to compare or to improve
+        estimator, K = ("frozen", 1) if spec.pause else (config.estimator, config.samples)
         bonus = config.entropy_bonus * (1 - state.step / state.total)
-        if spec.pause:  # a constant c: nothing to sample, to compare or to improve
-            estimator, K = "frozen", 1
         loss, numbers = warmup_loss(model, here, spec, estimator, K, alpha=config.alpha,
                                     entropy_bonus=bonus)
         drawn = 0 if spec.pause or estimator == "exact" else K
         numbers["flops"] = update_flops(model.config, batch, numbers.pop("computed"), spec.length,
-                                        K=drawn, scored=not spec.pause)
+                                        drawn=drawn, scored=not spec.pause)
         return loss, numbers
 
     def train_stage(self, bar: tqdm) -> None:
@@ -235,9 +235,9 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
             # -- end of the step
 
-            sums = gather_sums(sums | {"grad_norm": norm / processes()})
+            sums = gather_sums(sums | {"grad_norm": norm / processes()})  # all have the same norm
             norm = sums.pop("grad_norm")
-            if not math.isfinite(norm):  # nothing was saved since
+            if not math.isfinite(norm):  # the weights are spoilt, but last.pt is not
                 rate = "--lr" if state.stage == "sft" else "--policy-lr"
                 raise UserError(f"the gradient became {norm}: start again, lower {rate}")
             record = {"flops": sums.pop("flops"), "grad_norm": norm, "lr": self.learning_rate(),
@@ -347,9 +347,8 @@ def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.Ad
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.dim() == 2 and "biases" not in name]
     others = [p for name, p in named if p.dim() != 2 or "biases" in name]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True,
-                             weight_decay=weight_decay)
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 # ----------------------------------------------------------------------------- processes
 # Under torchrun N processes run this program, each on its share of the batches. They meet in
@@ -384,7 +383,7 @@ def add_up(x: torch.Tensor) -> torch.Tensor:
     return x
 
 def gather_sums(sums: dict) -> dict[str, float]:
-    """Named numbers, summed over the processes. Tensors come in one transfer: a GPU waits once."""
+    """Named numbers, summed over the processes. Tensors come in one transfer from a GPU."""
     names = [name for name, value in sums.items() if torch.is_tensor(value)]
     values = torch.stack([sums[name].float() for name in names]).tolist()
     everyone = gather(sums | dict(zip(names, values)))

@@ -108,8 +108,7 @@ def score(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor, targ
           spec: WarmupSpec) -> tuple[Tensor, Tensor]:
     """One teacher-forced pass over [start] prompt c <sep> y: log P(c|x), log P(y|x,c), (B,K) both.
 
-    c (B,K,W), target (B,T). Both results are sums over tokens. The memory serves all N = B·K rows.
-    """
+    c (B,K,W), target (B,T). Both are sums over tokens. An example's K rows share its memory."""
     B, K, W = c.shape
     P = prompt.size(1)
     prefix = with_start(model, prompt).repeat_interleave(K, 0)  # (N,1+P)
@@ -151,7 +150,7 @@ def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Ten
     to all (B,K). Also: how many warmups of each example were computed, (B,) on the CPU."""
     B, K, _ = c.shape
     earliest = earliest_equal(c)  # (B,K)
-    first = first_occurrence(c)  # (B,K)
+    first = earliest == torch.arange(K, device=c.device)  # (B,K)
     example, k = first.cpu().nonzero(as_tuple=True)  # (n,) each
     if len(k) > 0.9 * B * K:  # one memory for K rows is faster than what few repeats save
         return *score(model, memory, prompt, c, target, spec), torch.full((B,), K)
@@ -160,7 +159,7 @@ def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Ten
     rows = c[example, k][:, None]  # (n,1,W)
     log_pi, log_p = score(
         model, memory.select(example), prompt[example], rows, target[example], spec)  # (n,1) both
-    number = first.flatten().cumsum(0).view(B, K) - 1  # of the row, at its first occurrence
+    number = first.flatten().cumsum(0).view(B, K) - 1  # of the row, where `first`
     number = number.gather(1, earliest)  # (B,K)
     return log_pi[number, 0], log_p[number, 0], computed
 

@@ -52,11 +52,11 @@ def test_the_flops_of_equal_compute_are_what_torch_counts(monkeypatch, shape, pr
     updates = {  # loss: the arguments of update_flops
         lambda: sft_loss(net, batch): dict(),
         lambda: warmup_loss(net, batch, sampled, "marginal", 3)[0]:
-            dict(computed=torch.tensor([3, 3]), K=3, W=4, scored=True),
+            dict(computed=torch.tensor([3, 3]), drawn=3, W=4, scored=True),
         lambda: warmup_loss(net, batch, pause, "frozen", 1)[0]:
             dict(computed=torch.tensor([1, 1]), W=4),
         lambda: warmup_loss(net, batch, repeating, "marginal", 3)[0]:
-            dict(computed=torch.tensor([1, 1]), K=3, W=4, scored=True),
+            dict(computed=torch.tensor([1, 1]), drawn=3, W=4, scored=True),
     }
     for loss, how in updates.items():
         with FlopCounterMode(display=False) as counter:

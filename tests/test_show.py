@@ -60,8 +60,8 @@ def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "generate", write)
     assert evaluation.main([str(run), "--show", "2"]) == 0
     out = capsys.readouterr().out
-    assert drawn == [3, 3] and written == [1, 1, 1, 3] * 2
-    assert all(torch.equal(sources[i].expand(3, -1), sources[i + 1]) for i in (2, 6))
+    assert drawn == [3, 3] and written == [1, 1, 1, 1, 1, 3, 1, 3]
+    assert all(torch.equal(sources[i].expand(3, -1), sources[i + 1]) for i in (4, 6))
     examples = data.load(evaluation.read_settings(run))[0]["test"]
     capsys.readouterr()
     blocks = out.split("\nsource ")[1:]
@@ -209,8 +209,28 @@ def test_plot_draws_the_log_against_flops(run, monkeypatch, tmp_path, capsys):
 
 def test_plot_writes_a_picture(run, tmp_path):
     pytest.importorskip("matplotlib", reason="pip install matplotlib to test drawing")
-    assert evaluation.main([str(run), "--plot", str(tmp_path / "curves")]) == 0
-    assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+    assert evaluation.main([str(run), "--plot", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "sft.pt", "curves.jpg", ""])
+def test_plot_writes_over_no_other_file(name, run, capsys):
+    before = (run / "log.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run), "--plot", str(run / name)])
+    assert stop.value.code == 2 and "--plot takes the name of a .png" in capsys.readouterr().err
+    assert (run / "log.jsonl").read_bytes() == before
+
+
+def test_plot_needs_the_log_alone(run, tmp_path, monkeypatch):
+    """A run without a trained stage, of a device that is not here."""
+    change(run, device="cuda")
+    for name in ("sft.pt", "control.pt", "policy.pt", "tokenizer.json"):
+        (run / name).unlink()
+    drawn = []
+    monkeypatch.setattr(evaluation, "plot", lambda *arguments: drawn.append(arguments[0]))
+    assert evaluation.main([str(run), "--plot", str(tmp_path / "curves.png")]) == 0
+    assert drawn == [run]
 
 
 def test_without_matplotlib_plot_says_what_to_install(run, tmp_path, monkeypatch, capsys):
@@ -233,8 +253,9 @@ class Bar(train.tqdm):
         self.made.append(self)
         self.shown = []
 
-    def set_postfix(self, numbers, **how):
-        self.shown.append((self.desc, self.total, set(numbers)))
+    def set_postfix(self, numbers=None, **how):
+        if numbers is not None:
+            self.shown.append((self.desc, self.total, set(numbers)))
 
 
 def test_one_bar_counts_the_updates_of_the_whole_run(tmp_path, monkeypatch):
