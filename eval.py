@@ -424,7 +424,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     one("--split", choices=("train", "valid", "test"), help="score this split; default: test")
     one("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
     one("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
-    one("--show", type=int, metavar="N", help="N test items: outputs, sampled warmups, their weights")
+    one("--show", type=int, metavar="N", help="N test items: outputs, sampled warmups, weights")
     one("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
     add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: policy, else sft")
     add("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
