@@ -31,6 +31,7 @@ Each line of the paper's mathematics was broken once to see a test fail:
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -818,4 +819,28 @@ def test_decoding_has_no_gradients_and_leaves_autocast_as_it_was():
         with decoding():
             assert torch.is_autocast_cache_enabled() and not torch.is_grad_enabled()
         assert torch.is_autocast_cache_enabled() == before
+        with pytest.raises(MemoryError), decoding():
+            raise MemoryError
+        assert torch.is_autocast_cache_enabled() == before
     torch.set_autocast_cache_enabled(True)
+
+
+def test_weights_that_change_between_two_decodings_are_cast_again():
+    """In one autocast region, as a notebook may do it."""
+    model, batch, s = toy_model(3).float(), toy_batch(), spec(2)
+    weight = model.decoder.blocks[0].feed_forward.down.weight.data
+
+    def outputs(regions):
+        found = []
+        for _ in range(2):
+            with regions(), torch.no_grad():
+                memory = model.encode(batch.source)
+                found.append(sample_warmups(model, memory, batch.prompt, s, 1, 0.0)[1])
+            weight.mul_(-1)
+        return found
+
+    fresh = outputs(lambda: precision("bfloat16", batch.source.device))
+    with precision("bfloat16", batch.source.device):
+        again = outputs(nullcontext)
+    assert not torch.equal(*fresh)
+    assert torch.equal(fresh[0], again[0]) and torch.equal(fresh[1], again[1])
