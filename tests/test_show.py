@@ -288,5 +288,6 @@ def test_validation_and_decoding_have_a_bar_of_examples(run, monkeypatch):
     monkeypatch.setattr(data, "tqdm", Bar)
     Bar.made.clear()
     assert evaluation.main([str(run), "--stage", "policy"]) == 0
+    assert not any(bar.leave for bar in Bar.made)
     assert [(bar.desc, bar.n, bar.total) for bar in Bar.made] == [
         ("decoding", 75, 75), ("validation", 75, 75)]
