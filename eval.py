@@ -2,6 +2,7 @@
 
     python eval.py runs/wmt                     the table that train.py printed
     python eval.py runs/wmt --show 3            sampled warmups, their rewards and weights
+    python eval.py runs/wmt --plot curves.png   its log as curves
     python eval.py runs/wmt --input text.de     translate a file, one line in, one line out
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 """
@@ -170,7 +171,7 @@ def read_log(folder: Path) -> list[dict]:
             sum(record[name] for name in needed[record["kind"]].split()), STAGES[record["stage"]]
         return records
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): train.py --resume mends its end") from None
+        raise UserError(f"{path} is incomplete ({error}): try again, or --resume") from None
 
 def print_table(rows: list[Row], config, examples: list[Example], split: str) -> None:
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage."""
@@ -243,9 +244,9 @@ def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Exam
     print("\n".join(itertools.chain(*pages)))
 
 def samples_at_work(model, tokenizer, data: Encoded, i: int, config, spec) -> list[str]:
-    """K sampled warmups of example i, as in a policy update, likeliest first. A line for each c:
+    """K sampled warmups of example i, as in a policy update. A line for each c, a and b:
 
-    how often it was drawn, log P(c|x), R = log P(y|x,c), a draw's weights a and b, y after it."""
+    how often drawn, log P(c|x), R = log P(y|x,c), the weights a and b of one draw, y after c."""
     K, device = config.samples, next(model.parameters()).device
     one, copies = collate(data, [i]).to(device), collate(data, [i] * K)
     with precision(config.dtype, device), torch.no_grad():
@@ -280,11 +281,12 @@ def plot(folder: Path, config, out: Path) -> None:
     figure.supxlabel("TFLOP, those of SFT included")
     for axis, (title, key) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
         axis.set_title(title)
-        for stage, style in zip(STAGES, ("k.-", "k.:", "C0.-")):
+        dot = "." if key[0] == "valid" else ""  # validations are few
+        for stage, style in zip(STAGES, ("k-", "k:", "C0-")):
             if curve := curves[*key, stage]:
-                axis.plot(*zip(*curve), style, label=row_name(stage, config))
+                axis.plot(*zip(*curve), style, marker=dot, label=row_name(stage, config))
+                axis.legend(frameon=False)
     figure.axes[0].set_yscale("log")
-    figure.axes[0].legend(frameon=False)
     figure.savefig(out, format="png")
     print(f"wrote {out}")
 
@@ -309,7 +311,7 @@ class Settings:
     max_tokens: int = flag(128, "longer pairs are left out, longer sources cut", 2, 10**5)
     batch_tokens: int = flag(3000, "tokens of source, target, padding in a micro-batch", 16, 10**9)
     # warmups
-    estimator: str = flag("marginal", "or a baseline: frozen, pause, sft",
+    estimator: str = flag("marginal", "see the README; baselines: frozen, pause, sft",
                           choices=(*ESTIMATORS, "exact", "pause", "sft"))
     samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
     warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)

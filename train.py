@@ -49,7 +49,7 @@ class Config(Settings):
     sft_steps: int = flag(300, "updates of the SFT stage", 1, 10**9)
     policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0, 10**9)
     control: bool = flag(True, "afterwards SFT again, for the policy stage's FLOPs")
-    policy_batch_tokens: int = flag(1500, "of the policy stage; K copies are one", 16, 10**9)
+    policy_batch_tokens: int = flag(1500, "in the policy stage; K samples count once", 16, 10**9)
     accumulate: int = flag(1, "micro-batches per update, of each process", 1, 10**6)
     lr: float = flag(3e-3, "peak learning rate of SFT", 1e-12, 10)
     policy_lr: float = flag(1e-3, "peak learning rate of policy stage and control", 1e-12, 10)
@@ -93,7 +93,6 @@ def update_flops(model: ModelConfig, batch: Batch, computed: torch.Tensor | None
     E, inner = model.width, model.inner
     ff = E * model.ff * (3 if model.gated else 2)
     real = (batch.target != model.pad_id).sum(1)  # (B,): padding does not reach the output layer
-
     def decode(rows: int, tokens: float, keys: float) -> float:
         """keys: decoder tokens that a token attends to, on average."""
         per_layer = 6 * E * inner + ff + 2 * inner * (keys + S)

@@ -126,7 +126,6 @@ def warmup_logprobs(model: EncoderDecoder, hidden: Tensor, c: Tensor, spec: Warm
     """log P(c|x) of c (N,W) from hidden (N,W,E): (N,), under the masks that sampling uses."""
     if spec.pause:
         return hidden.new_zeros(len(c))
-
     def part(start: int, end: int, may_stop: bool) -> Tensor:
         log_probs = model.token_logprobs(
             hidden[:, start:end].flatten(0, 1), c[:, start:end].flatten(),
@@ -144,7 +143,7 @@ def warmup_logprobs(model: EncoderDecoder, hidden: Tensor, c: Tensor, spec: Warm
 
 def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor,
                    target: Tensor, spec: WarmupSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """`score`, but a warmup that an example has twice is computed once. The fast path of `score`.
+    """`score`, but of equal warmups one is computed, if they are a tenth or more. Its fast path.
 
     Each distinct warmup is a row with a memory of its own, and the rows' log-probs are handed back
     to all (B,K). Also: how many warmups of each example were computed, (B,) on the CPU."""

@@ -148,8 +148,9 @@ class Axis:
     def __init__(self):
         self.lines, self.title, self.scale = {}, "", "linear"
 
-    def plot(self, x, y, style, label):
+    def plot(self, x, y, style, marker, label):
         self.lines[label] = (list(x), list(y))
+        self.marker = marker
 
     def set_title(self, title):
         self.title = title
@@ -205,6 +206,7 @@ def test_plot_draws_the_log_against_flops(run, monkeypatch, tmp_path, capsys):
             assert x == pytest.approx([x for x, _ in wanted], rel=1e-9)
             assert y == [y for _, y in wanted]
     assert [axis.scale for axis in axes] == ["log", "linear", "linear", "linear"]
+    assert [axis.marker for axis in axes] == [".", ".", "", ""]
 
 
 def test_plot_writes_a_picture(run, tmp_path):
