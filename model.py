@@ -799,7 +799,7 @@ def save_pretrained(model: EncoderDecoder, folder: str | Path) -> None:
     """Write config.json and pytorch_model.bin that transformers loads, to the same logits."""
     config, folder = model.config, Path(folder)
     if config.absolute or not config.encoder_layers:
-        raise UserError("only a model from --init can be exported: a T5 has no absolute positions")
+        raise UserError("only --init runs export: a T5 has an encoder and no absolute positions")
     tensors = {}
     for ours, theirs in t5_names(config).items():
         whole = model.get_parameter(ours).detach().cpu()
