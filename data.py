@@ -318,7 +318,6 @@ def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         """7 bits a byte, lowest first; the top bit says that more follow."""
         byte = stream.read(1)[0]
         return byte if byte < 128 else byte % 128 + 128 * varint()
-
     while stream.tell() < len(data):
         number, kind = divmod(varint(), 8)
         if kind == 0:

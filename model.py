@@ -188,9 +188,18 @@ class PositionBias(nn.Module):
         far = exact + (ratio / math.log(self.max_distance / exact) * (n - exact)).long()
         return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
 
+    @lru_cache
+    def table(self, length: int, device) -> Tensor:
+        """(length,length): the bucket of each query and key. The decoder's last is the future."""
+        at = torch.arange(length, device=device)
+        distance = at[None, :] - at[:, None]
+        future = (distance > 0) & (not self.bidirectional)
+        return self.bucket(distance).masked_fill(future, self.buckets)
+
     def forward(self, length: int) -> Tensor:
-        at = torch.arange(length, device=self.weight.device)
-        bias = self.weight[self.bucket(at[None, :] - at[:, None])]  # (L,L,H)
+        table = self.table(-(-length // 64) * 64, self.weight.device)  # few to keep
+        weight = F.pad(self.weight, (0, 0, 0, 1), value=MASKED)  # (buckets+1,H)
+        bias = weight[table[:length, :length]]  # (L,L,H)
         # contiguous: CUDA's fused kernels ask for such a mask
         return bias.permute(2, 0, 1).unsqueeze(0).contiguous()  # (1,H,L,L)
 
@@ -205,7 +214,6 @@ class Stack(nn.Module):
     """All blocks of the encoder or the decoder, with the biases they share and a final norm."""
     def __init__(self, config: ModelConfig, decoder: bool):
         super().__init__()
-        self.decoder = decoder
         layers = config.decoder_layers if decoder else config.encoder_layers
         biases = 1 if config.shared_bias else layers
         self.blocks = nn.ModuleList(Block(config, decoder) for _ in range(layers))
@@ -215,11 +223,7 @@ class Stack(nn.Module):
 
     def position_biases(self, length: int) -> list[Tensor]:
         """One (1,H,L,L) per layer, or a single one that all layers share; causal in the decoder."""
-        biases = [bias(length) for bias in self.biases]
-        if self.decoder:
-            future = torch.ones(length, length, dtype=torch.bool, device=biases[0].device).triu(1)
-            biases = [bias.masked_fill(future, MASKED) for bias in biases]
-        return biases
+        return [bias(length) for bias in self.biases]
 
     def forward(self, x: Tensor, biases: list[Tensor], memory=None, cache=None) -> Tensor:
         x = self.dropout(x)
@@ -730,8 +734,7 @@ def pretrained_folder(source: str | Path) -> Path:
 def read_json(path: Path) -> dict:
     """A JSON object. UserError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content | {}  # TypeError if it is no object
+        return json.loads(path.read_text(encoding="utf-8")) | {}  # TypeError if it is no object
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
 

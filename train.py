@@ -92,26 +92,25 @@ def update_flops(model: ModelConfig, batch: Batch, computed: torch.Tensor | None
     P, T = batch.prompt.size(1), batch.target.size(1)
     E, inner = model.width, model.inner
     ff = E * model.ff * (3 if model.gated else 2)
+    head = 2 * E * model.vocab_size  # of the output layer, for one token
     real = (batch.target != model.pad_id).sum(1)  # (B,): padding does not reach the output layer
+
     def decode(rows: int, tokens: float, keys: float) -> float:
         """keys: decoder tokens that a token attends to, on average."""
         per_layer = 6 * E * inner + ff + 2 * inner * (keys + S)
         return 2 * rows * tokens * model.decoder_layers * per_layer
 
-    def output(tokens: int) -> int:
-        return 2 * tokens * E * model.vocab_size
-
     encode = 2 * B * S * model.encoder_layers * (4 * E * inner + ff + 2 * inner * S)
     encode += 2 * B * S * model.decoder_layers * 2 * E * inner  # cross keys and values
     if computed is None:
-        return round(3 * (encode + decode(B, P + T, P + T) + output(int(real.sum()))))
+        return round(3 * (encode + decode(B, P + T, P + T) + head * int(real.sum())))
     rows, length = int(computed.sum()), P + W + 1 + T
-    flops = 3 * (encode + decode(rows, length, length) + output(int(computed @ real)))
+    flops = 3 * (encode + decode(rows, length, length) + head * int(computed @ real))
     if scored:
-        flops += 3 * output(rows * W)
+        flops += 3 * head * rows * W
     if drawn:  # the prefix once, then one token at a time
         flops += decode(B, 1 + P, 1 + P) + decode(B * drawn, W - 1, 1 + P + W / 2)
-        flops += output(B * drawn * W)
+        flops += head * B * drawn * W
     return round(flops)
 
 # ----------------------------------------------------------------------------- training

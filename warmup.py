@@ -132,7 +132,6 @@ def warmup_logprobs(model: EncoderDecoder, hidden: Tensor, c: Tensor, spec: Warm
             temperature=spec.temperature, forbidden=spec.forbidden_ids(c.device, may_stop),
         )
         return log_probs.view(len(c), end - start)  # (N,end-start)
-
     log_probs = part(0, spec.min_length, may_stop=False)
     if spec.min_length < spec.length:
         rest = part(spec.min_length, spec.length, may_stop=True)

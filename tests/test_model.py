@@ -87,10 +87,26 @@ def test_position_buckets_are_t5s():
     two_way, causal = PositionBias(c, True), PositionBias(c, False)
     distance = torch.tensor([0, -1, -7, -8, -15, -127, -1000, 1, 7, 8, 1000])
     assert two_way.bucket(distance).tolist() == [0, 1, 7, 8, 9, 15, 15, 17, 23, 24, 31]
+    assert two_way.table(3, distance.device).tolist() == [[0, 17, 18], [1, 0, 17], [2, 1, 0]]
+    assert causal.table(3, distance.device).tolist() == [[0, 32, 32], [1, 0, 32], [2, 1, 0]]
     assert causal.bucket(distance).tolist() == [0, 1, 7, 8, 15, 31, 31, 0, 0, 0, 0]
 
 
 # ----------------------------------------------------------------------------- the whole model
+
+
+def test_tables_of_positions_are_made_once(monkeypatch):
+    """For lengths up to 64 one table a stack serves them all, slices of it."""
+    model, made, bucket = tiny_model(), [], PositionBias.bucket
+    monkeypatch.setattr(PositionBias, "bucket",
+                        lambda self, x: made.append(tuple(x.shape)) or bucket(self, x))
+    for length in (5, 64, 5, 33):
+        tokens = torch.randint(4, 9, (2, length))
+        model.decode(tokens, model.encode(tokens))
+    assert made == [(64, 64)] * 2
+    model.encode(torch.randint(4, 9, (2, 65)))
+    assert made[2:] == [(128, 128)]
+
 
 
 def test_padding_changes_nothing():
