@@ -1,5 +1,7 @@
 """The floor's arithmetic (tests/bench.py) against torch's own count of what the model computes."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import model
 from train import update_flops
-from warmup import Batch, WarmupSpec, sft_loss, warmup_loss
+from warmup import Batch, WarmupSpec, sample_warmups, sft_loss, warmup_loss
 
 
 @pytest.mark.parametrize("shape", (dict(), dict(gated=True, tied=False)))
@@ -58,6 +60,18 @@ def test_the_flops_of_equal_compute_are_what_torch_counts(monkeypatch, shape, pr
         lambda: warmup_loss(net, batch, repeating, "marginal", 3)[0]:
             dict(computed=torch.tensor([1, 1]), drawn=3, W=4, scored=True),
     }
+
+    def unequal(*args):
+        """All samples of the first example are alike, all of the second differ."""
+        c, log_pi = sample_warmups(*args)
+        c[0], c[1, :, 0] = c[0, :1], torch.tensor([5, 6, 7])
+        return c, log_pi
+
+    def some_alike():
+        with mock.patch("warmup.sample_warmups", unequal):
+            return warmup_loss(net, batch, sampled, "marginal", 3)[0]
+
+    updates[some_alike] = dict(computed=torch.tensor([1, 3]), drawn=3, W=4, scored=True)
     for loss, how in updates.items():
         with FlopCounterMode(display=False) as counter:
             loss().backward()

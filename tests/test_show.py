@@ -108,9 +108,10 @@ def by_hand(run, tokenizer, example, c):
     return torch.stack(log_pi), torch.stack(R)
 
 
-@pytest.mark.parametrize("estimator", ["pause", "sft", "exact"])
-def test_nothing_is_sampled_where_the_estimator_samples_nothing(estimator, run, capsys):
-    change(run, estimator=estimator)
+@pytest.mark.parametrize("estimator, samples", [("pause", 2), ("sft", 2), ("exact", 2),
+                                                ("marginal", 1)])
+def test_nothing_is_sampled_where_there_is_nothing_to_compare(estimator, samples, run, capsys):
+    change(run, estimator=estimator, samples=samples)
     assert evaluation.main([str(run), "--show", "1"]) == 0
     out = capsys.readouterr().out
     assert "log P(c|x)" not in out
