@@ -190,7 +190,7 @@ class PositionBias(nn.Module):
 
     @lru_cache
     def table(self, length: int, device) -> Tensor:
-        """(length,length): the bucket of each query and key. The decoder's last is the future."""
+        """(length,length): the bucket of a query and a key. One more stands for the future."""
         at = torch.arange(length, device=device)
         distance = at[None, :] - at[:, None]
         future = (distance > 0) & (not self.bidirectional)

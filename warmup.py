@@ -142,7 +142,7 @@ def warmup_logprobs(model: EncoderDecoder, hidden: Tensor, c: Tensor, spec: Warm
 
 def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor,
                    target: Tensor, spec: WarmupSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """`score`, but of equal warmups one is computed, if they are a tenth or more. Its fast path.
+    """The fast path of `score`: of the equal warmups of an example only one is computed.
 
     Each distinct warmup is a row with a memory of its own, and the rows' log-probs are handed back
     to all (B,K). Also: how many warmups of each example were computed, (B,) on the CPU."""
@@ -150,14 +150,14 @@ def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Ten
     earliest = earliest_equal(c)  # (B,K)
     first = earliest == torch.arange(K, device=c.device)  # (B,K)
     example, k = first.cpu().nonzero(as_tuple=True)  # (n,) each
-    if len(k) > 0.9 * B * K:  # one memory for K rows is faster than what few repeats save
+    if len(k) > 0.9 * B * K:  # few repeats: one memory for K rows is faster
         return *score(model, memory, prompt, c, target, spec), torch.full((B,), K)
     computed = example.bincount(minlength=B)
     example, k = example.to(c.device), k.to(c.device)
     rows = c[example, k][:, None]  # (n,1,W)
     log_pi, log_p = score(
         model, memory.select(example), prompt[example], rows, target[example], spec)  # (n,1) both
-    number = first.flatten().cumsum(0).view(B, K) - 1  # of the row, where `first`
+    number = first.flatten().cumsum(0).view(B, K) - 1  # the row's number, where `first`
     number = number.gather(1, earliest)  # (B,K)
     return log_pi[number, 0], log_p[number, 0], computed
 
