@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from model import UserError, one_line, program
+from model import UserError, one_line, program, shell_word
 from warmup import Batch
 
 PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this order
@@ -762,7 +762,7 @@ def main(argv: list[str]) -> None:
     folder = args.out or task_folder(args.task, args.pair)
     download(args.task, args.pair, folder)
     pair = f" --pair {args.pair}" if known else ""
-    print(f"next: python train.py --task {args.task}{pair} --data {folder}")
+    print(f"next: python train.py --task {args.task}{pair} --data {shell_word(folder)}")
 
 if __name__ == "__main__":
     sys.exit(main())

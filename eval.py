@@ -22,7 +22,7 @@ from data import (EOS, PAD, SEP, TASKS, UNK, Encoded, Example, chain, collate, e
                   encode_split, in_order, load, load_tokenizer, read_lines, source_prefix,
                   special_ids, translation, wrong_pair)
 from model import (EncoderDecoder, ModelConfig, UserError, build, one_line, pick_device,
-                   precision, program, read_json, save_pretrained)
+                   precision, program, read_json, save_pretrained, shell_word)
 from warmup import (ESTIMATORS, Batch, WarmupSpec, direct_logprobs, evaluate_warmups, generate,
                     sample_warmups, score, target_tokens, weights)
 
@@ -152,6 +152,9 @@ def score_run(folder: Path, stages, config, tokenizer, examples, split: str, dev
         nll = round(validate(model, data, config, spec)["nll"], 4)
         rows.append(Row(stage, row_name(stage, config), scores, nll, **cost, hypotheses=texts))
     return rows
+
+def resume_command(folder: Path) -> str:
+    return f"python train.py --resume {shell_word(folder)}"
 
 def row_name(stage: str, config) -> str:
     return BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
@@ -472,7 +475,7 @@ def main(argv: list[str]) -> None:
 def score_split(folder: Path, stages: list[str], config, tokenizer, args, device) -> None:
     """The table, a file of hypotheses for each stage, and what differs significantly."""
     if not (folder / "results.json").exists():  # train.py's last file
-        print(f"note: this run is not finished. Go on with python train.py --resume {folder}")
+        print(f"note: this run is not finished. Go on with: {resume_command(folder)}")
     splits, _ = load(config)
     split = args.split if args.split in splits else "test" if "test" in splits else "valid"
     if args.show:

@@ -10,7 +10,7 @@ T5's oddities, each marked where it happens: RMSNorm without mean or bias, no bi
 layers, positions only as a learned bias on attention scores, the pad id as decoder start.
 """
 
-import json, math, os, sys
+import json, math, os, shlex, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, wraps
@@ -580,6 +580,12 @@ def plain_token_logprobs(hidden, weight, targets, forbidden=None) -> Tensor:
 def one_line(text: str) -> str:
     """Line ends and runs of spaces become one space."""
     return " ".join(text.split())
+
+def shell_word(path: str | Path) -> str:
+    """A path as one word of a command line, for the commands that the program prints."""
+    if sys.platform == "win32":
+        return subprocess.list2cmdline([str(path)])
+    return shlex.quote(str(path))
 
 class UserError(Exception):
     """Something that the user can mend. Printed as one line, exit code 1, no traceback."""

@@ -24,10 +24,11 @@ from tqdm import tqdm
 from data import (TASKS, Batches, Encoded, Example, encode_split, load, load_tokenizer,
                   pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
 from eval import (BASELINES, FORMAT, STAGES, Settings, averages, decode_and_score, flag,
-                  flag_name, load_checkpoint, load_model, print_table, read_settings, score_run,
-                  show, signatures, training_cost, translation_metrics, validate, warmup_spec)
+                  flag_name, load_checkpoint, load_model, print_table, read_settings,
+                  resume_command, score_run, show, signatures, training_cost, translation_metrics,
+                  validate, warmup_spec)
 from model import (SIZES, EncoderDecoder, ModelConfig, UserError, compile_stacks, load_pretrained,
-                   one_line, pick_device, precision, pretrained_folder, program)
+                   one_line, pick_device, precision, pretrained_folder, program, shell_word)
 from warmup import Batch, sft_loss, target_tokens, warmup_loss
 
 MOVABLE = ("device", "threads", "data")  # the settings that may change when a run moves
@@ -176,7 +177,7 @@ class Run:
     def interrupt(self, *_) -> None:
         """Ctrl-C: finish the update, save, leave. A second one leaves at once."""
         if self.stop:
-            raise KeyboardInterrupt(f"go on with: python train.py --resume {self.folder}")
+            raise KeyboardInterrupt(f"go on with: {resume_command(self.folder)}")
         self.stop = True
 
     def learning_rate(self) -> float:
@@ -251,7 +252,7 @@ class Run:
                 validate_and_save(self)
             if any(gather(self.stop)):
                 save_state(self)
-                raise KeyboardInterrupt(f"go on with: python train.py --resume {self.folder}")
+                raise KeyboardInterrupt(f"go on with: {resume_command(self.folder)}")
 
 # ===== plumbing: checkpoints and files, optimizer, processes, the program
 def validate_and_save(run: Run) -> None:
@@ -508,7 +509,8 @@ def report(run: Run, splits: dict[str, list[Example]]) -> None:
         "signature": signatures(config, splits[split])})
     print_table(rows, config, splits[split], split)
     show(config.folder, stages, config, run.tokenizer, splits[split][:3], run.device)
-    print(f"\nsaved {config.folder}/results.json. Score again: python eval.py {config.folder}")
+    again = f"python eval.py {shell_word(config.folder)}"
+    print(f"\nsaved {config.folder / 'results.json'}. Score again: {again}")
 
 @program
 def main(argv: list[str]) -> None:

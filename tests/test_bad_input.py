@@ -6,11 +6,11 @@ import io
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import model
 import train
 from conftest import standard_input
 from data import Encoded, load, load_tokenizer
@@ -552,7 +553,7 @@ def test_results_are_saved_before_they_are_shown(run, monkeypatch):
 def test_a_reader_that_leaves_and_a_closed_input(finished, tmp_path):
     """`| true`, which reads nothing; `<&-`. Neither ends in a traceback."""
     (tmp_path / "text").write_text("ein Hund\n" * 3)
-    shell = f"{sys.executable} {ROOT / 'eval.py'} {finished} --input "
+    shell = f"{shlex.join(map(str, (sys.executable, ROOT / 'eval.py', finished)))} --input "
     for end in ("text | true", "- <&-"):
         done = subprocess.run(shell + end, shell=True, capture_output=True, text=True)
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
@@ -699,7 +700,9 @@ def log_steps(folder: Path) -> list[int]:
 
 
 def subprocess_env() -> dict:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """One thread. The scripts are found, and what an earlier PYTHONPATH finds, too."""
+    path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
 KILLED = """
@@ -746,24 +749,38 @@ def test_stopped_before_the_first_update(monkeypatch, capsys, tmp_path):
     assert log_steps(tmp_path / "run") == [1, 2]
 
 
+INTERRUPTED = """
+import signal, sys, train
+log = train.log
+def interrupting(run, kind, numbers):
+    log(run, kind, numbers)
+    if run.state.step == 3:  # at an update, not at a time: no machine is too fast or too slow
+        signal.raise_signal(signal.SIGINT)
+train.log = interrupting
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
 def test_ctrl_c_saves_and_resume_finishes(capsys, tmp_path):
-    steps, run = 200, tmp_path / "run"
-    flags = [*TINY, "--sft-steps", str(steps), "--eval-every", str(steps), "--batch-tokens", "200"]
-    command = [sys.executable, ROOT / "train.py", *flags, "--out", "run"]
-    with open("stderr", "w") as file:
-        training = subprocess.Popen(command, env=subprocess_env(), stderr=file)
-    deadline = time.time() + 60
-    while training.poll() is None and not log_steps(run) and time.time() < deadline:
-        time.sleep(0.02)
-    training.send_signal(signal.SIGINT)
-    assert training.wait(60) == 1
-    said = Path("stderr").read_text()
-    assert shown(said)[-1] == "stopped; go on with: python train.py --resume run"
-    assert "Traceback" not in said
-    done = state_of(run)["step"]
-    assert 1 <= done < steps and log_steps(run) == list(range(1, done + 1))
-    assert train.main(["--resume", "run"]) == 0
-    assert log_steps(run) == list(range(1, steps + 1)) and (run / "results.json").exists()
+    run = tmp_path / "my run"  # a name with a space: the command that is printed must work
+    flags = [*TINY, "--sft-steps", "6", "--eval-every", "6", "--batch-tokens", "200"]
+    command = [sys.executable, "-c", INTERRUPTED, *flags, "--out", "my run"]
+    done = subprocess.run(command, env=subprocess_env(), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    *_, last = shown(done.stderr)
+    assert last == "stopped; go on with: python train.py --resume 'my run'"
+    assert state_of(run)["step"] == 3 and log_steps(run) == [1, 2, 3]
+    assert train.main(shlex.split(last)[6:]) == 0
+    assert log_steps(run) == [1, 2, 3, 4, 5, 6] and (run / "results.json").exists()
+    *_, last = capsys.readouterr().out.splitlines()
+    again = last.split("Score again: ")[1]
+    assert again == "python eval.py 'my run'"
+    assert evaluation.main(shlex.split(again)[2:]) == 0
+
+
+def test_windows_shells_know_no_single_quotes(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert [model.shell_word(name) for name in ("my run", "run")] == ['"my run"', "run"]
 
 
 def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, capsys):

@@ -57,12 +57,12 @@ def test_warmups_are_sampled_and_scored_by_the_same_model(monkeypatch):
     log_pi, log_p = given  # (3,K)
     for b in range(3):
         first = model(pairs[b : b + 1], question[b : b + 1])[0, -1]  # (V,)
-        table = {}
-        for c in range(micro.V):
-            tokens = torch.cat([question[b], torch.tensor([c])])[None]
-            table[round(first[c].item(), 4)] = model(pairs[b : b + 1], tokens)[0, -1, y[b]].item()
-        for pi, p in zip(log_pi[b].tolist(), log_p[b].tolist()):
-            assert abs(table[round(pi, 4)] - p) < 1e-4
+        letters = torch.arange(micro.V)[:, None]
+        tokens = torch.cat([question[b].expand(micro.V, -1), letters], 1)
+        target = model(pairs[b].expand(micro.V, -1), tokens)[:, -1, y[b]]  # (V,)
+        # the letter that a row was drawn for is not known: some letter must fit both numbers
+        far = torch.maximum((log_pi[b][:, None] - first).abs(), (log_p[b][:, None] - target).abs())
+        assert far.amin(1).max() < 1e-4  # far: (K,V)
 
 
 def test_it_runs_and_learns(capsys):

@@ -359,7 +359,7 @@ def test_the_control_costs_what_the_warmup_stage_costs(finished_run):
     sft, policy, control = costs = costs_of(finished_run).values()
     wanted = policy["flops"] / (sft["flops"] / sft["updates"])
     assert control["updates"] == max(1, round(wanted)) and wanted > 1.5
-    assert all(cost["flops"] > 0 and cost["seconds"] > 0 for cost in costs)
+    assert all(cost["flops"] > 0 for cost in costs)
     assert [cost["updates"] for cost in costs] == [4, 3, round(wanted)]
     rows = rows_of(finished_run)
     assert rows[0]["flops"] == sft["flops"]
