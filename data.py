@@ -216,17 +216,22 @@ def task_folder(task: str, pair: str) -> Path:
     reverse = folder / "-".join(reversed(pair.split("-")))
     return reverse if reverse.is_dir() and not (folder / pair).is_dir() else folder / pair
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, plain or .gz, stripped. UserError if it cannot be read."""
+def read_lines(path: Path | None) -> list[str]:
+    """The lines of a text file, plain or .gz, stripped. None: of standard input. Else UserError."""
     # utf-8-sig: Windows editors begin files with a mark. Only newlines end lines: U+2028 is text
     how = dict(mode="rt", encoding="utf-8-sig", newline="\n")
+    name = path or "standard input"
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, **how) as file:
+        if path is None:
+            file = open(0, closefd=False, **how)
+        else:
+            file = (gzip.open if path.suffix == ".gz" else open)(path, **how)
+        with file:
             lines = [line.strip() for line in file]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        raise UserError(f"cannot read {name}: {error}") from None
     if len(lines) == 1 and "\r" in lines[0]:
-        raise UserError(f"the lines of {path} end in CR alone: convert them to LF")
+        raise UserError(f"the lines of {name} end in CR alone: convert them to LF")
     return lines
 
 def find_file(folder: Path, split: str, ending: str) -> Path | None:
@@ -724,7 +729,8 @@ def download(task: str, pair: str, folder: Path) -> None:
     sides = pair.split("-") if languages else ["jsonl"]
     files: dict[str, list[str]] = {f"{split}.{side}": [] for split in SPLITS for side in sides}
     print(lines.__doc__)
-    with tempfile.TemporaryDirectory() as work:
+    # Windows does not remove a file that an archive's reader still holds open after an error
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         def get(url: str, sha256: str | None) -> Path:
             path = Path(work) / url.rsplit("/", 1)[1]
             try:
@@ -744,7 +750,8 @@ def download(task: str, pair: str, folder: Path) -> None:
     for name, content in files.items():
         if not (folder / name).exists():
             part = folder / f"{name}.part"
-            part.write_text("".join(line + "\n" for line in content), encoding="utf-8")
+            text = "".join(line + "\n" for line in content)
+            part.write_text(text, encoding="utf-8", newline="\n")
             part.replace(folder / name)
             print(f"wrote {folder / name}: {len(content):,} lines")
 

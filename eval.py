@@ -326,7 +326,7 @@ class Settings:
     beams: int = flag(4, "beam width for the test table; 1: greedy", 1, 1024)
     length_penalty: float = flag(1.0, "beam score = log-prob / length ** this", 0, 10)
     # machine
-    device: str = flag("auto", "auto: cuda, mps or cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "auto: cuda, else cpu", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str = flag("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
     threads: int = flag(0, "CPU threads; 0: torch's choice", 0, 1024)
 
@@ -392,7 +392,7 @@ def translate(folder: Path, stage: str, config, tokenizer, args, device) -> None
     """Print one output line per input line. UserError names a line that cannot be translated."""
     if not TASKS[config.task].translates:
         raise UserError(f"--input translates, and {folder} was trained on {config.task}")
-    lines = read_lines(Path("/dev/stdin" if args.input == "-" else args.input)) or [""]
+    lines = read_lines(None if args.input == "-" else Path(args.input)) or [""]
     examples = [translation(config.pair, source_prefix(config) + line, "") for line in lines]
     data = encode(tokenizer, examples)
     for number, (line, ids) in enumerate(zip(lines, data.source), 1):
@@ -484,7 +484,8 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
     print_table(rows, config, splits[split], split)
     for row in rows:
         path = folder / f"{split}.{row.stage}.txt"
-        path.write_text("".join(text + "\n" for text in row.hypotheses), encoding="utf-8")
+        lines = "".join(text + "\n" for text in row.hypotheses)
+        path.write_text(lines, encoding="utf-8", newline="\n")
         print(f"wrote {path}")
     show(folder, stages, config, tokenizer, splits[split][:3], device)
     if len(rows) > 1 and translation_metrics(config):

@@ -616,14 +616,16 @@ def program(run):
     return main
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's mps, else the CPU. Under torchrun each process has its own GPU."""
+    """auto: CUDA, else the CPU. Apple's mps, where nothing was ever run, only by its name.
+
+    Under torchrun each process has its own GPU."""
     # cuDNN's attention plans anew for each shape, and no two batches are alike
     torch.backends.cuda.enable_cudnn_sdp(False)
     number = os.environ.get("LOCAL_RANK")  # set by torchrun. Processes cannot meet on mps
     here = {"cuda": torch.cuda.device_count() > int(number or 0),
             "mps": torch.backends.mps.is_available() and number is None, "cpu": True}
     if name == "auto":
-        name = next(device for device in here if here[device])
+        name = "cuda" if here["cuda"] else "cpu"
     if not here[name]:
         raise UserError(f"torch finds no {name} device for this process: choose another --device")
     if name == "cuda":

@@ -314,7 +314,7 @@ def write_file(path: Path, save: Callable[[Path], None]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         save(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -326,7 +326,8 @@ def write_checkpoint(path: Path, what: str, **content) -> None:
     write_file(path, lambda temporary: torch.save(content, temporary))
 
 def write_json(path: Path, content: dict) -> None:
-    write_file(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1)))
+    text = json.dumps(content, indent=1)
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 def log(run: Run, kind: str, numbers: dict) -> None:
     """Append a line to log.jsonl. By rank 0."""
@@ -336,7 +337,7 @@ def log(run: Run, kind: str, numbers: dict) -> None:
     if rank():
         return
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
@@ -401,7 +402,7 @@ def join_processes() -> None:
         # long: the others wait while rank 0 validates and decodes
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     if rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 # ----------------------------------------------------------------------------- the program
 def parse(argv: list[str]) -> tuple[Config, bool]:

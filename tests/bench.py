@@ -297,7 +297,7 @@ def peak(call, device: str) -> float:
     import resource
 
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest resident size so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the highest resident size so far is forgotten
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -425,7 +425,7 @@ def main() -> None:
         return print(json.dumps(child(shape, rows.split(","), what, mode, device, args.repeats)))
     if args.gpu and not torch.cuda.is_available():
         raise SystemExit("--gpu needs a CUDA device, and torch sees none")
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")) if sys.platform == "linux" else None
     cpu = cpu[1] if cpu else platform.processor()
     machine = torch.cuda.get_device_name() if args.gpu else f"{cpu}, {args.threads} threads"
     if args.picture:

@@ -50,7 +50,7 @@ def train(job: tuple[str, int], args, flags: list[str]) -> str:
 
 
 def results(folder: Path) -> list[dict]:
-    return json.loads((folder / "results.json").read_text())["rows"]
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
 
 
 def table(args) -> str:
@@ -101,7 +101,7 @@ def draw(args) -> None:
         for estimator in group:
             curves = []
             for seed in range(args.seeds):
-                log = (args.out / f"{estimator}-{seed}" / "log.jsonl").read_text().splitlines()
+                log = (args.out / f"{estimator}-{seed}" / "log.jsonl").read_text(encoding="utf-8").splitlines()
                 lines = [line for line in map(json.loads, log)
                          if (line["kind"], line["stage"]) == ("valid", "policy")]
                 curves.append([line[args.metric] for line in lines])
@@ -149,10 +149,10 @@ def main() -> None:
     settings = json.dumps({"task": args.task, "flags": flags, "control": args.estimators[0]})
     args.out.mkdir(parents=True, exist_ok=True)
     note = args.out / "settings.json"
-    if note.exists() and note.read_text() != settings:
-        raise SystemExit(f"{args.out} holds runs of other settings, {note.read_text()}: choose "
+    if note.exists() and note.read_text(encoding="utf-8") != settings:
+        raise SystemExit(f"{args.out} holds runs of other settings, {note.read_text(encoding="utf-8")}: choose "
                          "another --out")
-    note.write_text(settings)
+    note.write_text(settings, encoding="utf-8")
     jobs = [(estimator, seed) for estimator in args.estimators for seed in range(args.seeds)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for line in pool.map(lambda job: train(job, args, flags), jobs):

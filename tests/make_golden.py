@@ -66,7 +66,7 @@ def main() -> None:
         folder = HERE / kind
         folder.mkdir(parents=True, exist_ok=True)
         settings = json.loads(config.to_json_string()) | {"architectures": [model_class.__name__]}
-        (folder / "config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
+        (folder / "config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         torch.save({name: value.clone() for name, value in model.state_dict().items()}, folder / "pytorch_model.bin")
         torch.save(expected, folder / "expected.pt")
         print(kind, f"{sum(p.numel() for p in model.parameters()):,} parameters", f"loss {out.loss.item():.4f}")

@@ -31,7 +31,7 @@ FILES = ("open", "os.rename", "os.truncate", "os.remove", "os.mkdir")
 def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> dict:
     """program(argv) in a fork, in folder home. SIGKILL: after seconds, or at an operation."""
     report, trace, *standard = [home.with_name(name) for name in "report trace in out err".split()]
-    _ = [path.write_text("") for path in (report, trace, *standard[1:])]
+    _ = [path.write_text("", encoding="utf-8") for path in (report, trace, *standard[1:])]
     started, told = time.monotonic(), {"operations": 0}
 
     def count(event: str, arguments) -> None:
@@ -57,7 +57,7 @@ def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> d
                 told["outcome"] = f"TRACEBACK {type(error).__name__}"
                 traceback.print_exc(file=file)
             sys.stdout.flush(), sys.stderr.flush()
-            report.write_text(json.dumps(told))
+            report.write_text(json.dumps(told), encoding="utf-8")
         finally:
             os._exit(0)
     time.sleep(after)
@@ -71,7 +71,7 @@ def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> d
     died = "killed" if killed else "timeout" if text.startswith("Timeout") else "DIED"
     told = {"seconds": time.monotonic() - started, "stderr": " | ".join(lines)[-300:],
             "where": re.findall(rf'File "{ROOT}/(\w+\.py)", line (\d+)', text), "last": text[-200:],
-            **json.loads(report.read_text() or f'{{"outcome": "{died}"}}')}
+            **json.loads(report.read_text(encoding="utf-8") or f'{{"outcome": "{died}"}}')}
     if "outcome" not in told:
         code, ours = told["code"], len(lines) == 1 and lines[0].startswith("error: ")
         fine = {0: not lines, 1: ours, 2: ": error: " in " ".join(lines[-1:])}.get(code)
@@ -152,7 +152,7 @@ def inputs(home: Path, numbers, seed: int, note):
     pages, template = [b"", b"<html>", gzip.compress(b"a\tb\n"), b"\x1f\x8b"], home.with_name("t")
     (home / "text").mkdir(parents=True)
     for name in (f"{split}.{end}" for split in data.SPLITS for end in ("de", "en")):
-        (home / "text" / name).write_text("".join(f"{name} {i}, ä {i**3}.\n" for i in range(40)))
+        (home / "text" / name).write_text("".join(f"{name} {i}, ä {i**3}.\n" for i in range(40)), encoding="utf-8")
     fork(home, train.main, [*TOY, "--out", "toy"])
     told = fork(home, train.main, [*WMT, "--out", "wmt"])
     fork(home, train.main, [*WMT, "--out", "half"], at=told["operations"] // 2)
@@ -183,7 +183,7 @@ def main():
     work, started = Path(tempfile.mkdtemp(prefix="stress")), time.monotonic()
     parser.add_argument("--out", type=Path, default=work / "stress.log")
     args, counts = parser.parse_args(), collections.Counter()
-    (work / "in").write_text("Ein Hund schläft.\nEine Katze, ☃.\n")
+    (work / "in").write_text("Ein Hund schläft.\nEine Katze, ☃.\n", encoding="utf-8")
 
     def note(outcome: str, **details) -> None:
         counts[outcome] += 1

@@ -31,6 +31,9 @@ TINY = ["--size", "nano", "--sample-size", "200", "--sft-steps", "2", "--policy-
         "--max-tokens", "60"]
 
 
+posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell or SIGKILL")
+
+
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     """Every test works in an empty folder, and leaves the handlers of signals as it found them."""
@@ -175,7 +178,7 @@ def test_data_folder_is_missing(capsys):
 
 
 def test_data_folder_is_a_file(capsys, tmp_path):
-    (tmp_path / "text").write_text("a dog\n")
+    (tmp_path / "text").write_text("a dog\n", encoding="utf-8")
     said = complaint(capsys, train, *TINY, "--data", "text")
     assert str(tmp_path / "text") in said and "train.de" in said
 
@@ -184,7 +187,7 @@ def test_data_folder_without_files_says_which_are_expected(capsys, tmp_path):
     (tmp_path / "text").mkdir()
     said = complaint(capsys, train, *TINY, "--data", "text")
     assert "no train split" in said and "train.de" in said and ".gz" in said
-    (tmp_path / "text/train.de").write_text("ein Hund\n")
+    (tmp_path / "text/train.de").write_text("ein Hund\n", encoding="utf-8")
     assert "train.en" in complaint(capsys, train, *TINY, "--data", "text")
 
 
@@ -285,8 +288,8 @@ def test_folder_already_holds_a_run(capsys, run):
 
 
 def test_overwriting_takes_our_files_and_waits_until_all_else_is_well(capsys, run, monkeypatch):
-    (run / "notes.v2.txt").write_text("mine")
-    (run / "test.sft.txt").write_text("ours")
+    (run / "notes.v2.txt").write_text("mine", encoding="utf-8")
+    (run / "test.sft.txt").write_text("ours", encoding="utf-8")
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags in (["--device", "cuda"], ["--max-tokens", "2"]):
@@ -308,7 +311,7 @@ def test_overwriting_takes_every_file_of_a_run(tmp_path):
     names += [f"{split}.{stage}.txt" for split in ("train", "valid", "test")
               for stage in ("sft", "policy", "control")]
     for name in names:
-        (tmp_path / name).write_text("old")
+        (tmp_path / name).write_text("old", encoding="utf-8")
         with pytest.raises(train.UserError, match="--overwrite"):
             train.new_folder(tmp_path, overwrite=False)
         train.new_folder(tmp_path, overwrite=True)
@@ -316,10 +319,10 @@ def test_overwriting_takes_every_file_of_a_run(tmp_path):
 
 
 def test_folder_holds_another_programs_files(capsys, tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     said = complaint(capsys, train, *TINY, "--out", tmp_path)
     assert "--resume" not in said and "--overwrite" in said
-    assert (tmp_path / "config.json").read_text() == "{}"
+    assert (tmp_path / "config.json").read_text(encoding="utf-8") == "{}"
 
 
 def test_scoring_an_unfinished_run_says_so(capsys, run):
@@ -330,7 +333,7 @@ def test_scoring_an_unfinished_run_says_so(capsys, run):
 
 
 def test_run_folder_cannot_be_made(capsys, tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     assert "file/run" in complaint(capsys, train, *TINY, "--out", "file/run")
 
 
@@ -353,8 +356,8 @@ def test_config_is_not_what_training_wrote(text, capsys, run):
                                     dict(device="tpu"), dict(pair="de"), dict(beams=-3),
                                     dict(symbols=0), dict(hops=2.5), dict(pair=["de", "en"])])
 def test_one_wrong_setting_in_the_config(change, capsys, run):
-    settings = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(settings | change))
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    (run / "config.json").write_text(json.dumps(settings | change), encoding="utf-8")
     [name] = change
     for program, argv in ((train, ["--resume", run]), (evaluation, [run])):
         said = complaint(capsys, program, *argv)
@@ -365,14 +368,14 @@ def test_one_wrong_setting_in_the_config(change, capsys, run):
                                     dict(samples=1, policy_steps=9), dict(clip=float("nan")),
                                     dict(overwrite=3), dict(accumulate=True)])
 def test_resuming_holds_the_config_to_the_rules_of_the_flags(change, capsys, run):
-    settings = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(settings | change))
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    (run / "config.json").write_text(json.dumps(settings | change), encoding="utf-8")
     said = complaint(capsys, train, "--resume", run)
     assert "config.json" in said and list(change)[0] in said
 
 
 def test_tokenizer_is_damaged(capsys, run):
-    (run / "tokenizer.json").write_text("{")
+    (run / "tokenizer.json").write_text("{", encoding="utf-8")
     assert "tokenizer.json" in complaint(capsys, train, "--resume", run)
     assert "tokenizer.json" in complaint(capsys, evaluation, run)
 
@@ -387,8 +390,8 @@ def test_that_stage_is_not_trained(capsys, run):
 
 
 def test_data_has_moved_since_training(capsys, run):
-    settings = json.loads((run / "config.json").read_text()) | {"data": "gone"}
-    (run / "config.json").write_text(json.dumps(settings))
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8")) | {"data": "gone"}
+    (run / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     assert "gone" in complaint(capsys, evaluation, run)
     assert "gone" in complaint(capsys, train, "--resume", run)
 
@@ -418,7 +421,7 @@ def truncated(path: Path) -> None:
 FOREIGN = {
     "truncated": truncated,
     "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("not a checkpoint\n"),
+    "text": lambda path: path.write_text("not a checkpoint\n", encoding="utf-8"),
     "another program's": lambda path: torch.save({"model": {"weight": torch.ones(2)}}, path),
     "a tensor": lambda path: torch.save(torch.ones(2), path),
     "torch bomb": lambda path: torch.save(Bomb(), path),
@@ -463,9 +466,9 @@ def test_tokenizer_of_another_run(capsys, run, half_run):
                                       ('"<sep>":3', '"<sep>":2147483648')])
 def test_a_tokenizer_with_one_wrong_word_or_number(old, new, capsys, run):
     path = run / "tokenizer.json"
-    compact = json.dumps(json.loads(path.read_text()), separators=(",", ":"), ensure_ascii=False)
+    compact = json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"), ensure_ascii=False)
     assert old in compact
-    path.write_text(compact.replace(old, new))
+    path.write_text(compact.replace(old, new), encoding="utf-8")
     assert "tokenizer.json" in complaint(capsys, evaluation, run, bars=True)
 
 
@@ -511,7 +514,7 @@ def test_a_folder_where_a_file_is_expected(name, capsys, run):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "log.jsonl"])
 def test_brackets_without_end(name, capsys, run):
-    (run / name).write_text("[" * 200_000)
+    (run / name).write_text("[" * 200_000, encoding="utf-8")
     assert name in complaint(capsys, evaluation, run, bars=True)
 
 
@@ -550,14 +553,15 @@ def test_results_are_saved_before_they_are_shown(run, monkeypatch):
     assert (run / "results.json").exists()
 
 
+@posix
 def test_a_reader_that_leaves_and_a_closed_input(finished, tmp_path):
     """`| true`, which reads nothing; `<&-`. Neither ends in a traceback."""
-    (tmp_path / "text").write_text("ein Hund\n" * 3)
+    (tmp_path / "text").write_text("ein Hund\n" * 3, encoding="utf-8")
     shell = f"{shlex.join(map(str, (sys.executable, ROOT / 'eval.py', finished)))} --input "
     for end in ("text | true", "- <&-"):
         done = subprocess.run(shell + end, shell=True, capture_output=True, text=True)
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr, done.stderr
-    assert done.returncode == 1 and "cannot read /dev/stdin" in done.stderr
+    assert done.returncode == 1 and "cannot read standard input" in done.stderr
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint(capsys, run):
@@ -565,7 +569,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(capsys, run):
     assert "no run has begun" in complaint(capsys, train, "--resume", run)
     said = complaint(capsys, train, *TINY, "--out", run)
     assert "--overwrite it" in said and "--resume" not in said
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text("{}", encoding="utf-8")
     (run / "last.pt").unlink()
     said = complaint(capsys, train, *TINY, "--out", run)
     assert "--overwrite it" in said and "--resume" not in said
@@ -593,9 +597,9 @@ def test_resuming_where_the_stage_file_is_of_another_model(capsys, tmp_path):
 @pytest.mark.parametrize("change", [dict(policy_steps=0), dict(control=False)])
 def test_a_stage_that_the_config_now_leaves_out(change, capsys):
     assert call(train, *TINY, "--policy-steps", "1", "--out", "whole") == 0
-    settings, log = json.loads(Path("whole/config.json").read_text()), Path("whole/log.jsonl")
+    settings, log = json.loads(Path("whole/config.json").read_text(encoding="utf-8")), Path("whole/log.jsonl")
     before = log.read_bytes()
-    Path("whole/config.json").write_text(json.dumps(settings | change))
+    Path("whole/config.json").write_text(json.dumps(settings | change), encoding="utf-8")
     assert "now leaves out" in complaint(capsys, train, "--resume", "whole")
     assert log.read_bytes() == before
 
@@ -623,7 +627,7 @@ def test_text_that_cannot_be_translated(content, says, capsys, finished, tmp_pat
         (tmp_path / "text").write_bytes(content)
         with standard_input(content):
             said = complaint(capsys, evaluation, finished, "--input", "-")
-        assert says.replace("read text", "read /dev/stdin") in said
+        assert says.replace("read text", "read standard input") in said
     assert "Is a directory" in complaint(capsys, evaluation, finished, "--input", "")
     assert says in complaint(capsys, evaluation, finished, "--input", "text")
 
@@ -695,7 +699,7 @@ def test_full_disk_while_writing_translations(capsys, run):
 def log_steps(folder: Path) -> list[int]:
     """Training updates in the log. A line still being written is left out."""
     path = folder / "log.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [line["step"] for line in map(json.loads, lines) if line["kind"] == "train"]
 
 
@@ -719,6 +723,7 @@ train.main(sys.argv[1:])
 """
 
 
+@posix
 def test_killed_in_the_middle_of_a_save(capsys, tmp_path):
     command = [sys.executable, "-c", KILLED, *TINY, "--out", "run"]
     killed = subprocess.run(command, env=subprocess_env(), capture_output=True)
@@ -786,7 +791,7 @@ def test_windows_shells_know_no_single_quotes(monkeypatch):
 def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, capsys):
     for split in ("train", "valid"):
         for lang in ("en", "ja"):
-            (tmp_path / f"{split}.{lang}").write_text("one line\n" * 8)
+            (tmp_path / f"{split}.{lang}").write_text("one line\n" * 8, encoding="utf-8")
     try:
         import MeCab  # noqa: F401
         pytest.skip("sacrebleu's Japanese tokenizer is installed here")
@@ -808,14 +813,14 @@ def test_a_log_that_was_shortened_is_not_filled_with_nothing(damage, capsys, hal
 
 
 def test_a_half_written_line_of_the_log_is_cut_off(half_run):
-    with open(half_run / "log.jsonl", "a") as file:
+    with open(half_run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "tr')
     assert train.main(["--resume", str(half_run)]) == 0
     assert log_steps(half_run) == [1, 2]
 
 
 def test_refused_data_leaves_the_run_as_it_was(capsys, half_run, tmp_path):
-    with open(half_run / "log.jsonl", "a") as file:
+    with open(half_run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write("a line after the checkpoint\n")
     before = {path.name: path.read_bytes() for path in half_run.iterdir()}
     text = parallel(tmp_path / "text")

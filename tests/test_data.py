@@ -413,7 +413,7 @@ def test_files_of_other_names_are_not_taken(tmp_path):
     write(tmp_path, **{name: words for name, words in PLAIN.items() if "test" not in name})
     for stem in ("test_2016", "test.de-en", "mytest"):
         for language in ("de", "en"):
-            (tmp_path / f"{stem}.{language}").write_text("x\n")
+            (tmp_path / f"{stem}.{language}").write_text("x\n", encoding="utf-8")
     assert set(read(tmp_path)) == {"train", "valid"}
 
 
@@ -523,8 +523,8 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
 def test_empty_training_lines_are_left_out_and_counted(tmp_path, capsys):
     write(tmp_path, **PLAIN)
-    (tmp_path / "train.de").write_text("a\n\nb\n")
-    (tmp_path / "train.en").write_text("A\nX\nB\n")
+    (tmp_path / "train.de").write_text("a\n\nb\n", encoding="utf-8")
+    (tmp_path / "train.en").write_text("A\nX\nB\n", encoding="utf-8")
     assert texts(read(tmp_path)["train"]) == [("a", "A"), ("b", "B")]
     assert "left out 1 example" in capsys.readouterr().out
 
@@ -532,8 +532,8 @@ def test_empty_training_lines_are_left_out_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_an_empty_side_is_refused_where_it_would_change_the_score(tmp_path, split):
     write(tmp_path, **PLAIN)
-    (tmp_path / f"{split}.de").write_text("a\n  \n")
-    (tmp_path / f"{split}.en").write_text("A\nB\n")
+    (tmp_path / f"{split}.de").write_text("a\n  \n", encoding="utf-8")
+    (tmp_path / f"{split}.en").write_text("A\nB\n", encoding="utf-8")
     with pytest.raises(UserError, match=rf"line 2 of .*{split}.de and .*has an empty side"):
         read(tmp_path)
 
@@ -543,7 +543,7 @@ def test_an_empty_side_is_refused_where_it_would_change_the_score(tmp_path, spli
 def test_a_split_without_examples_is_refused(tmp_path, split, content):
     write(tmp_path, **PLAIN)
     for language in ("de", "en"):
-        (tmp_path / f"{split}.{language}").write_text(content)
+        (tmp_path / f"{split}.{language}").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=f"{split}.en"):
         read(tmp_path)
 
@@ -605,7 +605,7 @@ def test_a_tokenizer_file_is_read_or_refused(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
     assert load_tokenizer(path).get_vocab() == tokenizer.get_vocab()
-    path.write_text("{}")
+    path.write_text("{}", encoding="utf-8")
     for broken in (path, tmp_path / "none.json"):
         with pytest.raises(UserError, match=f"cannot read {broken}"):
             load_tokenizer(broken)

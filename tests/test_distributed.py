@@ -20,6 +20,7 @@ import train
 import warmup
 from conftest import TINY
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked, on Linux")
 ROOT = Path(__file__).parents[1]
 WMT = [*TINY, "--device", "cpu", "--sample-size", "120"]
 TOY = [*WMT, "--task", "toy", "--symbols", "5", "--policy-batch-tokens", "80"]
@@ -44,7 +45,7 @@ def in_processes(work, folder: Path, count: int = 2) -> list:
 
 
 def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # ----------------------------------------------------------------------------- N processes are one
@@ -87,7 +88,7 @@ def test_two_processes_are_one_with_the_joined_batch(settings, tmp_path, monkeyp
         a, b = (evaluation.load_checkpoint(tmp_path / name / f"{stage}.pt")["model"]
                 for name in ("one", "two"))
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"]
+    rows = [json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))["rows"]
             for name in ("one", "two")]
     for name in ("metrics", "updates", "flops"):
         assert [row[name] for row in rows[0]] == [row[name] for row in rows[1]]

@@ -202,7 +202,7 @@ def test_missing_articles_are_counted(net, capsys):
 def test_what_is_there_already_stays(net, capsys):
     folder = Path("data/wmt/de-en")
     folder.mkdir(parents=True)
-    (folder / "valid.de").write_text("meins\nunser\n")
+    (folder / "valid.de").write_text("meins\nunser\n", encoding="utf-8")
     assert data.main(["wmt"]) == 0
     assert load("wmt")[0]["valid"][0].source == "meins"
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}

@@ -123,7 +123,7 @@ def test_shards(tmp_path):
         torch.save({name: tensors[name] for name in part}, folder / file)
     (folder / "pytorch_model.bin").unlink()
     index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     whole, sharded = load_pretrained(str(GOLDEN / "umt5")), load_pretrained(str(folder))
     assert all(torch.equal(p, sharded.get_parameter(name)) for name, p in whole.named_parameters())
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
@@ -160,11 +160,11 @@ def test_transformers_5_ties_what_it_makes_new(kind, tmp_path):
     folder, tensors = copy(kind, tmp_path), read_weights(GOLDEN / kind)
     del tensors["lm_head.weight"]
     torch.save(tensors, folder / "pytorch_model.bin")
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}), encoding="utf-8")
     with pytest.raises(UserError, match="lm_head.weight"):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}), encoding="utf-8")
     model = load_pretrained(folder)
     assert torch.equal(model.output.weight, model.embedding.weight) and model.output.weight is not model.embedding.weight
 
@@ -190,8 +190,8 @@ def test_transformers_5_ties_what_it_makes_new(kind, tmp_path):
 ])
 def test_what_does_not_fit_is_refused_by_name(tmp_path, change, complaint):
     folder = copy("t5", tmp_path)
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | change))
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(settings | change), encoding="utf-8")
     with pytest.raises(UserError, match=complaint):
         load_pretrained(str(folder))
 
@@ -234,7 +234,7 @@ def test_missing_or_broken_files(tmp_path, monkeypatch):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="holds no pytorch_model.bin and no model.safetensors"):
         load_pretrained(str(folder))
-    (folder / "config.json").write_text("{")
+    (folder / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="config.json"):
         load_pretrained(str(folder))
     missing = ("google/no-such-model", "/no/such/folder", Path("/no/such/folder"),

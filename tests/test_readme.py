@@ -88,7 +88,7 @@ def test_all_commands_run_in_the_order_printed(page, tmp_path, monkeypatch, caps
     for split in ("train", "valid", "test"):
         for lang, word in (("de", "Haus"), ("en", "house")):
             lines = "".join(f"{word} number {i}.\n" for i in range(40))
-            (tmp_path / "mytext" / f"{split}.{lang}").write_text(lines)
+            (tmp_path / "mytext" / f"{split}.{lang}").write_text(lines, encoding="utf-8")
     for command in commands(page):
         for part in command.split(" && "):
             run(part, monkeypatch)

@@ -31,7 +31,7 @@ def run(finished_run, tmp_path):
 
 def change(run, **settings):
     path = run / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------- --show
@@ -187,7 +187,7 @@ def test_plot_draws_the_log_against_flops(run, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
     assert evaluation.main([str(run), "--plot", str(page)]) == 0
     assert capsys.readouterr().out == f"wrote {page}\n"
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def cost(stage, step):
         return sum(r["flops"] for r in records if (r["kind"], r["stage"]) == ("train", stage)
@@ -268,7 +268,7 @@ def test_one_bar_counts_the_updates_of_the_whole_run(tmp_path, monkeypatch):
     flags = ["--task", "wmt", *TINY, "--eval-every", "1", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     [bar] = Bar.made
-    control = json.loads((tmp_path / "run" / "results.json").read_text())["rows"][1]["updates"] - 4
+    control = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["rows"][1]["updates"] - 4
     assert bar.n == bar.total == 4 + 3 + control and len(bar.shown) == bar.n
     assert bar.shown[:4] == [("sft: ", 4 + 3 + 2 * 3, {"loss"})] * 4
     assert bar.shown[4:7] == [("policy: ", 4 + 3 + 2 * 3, {"nll", "spread", "swap_gap"})] * 3

@@ -99,7 +99,7 @@ def runs(tmp_path_factory):
 
 
 def lines_of(folder, kind="train"):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
@@ -183,12 +183,12 @@ def test_validation_costs_no_training(tmp_path, runs):
     folder, stages = shutil.copytree(runs["marginal"].folder, tmp_path / "r"), train.STAGES
     before = {stage: evaluation.training_cost(folder, stage) for stage in stages}
     run, _ = train.prepare(evaluation.read_settings(folder, train.Config), resume=True)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     valid = [line["kind"] == "valid" for line in lines]
     assert sum(valid) > 6
     lines = [line | dict(flops=10**18, seconds=10.0**6) if is_valid else line
              for line, is_valid in zip(lines, valid)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert {stage: evaluation.training_cost(folder, stage) for stage in stages} == before
     run.start_stage("control")
     assert run.state.total == before["control"]["updates"]
@@ -318,12 +318,12 @@ def test_decoding_is_by_the_settings(stage, flags, beams, runs, tmp_path, monkey
 def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_path, monkeypatch):
     """With --init: the prefix that T5 knows. From scratch: the line itself."""
     folder = shutil.copytree(runs["marginal"].folder, tmp_path / "r")
-    (tmp_path / "in").write_text("Anna schläft.\n")
-    settings, seen = json.loads((folder / "config.json").read_text()), []
+    (tmp_path / "in").write_text("Anna schläft.\n", encoding="utf-8")
+    settings, seen = json.loads((folder / "config.json").read_text(encoding="utf-8")), []
     monkeypatch.setattr(evaluation, "encode", lambda tokenizer, examples: (
         seen.extend(examples), encode(tokenizer, examples))[1])
     for init in ("", "t5-small"):
-        (folder / "config.json").write_text(json.dumps(settings | {"init": init}))
+        (folder / "config.json").write_text(json.dumps(settings | {"init": init}), encoding="utf-8")
         assert evaluation.main([str(folder), "--input", str(tmp_path / "in")]) == 0
     assert [example.source for example in seen] == [
         "Anna schläft.", "translate German to English: Anna schläft."]

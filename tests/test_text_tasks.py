@@ -185,7 +185,7 @@ def test_the_whole_path(task, columns, tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"[1-9]\d* of 300 train examples .*--max-tokens.*: their source loses", out)
     assert "log P(c|x)" in out
-    rows = json.loads((folder / "results.json").read_text())["rows"]
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     assert [set(row["metrics"]) for row in rows] == [columns] * 3
     assert evaluation.main([str(folder), "--stage", "policy"]) == 0
     assert f"{rows[2]['nll']:.3f}" in capsys.readouterr().out

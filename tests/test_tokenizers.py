@@ -52,8 +52,8 @@ def folder(tmp_path):
     from model import read_weights
 
     path = Path(shutil.copytree(GOLDEN / "t5", tmp_path / "t5"))
-    settings = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(settings | {"vocab_size": 140}))
+    settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    (path / "config.json").write_text(json.dumps(settings | {"vocab_size": 140}), encoding="utf-8")
     torch.manual_seed(0)
     tensors = {n: torch.randn(140, 16) * 0.3 if n in ("shared.weight", "lm_head.weight") else x
                for n, x in read_weights(path).items() if "embed_tokens" not in n and n != "lm_head.weight"}
@@ -78,7 +78,7 @@ def test_equal_ids_on_every_line_of_flores(name, vocab_size):
         pytest.skip(f"needs real vocabularies and FLORES in {DATA}")
     where = DATA / "tokenizers" / name
     ours = read_spiece(where / "spiece.model", vocab_size)
-    text = (where / "tokenizer.json").read_text() if name == "t5_v1_1" else gzip.open(where / "tokenizer.json.gz", "rt").read()
+    text = (where / "tokenizer.json").read_text(encoding="utf-8") if name == "t5_v1_1" else gzip.open(where / "tokenizer.json.gz", "rt").read()
     theirs = Tokenizer.from_str(text)
     lines = [line for file in sorted((DATA / "flores").glob("*.dev")) for line in file.read_text(encoding="utf-8").split("\n")]
     assert len(lines) > 4900 and ours.get_vocab() == theirs.get_vocab()
@@ -147,7 +147,7 @@ def test_a_tokenizer_of_another_kind_is_refused(folder):
 
 
 def test_missing_or_broken_tokenizer_files(folder):
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="tokenizer.json"):
         pretrained_tokenizer(folder, [], 140)
     (folder / "tokenizer.json").unlink()
@@ -167,7 +167,7 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
     assert train.main([*arguments, "--out", runs[0]]) == 0
     printed = capsys.readouterr().out
     assert "vocabulary 140" in printed and "translate German to English: " in printed and "log P(c|x)" in printed
-    config = json.loads((Path(runs[0]) / "config.json").read_text())
+    config = json.loads((Path(runs[0]) / "config.json").read_text(encoding="utf-8"))
     assert config["init"] == str(folder)
     shutil.rmtree(folder)  # the run folder stands alone
     assert train.main(["--resume", runs[0]]) == 0 and evaluation.main([runs[0], "--stage", "sft"]) == 0

@@ -15,7 +15,7 @@ SMALL = ["--task", "toy", "--sample-size", "400", "--symbols", "6", "--sft-steps
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_scores_by_hops_and_hit_rate():
@@ -50,7 +50,7 @@ def test_every_kind_of_estimator_trains_from_the_command_line(estimator, tmp_pat
     more = ["--entropy-bonus", "0.1"] if estimator == "jensen" else []
     flags = [*SMALL, "--estimator", estimator, *more, "--no-control"]
     assert train.main([*flags, "--out", str(folder)]) == 0
-    rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text())["rows"]}
+    rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]}
     name = {"pause": "pause", "sft": "sft, same tokens"}.get(estimator, "warmup")
     assert set(rows) == {"sft", name} and {"1 hop", "2 hops"} <= set(rows[name]["metrics"])
     assert ("hit rate" in rows[name]["metrics"]) == (estimator != "sft")

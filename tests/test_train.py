@@ -25,12 +25,12 @@ from warmup import Batch, WarmupSpec, all_warmups, sft_loss, score, target_token
 
 
 def log_of(folder, kind=None):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if kind in (None, line["kind"])]
 
 
 def rows_of(folder):
-    return json.loads((folder / "results.json").read_text())["rows"]
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
 
 
 def state_of(folder):
@@ -93,9 +93,9 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
 
 
 def test_resuming_a_finished_run_prints_its_table_again(finished_run, capsys):
-    before = json.loads((finished_run / "results.json").read_text())
+    before = json.loads((finished_run / "results.json").read_text(encoding="utf-8"))
     assert train.main(["--resume", str(finished_run)]) == 0
-    assert json.loads((finished_run / "results.json").read_text()) == before
+    assert json.loads((finished_run / "results.json").read_text(encoding="utf-8")) == before
     assert "sft, same compute" in capsys.readouterr().out
 
 
@@ -126,7 +126,7 @@ def test_a_run_that_moved_is_resumed_with_other_device_threads_and_data(
     for split, lines in (("train", 40), ("valid", 8)):
         for language, word in (("de", "Hund"), ("en", "dog")):
             (text / f"{split}.{language}").write_text(
-                "".join(f"{word} {n} {word}\n" for n in range(lines)))
+                "".join(f"{word} {n} {word}\n" for n in range(lines)), encoding="utf-8")
     with monkeypatch.context() as patch:
         stop_at(patch, "sft", 2)
         flags = [*TINY, "--threads", "2", "--policy-steps", "0", "--data", str(text)]
@@ -139,7 +139,7 @@ def test_a_run_that_moved_is_resumed_with_other_device_threads_and_data(
     assert train.main(["--resume", str(run), *flags]) == 0
     assert torch.get_num_threads() == 1 and f"data: {moved}" in capsys.readouterr().out
     assert [line["step"] for line in log_of(run, "train")] == [1, 2, 3, 4]
-    assert json.loads((run / "results.json").read_text())["data"] == str(moved)
+    assert json.loads((run / "results.json").read_text(encoding="utf-8"))["data"] == str(moved)
 
 
 @pytest.mark.parametrize("flags", ["--seed 1", "--task wmt", "--samples 2", "--init x",
@@ -153,11 +153,11 @@ def test_a_resumed_run_takes_no_other_settings(flags, finished_run, capsys):
 def test_the_training_split_is_scored_whole(finished_run, tmp_path, capsys):
     """Long pairs are left out of training only: else line i would be scored against line i + 1."""
     folder = shutil.copytree(finished_run, tmp_path / "run")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_tokens": 12}))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"max_tokens": 12}), encoding="utf-8")
     assert evaluation.main([str(folder), "--split", "train", "--stage", "sft"]) == 0
     assert "their source loses its end" in capsys.readouterr().out
-    assert len((folder / "train.sft.txt").read_text().splitlines()) == config["sample_size"]
+    assert len((folder / "train.sft.txt").read_text(encoding="utf-8").splitlines()) == config["sample_size"]
 
 
 def test_a_run_remembers_its_data(finished_run, tmp_path, monkeypatch):
@@ -374,7 +374,7 @@ def test_even_a_cheap_warmup_stage_gives_the_control_one_update(tmp_path):
         costs = [("sft", 100, 1.0)] * 3 + [("policy", 0, 33.0)] * 6 + [("policy", policy, 1.0)]
         lines = [dict(kind="train", stage=stage, flops=flops, seconds=seconds)
                  for stage, flops, seconds in costs]
-        (run.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         run.start_stage("control")
         assert run.state.total == updates
 
@@ -414,7 +414,7 @@ def test_a_run_leaves_what_the_readme_says(finished_run):
     assert {"config.json", "tokenizer.json", "log.jsonl", "last.pt", "sft.pt", "policy.pt",
             "control.pt", "results.json"} <= have
     assert not any(name.endswith(".tmp") for name in have)
-    results = json.loads((finished_run / "results.json").read_text())
+    results = json.loads((finished_run / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {"task", "pair", "data", "split", "rows", "signature"}
     assert [results[name] for name in ("task", "pair", "data", "split")] == [
         "wmt", "de-en", "sample", "test"]
@@ -451,11 +451,11 @@ def test_the_cost_of_stages_is_that_of_their_logged_updates(tmp_path):
              for n, stage in enumerate(["sft", "sft", "policy", "control"])]
     lines.insert(1, dict(kind="valid", stage="sft", step=1, nll=1.0))
     log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     cost = evaluation.training_cost(tmp_path, "sft", "policy")
     assert cost == {"updates": 3, "flops": 3 * 10**20 + 3, "seconds": 0.8}
     for broken in ("{", "[]", '{"kind": "train"}'):
-        log.write_text(broken + "\n")
+        log.write_text(broken + "\n", encoding="utf-8")
         with pytest.raises(train.UserError, match="log.jsonl is incomplete .*--resume"):
             evaluation.training_cost(tmp_path, "sft")
 
@@ -472,7 +472,7 @@ def test_eval_reproduces_the_table(finished_run, capsys):
         assert numbers[4] == pytest.approx(row["flops"] / 1e12, abs=6e-3)
         assert numbers[5] == pytest.approx(row["seconds"], abs=0.6)
     assert "note: this run is not finished" not in out and "paired bootstrap" in out
-    assert len((finished_run / "test.policy.txt").read_text().splitlines()) == 75
+    assert len((finished_run / "test.policy.txt").read_text(encoding="utf-8").splitlines()) == 75
 
 
 def test_the_table_counts_in_tflop(capsys):
@@ -510,10 +510,10 @@ def test_translating_keeps_line_order_and_count(finished_run, tmp_path, capsys):
     lines = ["Die Frau schläft.", "Heute arbeitet der alte Mann.", "Anna kauft 17 Bücher."]
     one_by_one = []
     for line in lines:
-        (tmp_path / "one").write_text(line + "\n")
+        (tmp_path / "one").write_text(line + "\n", encoding="utf-8")
         assert evaluation.main([str(finished_run), "--input", str(tmp_path / "one")]) == 0
         one_by_one.append(capsys.readouterr().out)
-    (tmp_path / "all").write_text("\n".join(lines) + "\n")
+    (tmp_path / "all").write_text("\n".join(lines) + "\n", encoding="utf-8")
     flags = ["--input", str(tmp_path / "all"), "--show-warmup"]
     assert evaluation.main([str(finished_run), *flags]) == 0
     together = capsys.readouterr().out.splitlines(keepends=True)
@@ -530,7 +530,7 @@ def test_the_prompt_of_new_text_names_the_target_language(tmp_path, monkeypatch)
         return original(model, batch, *more, **flags)
 
     monkeypatch.setattr(evaluation, "generate", watched)
-    (tmp_path / "in.txt").write_text("A child.\n")
+    (tmp_path / "in.txt").write_text("A child.\n", encoding="utf-8")
     assert evaluation.main([str(folder), "--input", str(tmp_path / "in.txt")]) == 0
     tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
     assert [tokenizer.id_to_token(int(prompt)) for prompt in seen] == ["<2de>"]
