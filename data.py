@@ -50,15 +50,17 @@ TASKS = {
     "toy": Task("pointers", sample="pointers", settings=dict(
         size="toy", sample_size=100000, dropout=0.0, weight_decay=0.0, sft_steps=400,
         policy_steps=500, batch_tokens=9216, policy_batch_tokens=2304,  # 512, 128 examples of 18
-        lr=4e-3, policy_lr=4e-3, samples=8, warmup_len=1, eval_every=50, eval_samples=8,
-        eval_decode=500, beams=1)),
+        max_source_tokens=32, max_target_tokens=4, lr=4e-3, policy_lr=4e-3, samples=8, warmup_len=1,
+        eval_every=50, eval_samples=8, eval_decode=500, beams=1)),
     "wmt": Task("translation", sample="translation", reader="parallel", prefix=TRANSLATE),
     "multi30k": Task("translation", reader="parallel", prefix=TRANSLATE),
     "xsum": Task("summaries", sample="news", reader="xsum", prefix="summarize: ", cut="end",
-                 settings=dict(warmup_len=8, max_tokens=512, policy_batch_tokens=3000)),
+                 settings=dict(warmup_len=8, max_source_tokens=512, max_target_tokens=64,
+                               policy_batch_tokens=3000)),
     "logiqa": Task("options", sample="puzzle", reader="logiqa", cut="start", settings=dict(
-        size="puzzle", sample_size=50000, max_tokens=512, dropout=0.0, weight_decay=0.0,
-        sft_steps=1000, batch_tokens=12000, policy_batch_tokens=3000, lr=4e-3, beams=1)),
+        size="puzzle", sample_size=50000, max_source_tokens=512, max_target_tokens=4, dropout=0.0,
+        weight_decay=0.0, sft_steps=1000, batch_tokens=12000, policy_batch_tokens=3000, lr=4e-3,
+        beams=1)),
 }
 
 # ----------------------------------------------------------------------------- text to token ids
@@ -180,24 +182,34 @@ def source_prefix(config) -> str:
     return TASKS[config.task].prefix.format(*languages) if config.init else ""
 
 def encode_split(tokenizer, examples: list[Example], config, split: str, scored=True) -> Encoded:
-    """A split as token ids. Sources over --max-tokens are cut; pairs are left out unless scored."""
+    """A split as token ids, within the limits of the run. Prints what is cut or left out.
+
+    scored: every example counts, so sources are cut and references stay whole. Else (training) a
+    long target leaves its pair out; a long source does, too, where the task does not cut it."""
     data = encode(tokenizer, examples)
     if len({len(prompt) for prompt in data.prompt}) > 1:
         raise UserError("all prompts of a task must have the same number of tokens")
-    most = config.max_tokens
+    most = config.max_source_tokens
     cut = TASKS[config.task].cut or ("end" if scored else "")
-    long = [len(source) > most or (not cut and len(target) > most)
-            for source, target in zip(data.source, data.target)]
-    if any(long):
+    long_source = np.array([len(row) > most for row in data.source])
+    long_target = np.array([len(row) > config.max_target_tokens for row in data.target])
+    count = f"of {len(examples)} {split} examples have a"
+    if long_source.any():
         fate = f"their source loses its {cut}" if cut else "left out"
-        print(f"data: {sum(long)} of {len(long)} {split} examples exceed --max-tokens: {fate}")
-    if not cut:
-        return Encoded(*(pick(column, np.flatnonzero(np.logical_not(long))) for column in data))
+        print(f"data: {long_source.sum()} {count} source over --max-source-tokens {most}: {fate}")
+    if long_target.any():
+        fate = "the reference stays whole, the output will be cut" if scored else "left out"
+        limit = f"--max-target-tokens {config.max_target_tokens}"
+        print(f"data: {long_target.sum()} {count} target over {limit}: {fate}")
+    if not scored:
+        keep = np.flatnonzero(~long_target if cut else ~(long_source | long_target))
+        data = Encoded(*(pick(column, keep) for column in data))
     if cut == "start":
         return data._replace(source=[row[-most:] for row in data.source])
-    # the last token stays: it may be T5's </s>
-    source = [np.append(row[:-1][: most - 1], row[-1:]) for row in data.source]
-    return data._replace(source=source)
+    if cut == "end":  # the last token stays: it may be T5's </s>
+        source = [np.append(row[:-1][: most - 1], row[-1:]) for row in data.source]
+        return data._replace(source=source)
+    return data
 
 # ----------------------------------------------------------------------------- readers of real data
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "dev"], "test": ["test"]}  # file names
@@ -297,16 +309,21 @@ READERS = {"parallel": lambda pair: (pair.split("-"), lambda *line: translation(
 
 # ----------------------------------------------------------------------------- tokenizers
 def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding of source and target together. Specials and prompt tags come first."""
-    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
-    tokenizer.normalizer = normalizers.NFKC()
+    """Byte-level byte-pair encoding of source and target together, GPT-2's way.
+
+    All 256 bytes are tokens and nothing is normalised: text in any script comes back as it was.
+    Specials and prompt tags come first. <unk> keeps its id, as in T5, but is never needed."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Prepend(" ")  # the first word is a word like any other
     digits = pre_tokenizers.Digits(individual_digits=True)  # 57 and 58 share what they share
-    words = [pre_tokenizers.Metaspace(), digits, pre_tokenizers.Punctuation()]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
-    tokenizer.decoder = decoders.Metaspace()
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_of_words])
+    without_first_space = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), without_first_space])
     specials = [PAD, EOS, UNK, SEP, *prompt_tags(examples)]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,
-                                  show_progress=False, limit_alphabet=vocab_size // 2)
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
     texts = (text for example in examples for text in (example.source, example.target))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer

@@ -7,11 +7,14 @@
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 """
 
-import argparse, itertools, json, sys, zipfile
+import argparse, itertools, json, re, sys, unicodedata, zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version as version_of
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
@@ -67,36 +70,54 @@ def averages(sums: dict, examples: int, tokens: int | torch.Tensor) -> dict[str,
     return {name: float(value) / float(units.get(name, examples)) for name, value in sums.items()}
 
 # ----------------------------------------------------------------------------- decoding
-def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None, c=None):
-    """A pair for each example: y, and the warmup before it or None. c (B,W), else greedy."""
-    device = next(model.parameters()).device
-    length = min(config.max_tokens, 2 * batch.source.size(1) + 10)  # no text grows by more
-    with precision(config.dtype, device):
-        c, y = generate(model, batch.to(device), spec, length, beams=config.beams, c=c,
-                        length_penalty=config.length_penalty, forbidden=special_ids(tokenizer))
-    hypotheses = map(str.strip, tokenizer.decode_batch(y.tolist(), skip_special_tokens=True))
-    if spec is None:
-        return [(hypothesis, None) for hypothesis in hypotheses]
-    return [*zip(hypotheses, tokenizer.decode_batch(c.tolist(), skip_special_tokens=False))]
+class Output(NamedTuple):
+    """What was written for an example."""
+    text: str
+    warmup: str | None
+    ended: bool  # by </s>; False: cut at --max-target-tokens
 
-def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None):
-    """Hypotheses and warmups, as text in the order of the data."""
-    pairs = {}
+def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None, c=None
+                 ) -> list[Output]:
+    """y ends at </s> or at --max-target-tokens, whatever stands beside it. c (B,W), else greedy."""
+    device = next(model.parameters()).device
+    with precision(config.dtype, device):
+        c, y = generate(model, batch.to(device), spec, config.max_target_tokens, c=c,
+                        beams=config.beams, length_penalty=config.length_penalty,
+                        forbidden=special_ids(tokenizer))
+    ended = (y == model.config.eos_id).any(1).tolist()
+    warmups = [None] * len(ended)
+    if spec is not None:
+        warmups = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
+    return [*map(Output, to_text(tokenizer, y.tolist()), warmups, ended)]
+
+def to_text(tokenizer, rows: list[list[int]]) -> list[str]:
+    """A line of text for each row of ids, without special tokens."""
+    texts = tokenizer.decode_batch(rows, skip_special_tokens=True)
+    # a byte-level vocabulary can spell line ends, but an output is one line of a file
+    return [text.replace("\n", " ").replace("\r", " ").strip() for text in texts]
+
+def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None) -> list[Output]:
+    """The outputs in the order of the data."""
+    outputs = {}
     for index, batch in in_order(data, config.batch_tokens, "decoding"):
-        pairs |= zip(index, decode_batch(model, tokenizer, batch, config, spec))
-    hypotheses, warmups = zip(*(pairs[i] for i in range(len(data.source))))
-    return list(hypotheses), list(warmups)
+        outputs |= zip(index, decode_batch(model, tokenizer, batch, config, spec))
+    return [outputs[i] for i in range(len(data.source))]
 
 # ----------------------------------------------------------------------------- metrics
+BLEU_TOKENIZERS = {  # of sacreBLEU; 13a, for all other languages, splits at spaces
+    "zh": "zh zho chi cmn yue wuu nan hak gan lzh", "ja-mecab": "ja jpn", "ko-mecab": "ko kor",
+    "char": "th tha lo lao km khm my mya bur bo bod tib dz dzo"}
+
 def translation_metrics(config) -> dict:
     """sacreBLEU's BLEU, with its tokenizer for languages without spaces, and chrF++.
 
     {} for other tasks. UserError where sacreBLEU lacks a tokenizer."""
     if not TASKS[config.task].translates:
         return {}
-    tokenizers = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+    language = config.pair.split("-")[1].lower()
+    fitting = (name for name, codes in BLEU_TOKENIZERS.items() if language in codes.split())
     try:
-        tokenize = tokenizers.get(config.pair.split("-")[1], "13a")
+        tokenize = next(fitting, "13a")
         return {"BLEU": BLEU(tokenize=tokenize), "chrF++": CHRF(word_order=2)}
     except RuntimeError as error:  # Japanese and Korean need a package; sacreBLEU says which
         raise UserError(f"cannot score {config.pair}: {one_line(str(error))}") from None
@@ -132,12 +153,24 @@ class Row:
     updates: int  # all optimizer updates behind this row, the SFT stage included
     flops: int  # of their matrix products
     seconds: float  # of the same
+    at_limit: int  # outputs that ended at --max-target-tokens
     hypotheses: list[str]
 
 def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], config, spec):
-    """Metrics and hypotheses of a split; data: the examples as token ids."""
-    hypotheses, warmups = decode_split(model, tokenizer, data, config, spec)
-    return METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups), hypotheses
+    """Metrics and outputs of a split; data: the examples as token ids."""
+    outputs = decode_split(model, tokenizer, data, config, spec)
+    texts, warmups = ([output[i] for output in outputs] for i in range(2))
+    return compute_metrics(config, examples, texts, warmups), outputs
+
+def compute_metrics(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
+    scores = METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups)
+    return {name: round(score, 4) for name, score in scores.items()}
+
+def ceiling(tokenizer, examples: list[Example], config) -> tuple[dict[str, float], list[str]]:
+    """What a perfect model would score, and write: the references as token ids, and back."""
+    targets = encode(tokenizer, examples).target
+    texts = to_text(tokenizer, [row.tolist() for row in targets])
+    return compute_metrics(config, examples, texts, [None] * len(texts)), texts
 
 def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:
     """Decode and score the best checkpoints of stages on a split."""
@@ -147,10 +180,11 @@ def score_run(folder: Path, stages, config, tokenizer, examples, split: str, dev
         torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
         model = load_model(folder / f"{stage}.pt", tokenizer, device)
         spec = warmup_spec(stage, config, tokenizer)
-        scores, texts = decode_and_score(model, tokenizer, data, examples, config, spec)
-        scores = {name: round(score, 4) for name, score in scores.items()}
+        scores, outputs = decode_and_score(model, tokenizer, data, examples, config, spec)
         nll = round(validate(model, data, config, spec)["nll"], 4)
-        rows.append(Row(stage, row_name(stage, config), scores, nll, **cost, hypotheses=texts))
+        at_limit = sum(not output.ended for output in outputs)
+        rows.append(Row(stage, row_name(stage, config), scores, nll, **cost, at_limit=at_limit,
+                        hypotheses=[output.text for output in outputs]))
     return rows
 
 def resume_command(folder: Path) -> str:
@@ -176,17 +210,32 @@ def read_log(folder: Path) -> list[dict]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is incomplete ({error}): try again, or --resume") from None
 
-def print_table(rows: list[Row], config, examples: list[Example], split: str) -> None:
-    """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage."""
+def cut_outputs(at_limit: int, count: int, config) -> str:
+    """What to say of outputs that did not end by themselves. "": there are none."""
+    limit = f"--max-target-tokens {config.max_target_tokens}"
+    return f"{at_limit} of {count} outputs were cut at {limit}" if at_limit else ""
+
+def print_table(rows: list[Row], best: dict, config, examples: list[Example], split: str) -> None:
+    """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage.
+
+    best: the scores of `ceiling`."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     pair = f" {config.pair}" if TASKS[config.task].translates else ""
     print(f"\n{config.task}{pair}, {split} split, {len(examples)} examples")
     header = "".join(f"{name:>9}" for name in names)
     print(f"{'':20}{header}{'NLL/token':>11}{'updates':>9}{'TFLOP':>10}{'seconds':>9}")
+
+    def beginning(name: str, scores: dict) -> str:
+        cells = [f"{scores[n]:9.2f}" if n in scores else f"{'-':>9}" for n in names]
+        return f"{name:20}{''.join(cells)}"
+
     for row in rows:
-        cells = [f"{row.metrics[n]:9.2f}" if n in row.metrics else f"{'-':>9}" for n in names]
-        print(f"{row.name:20}{''.join(cells)}{row.nll:11.3f}{row.updates:9}"
+        print(f"{beginning(row.name, row.metrics)}{row.nll:11.3f}{row.updates:9}"
               f"{row.flops / 1e12:10,.2f}{row.seconds:9.0f}")
+    print(beginning("ceiling", best))
+    for row in rows:
+        if cut := cut_outputs(row.at_limit, len(examples), config):
+            print(f"{row.name}: {cut}")
     for name, signature in signatures(config, examples).items():
         print(f"{name}: {signature}")
 
@@ -206,9 +255,53 @@ def print_significance(rows: list[Row], config, examples: list[Example]) -> None
             print(f"  {name:7} {row.name:20} {result.score:6.2f}  mean {result.mean:6.2f} "
                   f"± {result.ci:.2f}{p}")
 
+def what_is_lost(tokenizer, examples: list[Example], config) -> str:
+    """What keeps a perfect model from a perfect score. "": nothing."""
+    targets = [example.target for example in examples]
+    scores, written = ceiling(tokenizer, examples, config)
+    if scores == compute_metrics(config, examples, targets, [None] * len(targets)):
+        return ""
+    data, unknown = encode(tokenizer, examples), tokenizer.token_to_id(UNK)
+    unknowns = [np.mean(np.concatenate(column) == unknown) for column in (data.source, data.target)]
+    lost, inexact = Counter(), 0
+    for target, text in zip(targets, written):
+        lost += Counter(target) - Counter(text)
+        inexact += target != text
+    del lost[" "]
+    characters = " ".join(c if c.isprintable() else f"U+{ord(c):04X}" for c, _ in lost.most_common(5))
+    best = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+    advice = ". Choose another --init" if inexact > len(targets) / 2 else ""
+    return (f"this tokenizer cannot write {100 * inexact / len(targets):.1f} % of the targets "
+            f"exactly: a perfect model would score {best}. <unk> is {100 * unknowns[0]:.1f} % of "
+            f"source tokens, {100 * unknowns[1]:.1f} % of target tokens. "
+            f"Most often lost: {characters}{advice}")
+
+# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han
+NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+             "\u4e00-\u9fff\uaa60-\uaa7f\uf900-\ufaff\U00020000-\U0003ffff")
+
+class AnyScript:
+    """A tokenizer for rouge-score: words of letters, marks and digits, in lower case.
+
+    In a script without spaces each character is a word."""
+    def tokenize(self, text: str) -> list[str]:
+        text = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
+        return re.sub(f"([{NO_SPACES}])", r" \1 ", text).split()
+
+def rouge_scorer(examples: list[Example]) -> tuple[RougeScorer, str]:
+    """rouge-score, and what to say of it. Its own tokenizer keeps a-z and 0-9 alone.
+
+    So it is used where at most 5 % of the references' letters and digits are others, such as é."""
+    letters = [c for example in examples for c in example.target.lower() if c.isalnum()]
+    kinds, version = ["rouge1", "rouge2", "rougeL"], f"rouge-score {version_of('rouge-score')}"
+    if sum(c.isascii() for c in letters) >= 0.95 * len(letters):
+        return RougeScorer(kinds, use_stemmer=True), f"{version}, its own words, Porter stemmer"
+    return RougeScorer(kinds, tokenizer=AnyScript()), (
+        f"{version}, words of any script, characters where a script has no spaces, no stemmer")
+
 def rouge_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, -2 and -L (rouge-score, Porter stemmer), times 100."""
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    """Mean F1 of ROUGE-1, -2 and -L, times 100."""
+    scorer, _ = rouge_scorer(examples)
     scores = [scorer.score(example.target, y) for example, y in zip(examples, hypotheses)]
     return {key.replace("rouge", "ROUGE-"):
             100 * sum(score[key].fmeasure for score in scores) / len(scores) for key in scores[0]}
@@ -224,7 +317,9 @@ METRICS = {"translation": translation_scores, "pointers": pointer_scores,
            "summaries": rouge_scores, "options": option_scores}
 
 def signatures(config, examples: list[Example]) -> dict[str, str]:
-    """sacreBLEU's own description of how each metric was computed."""
+    """How each metric was computed; sacreBLEU's own description of it."""
+    if TASKS[config.task].metrics == "summaries":
+        return {"ROUGE": rouge_scorer(examples)[1]}
     targets, metrics = [example.target for example in examples], translation_metrics(config)
     for metric in metrics.values():
         metric.corpus_score(targets, [targets])
@@ -240,8 +335,9 @@ def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Exam
         model = load_model(folder / f"{stage}.pt", tokenizer, device)
         spec = warmup_spec(stage, config, tokenizer)
         for i, page in enumerate(pages):
-            [(y, warmup)] = decode_batch(model, tokenizer, collate(data, [i]), config, spec)
-            page.append(f"{row_name(stage, config):20}{f'{warmup} -> ' if spec else ''}{y}")
+            [output] = decode_batch(model, tokenizer, collate(data, [i]), config, spec)
+            before = f"{output.warmup} -> " if spec else ""
+            page.append(f"{row_name(stage, config):20}{before}{output.text}")
             if spec and not spec.pause and config.estimator != "exact" and config.samples > 1:
                 page += samples_at_work(model, tokenizer, data, i, config, spec)
     print("\n".join(itertools.chain(*pages)))
@@ -260,7 +356,7 @@ def samples_at_work(model, tokenizer, data: Encoded, i: int, config, spec) -> li
     numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows
     written = decode_batch(model, tokenizer, copies, config, spec, c[0])
     drawn = Counter("{:12.3f}{:14.3f}{:+9.3f}{:9.3f}  ".format(*row) + f"{warmup} -> {y}"
-                    for row, (y, warmup) in zip(numbers, written))
+                    for row, (y, warmup, _) in zip(numbers, written))
     return ["drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y",
             *(f"{times:4} x{line}" for line, times in drawn.most_common())]
 
@@ -311,7 +407,9 @@ class Settings:
     hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
     init: str = flag("", "Hugging Face folder or name of a T5, mT5, umT5, … to start from")
     seed: int = flag(0, "of weights, batches, dropout, warmups and sample", 0, 2**63 - 1)
-    max_tokens: int = flag(128, "longer pairs are left out, longer sources cut", 2, 10**5)
+    max_source_tokens: int = flag(128, "longer sources are cut; see the guide", 2, 10**5)
+    max_target_tokens: int = flag(128, "y ends here, if not at </s>; training pairs with a longer "
+                                  "target are left out", 2, 10**5)
     batch_tokens: int = flag(3000, "tokens of source, target, padding in a micro-batch", 16, 10**9)
     # warmups
     estimator: str = flag("marginal", "see the README; baselines: frozen, pause, sft",
@@ -351,12 +449,15 @@ def read_settings(folder: Path, kind=Settings):
     if folder.is_dir() and not path.exists():
         raise UserError(f"no run has begun in {folder}: start it, if need be with --overwrite")
     saved = read_json(path)
-    settings = kind(**{f.name: saved.get(f.name) for f in fields(kind)})
+    if missing := [flag_name(f.name) for f in fields(kind) if f.name not in saved]:
+        raise UserError(f"{path} has no {missing[0]}: this run is of another version of the "
+                        "program. Train it again, with --overwrite")
+    settings = kind(**{f.name: saved[f.name] for f in fields(kind)})
     if wrong := settings.problem():
         raise UserError(f"{path} is not what train.py wrote: {wrong}")
     return settings
 
-FORMAT = "warmup checkpoint 3"
+FORMAT = "warmup checkpoint 4"
 STATE = {"model", "model_config", "state", "optimizer", "batches", "random", "data", "log_bytes"}
 
 def load_checkpoint(path: Path, what: str = "stage") -> dict:
@@ -398,12 +499,16 @@ def translate(folder: Path, stage: str, config, tokenizer, args, device) -> None
     for number, (line, ids) in enumerate(zip(lines, data.source), 1):
         if not line or not len(ids):
             raise UserError(f"line {number} of --input is empty: one sentence a line, please")
-        if len(ids) > config.max_tokens:
-            raise UserError(f"line {number} of --input: over {config.max_tokens} tokens: split it")
+        if len(ids) > config.max_source_tokens:
+            raise UserError(f"line {number} of --input: {len(ids)} tokens, over --max-source-tokens"
+                            f" {config.max_source_tokens}: split it")
     model = load_model(folder / f"{stage}.pt", tokenizer, device)
     spec = warmup_spec(stage, config, tokenizer)
-    for text, warmup in zip(*decode_split(model, tokenizer, data, config, spec)):
+    outputs = decode_split(model, tokenizer, data, config, spec)
+    for text, warmup, _ in outputs:
         print(f"{warmup}\t{text}" if args.show_warmup and spec else text)
+    if cut := cut_outputs(sum(not output.ended for output in outputs), len(outputs), config):
+        print(f"note: {cut}", file=sys.stderr)
 
 def export(folder: Path, stage: str, out: Path, tokenizer: Tokenizer) -> None:
     """A stage as a folder that transformers and --init load, with its tokenizer."""
@@ -433,6 +538,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     one("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
     add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: policy, else sft")
     add("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
+    add("--max-target-tokens", type=int, help="where y ends; default: the run's")
     add("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     add("--data", help="folder of the data, if it has moved since training")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: the run's --device")
@@ -445,7 +551,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     if args.show_warmup and args.input is None:
         parser.error("--show-warmup goes with --input")
     changes = {name: value for name, value in vars(args).items()
-               if name in ("beams", "data", "device", "threads") and value is not None}
+               if name in ("beams", "max_target_tokens", "data", "device", "threads")
+               and value is not None}
     settings = replace(read_settings(args.run), **changes)
     if wrong := settings.problem():
         parser.error(wrong)
@@ -481,7 +588,8 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
     if args.show:
         return show(folder, stages, config, tokenizer, splits[split][: args.show], device)
     rows = score_run(folder, stages, config, tokenizer, splits[split], split, device)
-    print_table(rows, config, splits[split], split)
+    best, _ = ceiling(tokenizer, splits[split], config)
+    print_table(rows, best, config, splits[split], split)
     for row in rows:
         path = folder / f"{split}.{row.stage}.txt"
         lines = "".join(text + "\n" for text in row.hypotheses)

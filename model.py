@@ -175,6 +175,7 @@ class PositionBias(nn.Module):
         self.bidirectional = bidirectional
         self.buckets, self.max_distance = config.buckets, config.max_distance
         self.weight = nn.Parameter(torch.zeros(config.buckets, config.heads))
+        self.kept = None  # the longest table so far
 
     def bucket(self, distance: Tensor) -> Tensor:
         """distance = key position - query position, any shape -> bucket index, same shape."""
@@ -188,16 +189,18 @@ class PositionBias(nn.Module):
         far = exact + (ratio / math.log(self.max_distance / exact) * (n - exact)).long()
         return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
 
-    @lru_cache
-    def table(self, length: int, device) -> Tensor:
-        """(length,length): the bucket of a query and a key. One more stands for the future."""
-        at = torch.arange(length, device=device)
-        distance = at[None, :] - at[:, None]
-        future = (distance > 0) & (not self.bidirectional)
-        return self.bucket(distance).masked_fill(future, self.buckets)
+    def table(self, length: int) -> Tensor:
+        """(≥length,≥length): the bucket of a query and a key. One more stands for the future."""
+        device = self.weight.device
+        if self.kept is None or len(self.kept) < length or self.kept.device != device:
+            at = torch.arange(-(-length // 64) * 64, device=device)
+            distance = at[None, :] - at[:, None]
+            future = (distance > 0) & (not self.bidirectional)
+            self.kept = self.bucket(distance).masked_fill(future, self.buckets)
+        return self.kept
 
     def forward(self, length: int) -> Tensor:
-        table = self.table(-(-length // 64) * 64, self.weight.device)  # few to keep
+        table = self.table(length)
         weight = F.pad(self.weight, (0, 0, 0, 1), value=MASKED)  # (buckets+1,H)
         bias = weight[table[:length, :length]]  # (L,L,H)
         # contiguous: CUDA's fused kernels ask for such a mask
@@ -252,19 +255,25 @@ class Memory:
         return Memory(kv, self.bias[examples])
 
 class Cache:
-    """Self-attention keys and values of what N decoder rows have read. It has `room` places."""
+    """Self-attention keys and values of what N decoder rows have read: at most `room` tokens.
+
+    Its places double when they are used up. Most rows end long before the limit."""
     def __init__(self, model: "EncoderDecoder", room: int):
         self.biases = model.decoder.position_biases(room)  # once, then sliced at every step
-        self.kv = [None] * len(model.decoder.blocks)  # (N,2,H,room,D) each, made on first use
+        self.kv = [None] * len(model.decoder.blocks)  # (N,2,H,places,D) each, made on first use
         self.other = list(self.kv)  # `select` copies there, then the two swap
         self.room, self.length = room, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write L new places, return all so far: (N,H,L,D) x2 -> (N,H,length+L,D) x2."""
         N, H, L, D = k.shape
-        if self.kv[layer] is None:
-            self.kv[layer] = k.new_empty(N, 2, H, self.room, D)
         kv, end = self.kv[layer], self.length + L
+        if kv is None or end > kv.size(3):
+            places = min(self.room, max(64, 2 * end))
+            grown = k.new_empty(N, 2, H, places, D)
+            if kv is not None:
+                grown[:, :, :, : self.length] = kv[:, :, :, : self.length]
+            self.kv[layer] = kv = grown
         kv[:, 0, :, self.length : end] = k
         kv[:, 1, :, self.length : end] = v
         return kv[:, 0, :, :end], kv[:, 1, :, :end]
@@ -273,7 +282,7 @@ class Cache:
         """Keep these rows in this order: expand B rows to B·K, or follow the surviving beams."""
         for layer, kv in enumerate(self.kv):
             other = self.other[layer]
-            if other is None or len(other) != len(rows):
+            if other is None or other.shape[1:] != kv.shape[1:] or len(other) != len(rows):
                 other = kv.new_empty(len(rows), *kv.shape[1:])
             used = other[:, :, :, : self.length]  # the rest of the room holds nothing yet
             torch.index_select(kv[:, :, :, : self.length], 0, rows, out=used)

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from data import (TASKS, Batches, Encoded, Example, encode_split, load, load_tokenizer,
                   pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
-from eval import (BASELINES, FORMAT, STAGES, Settings, averages, decode_and_score, flag,
-                  flag_name, load_checkpoint, load_model, print_table, read_settings,
-                  resume_command, score_run, show, signatures, training_cost, translation_metrics,
-                  validate, warmup_spec)
+from eval import (BASELINES, FORMAT, STAGES, Settings, averages, ceiling, decode_and_score, flag,
+                  flag_name, load_checkpoint, load_model, print_table, read_settings, resume_command,
+                  score_run, show, signatures, training_cost, translation_metrics, validate,
+                  warmup_spec, what_is_lost)
 from model import (SIZES, EncoderDecoder, ModelConfig, UserError, compile_stacks, load_pretrained,
                    one_line, pick_device, precision, pretrained_folder, program, shell_word)
 from warmup import Batch, sft_loss, target_tokens, warmup_loss
@@ -129,7 +129,7 @@ class Run:
                  data: dict[str, Encoded], tokenizer: Tokenizer, model: EncoderDecoder):
         self.config, self.data, self.examples, self.tokenizer = config, data, examples, tokenizer
         self.folder = config.folder
-        self.checksum = zlib.crc32(np.concatenate(data["train"].source + data["train"].target))
+        self.checksum = checksum(data)
         self.device = pick_device(config.device)
         if config.recompute and config.dropout and self.device.type == "mps":
             raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
@@ -284,6 +284,15 @@ def save_state(run: Run) -> None:
         model_config=asdict(run.model.config), optimizer=run.optimizer.state_dict(),
         batches=(run.batches.epoch, run.batches.position), random=torch.get_rng_state(),
         data=run.checksum, log_bytes=log_file.stat().st_size if log_file.exists() else 0)
+
+def checksum(data: dict[str, Encoded]) -> int:
+    """Of all that training and validation read: the ids of each column, and where rows end."""
+    crc = 0
+    for split in data.values():
+        for column in split:
+            lengths = np.array([len(row) for row in column])
+            crc = zlib.crc32(np.concatenate(column), zlib.crc32(lengths, crc))
+    return crc
 
 def restore(run: Run) -> None:
     """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
@@ -483,7 +492,10 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
     data = {split: encode_split(tokenizer, splits[split], config, split, scored=split != "train")
             for split in ("train", "valid")}
     if not data["train"].source:
-        raise UserError(f"no training pair is as short as --max-tokens {config.max_tokens}")
+        raise UserError("all training pairs are too long: raise --max-source-tokens or "
+                        "--max-target-tokens")
+    if lost := what_is_lost(tokenizer, splits.get("test", splits["valid"]), config):
+        print(f"data: {lost}")
     if not resume and rank() == 0:
         new_folder(config.folder, config.overwrite)
         tokenizer.save(str(config.folder / "tokenizer.json"))
@@ -504,11 +516,12 @@ def report(run: Run, splits: dict[str, list[Example]]) -> None:
     config, split = run.config, "test" if "test" in splits else "valid"
     stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
     rows = score_run(config.folder, stages, config, run.tokenizer, splits[split], split, run.device)
+    best, _ = ceiling(run.tokenizer, splits[split], config)
     write_json(config.folder / "results.json", {
         "task": config.task, "pair": config.pair, "data": config.data, "split": split,
         "rows": [{k: v for k, v in vars(row).items() if k != "hypotheses"} for row in rows],
-        "signature": signatures(config, splits[split])})
-    print_table(rows, config, splits[split], split)
+        "ceiling": best, "signature": signatures(config, splits[split])})
+    print_table(rows, best, config, splits[split], split)
     show(config.folder, stages, config, run.tokenizer, splits[split][:3], run.device)
     again = f"python eval.py {shell_word(config.folder)}"
     print(f"\nsaved {config.folder / 'results.json'}. Score again: {again}")

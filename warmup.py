@@ -39,11 +39,14 @@ class WarmupSpec:
         if self.sep_id not in self.forbidden:
             raise ValueError("<sep> must be forbidden: min_length says where it may end a warmup")
 
-    @lru_cache  # made once: to send it to a GPU takes longer than to use it
     def forbidden_ids(self, device, may_stop: bool) -> Tensor:
         """Ids of probability 0. <sep> is one of them wherever the warmup may not stop."""
-        ids = [i for i in self.forbidden if i != self.sep_id or not may_stop]
-        return torch.tensor(ids, device=device)
+        ids = tuple(i for i in self.forbidden if i != self.sep_id or not may_stop)
+        return tensor_of(ids, device)
+
+@lru_cache  # made once: to send it to a GPU takes longer than to use it
+def tensor_of(ids: tuple[int, ...], device) -> Tensor:
+    return torch.tensor(ids, device=device)
 
 @dataclass
 class Batch:

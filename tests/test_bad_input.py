@@ -28,7 +28,7 @@ from data import Encoded, load, load_tokenizer
 ROOT = Path(__file__).parents[1]
 TINY = ["--size", "nano", "--sample-size", "200", "--sft-steps", "2", "--policy-steps", "0",
         "--vocab-size", "300", "--eval-every", "1", "--beams", "1", "--threads", "1",
-        "--max-tokens", "60"]
+        "--max-source-tokens", "60", "--max-target-tokens", "60"]
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell or SIGKILL")
@@ -273,8 +273,8 @@ def test_task_without_sample_and_without_data_says_where_to_put_it(capsys):
 def test_every_training_pair_too_long(capsys, tmp_path):
     parallel(tmp_path / "text", train_de=b"Hund " * 50 + b"\nKatze\n",
              train_en=b"dog\n" + b"cat " * 50 + b"\n")
-    flags = ["--data", "text", "--max-tokens", "4"]
-    assert "--max-tokens 4" in complaint(capsys, train, *TINY, *flags)
+    flags = ["--data", "text", "--max-source-tokens", "4"]
+    assert "raise --max-source-tokens or --max-target-tokens" in complaint(capsys, train, *TINY, *flags)
 
 
 # ----------------------------------------------------------------------------- run folders
@@ -292,7 +292,7 @@ def test_overwriting_takes_our_files_and_waits_until_all_else_is_well(capsys, ru
     (run / "test.sft.txt").write_text("ours", encoding="utf-8")
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for flags in (["--device", "cuda"], ["--max-tokens", "2"]):
+    for flags in (["--device", "cuda"], ["--max-target-tokens", "2"]):
         complaint(capsys, train, *TINY, "--out", run, "--overwrite", *flags)
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
         complaint(capsys, train, *TINY, "--out", "new", *flags)

@@ -87,8 +87,8 @@ def test_position_buckets_are_t5s():
     two_way, causal = PositionBias(c, True), PositionBias(c, False)
     distance = torch.tensor([0, -1, -7, -8, -15, -127, -1000, 1, 7, 8, 1000])
     assert two_way.bucket(distance).tolist() == [0, 1, 7, 8, 9, 15, 15, 17, 23, 24, 31]
-    assert two_way.table(3, distance.device).tolist() == [[0, 17, 18], [1, 0, 17], [2, 1, 0]]
-    assert causal.table(3, distance.device).tolist() == [[0, 32, 32], [1, 0, 32], [2, 1, 0]]
+    assert two_way.table(3)[:3, :3].tolist() == [[0, 17, 18], [1, 0, 17], [2, 1, 0]]
+    assert causal.table(3)[:3, :3].tolist() == [[0, 32, 32], [1, 0, 32], [2, 1, 0]]
     assert causal.bucket(distance).tolist() == [0, 1, 7, 8, 15, 31, 31, 0, 0, 0, 0]
 
 

@@ -166,13 +166,13 @@ def test_rouge_by_hand():
 def test_a_long_puzzle_keeps_its_question_and_options(capsys):
     example = logiqa_row(json.dumps(LOGIQA | {"text": "word " * 99}))
     tokenizer = train_tokenizer([example], 300)
-    config = train.Config(task="logiqa", max_tokens=40)
+    config = train.Config(task="logiqa", max_source_tokens=40)
     data = encode_split(tokenizer, [example], config, "train", scored=False)
     kept = tokenizer.decode(data.source[0].tolist())
     assert len(data.source[0]) == 40
     assert kept.endswith("word So? (A) a b (B) b (C) c c (D) d")
     said = capsys.readouterr().out
-    assert re.search("1 of 1 train examples .*--max-tokens.*: their source loses its start", said)
+    assert re.search("1 of 1 train examples .*--max-source-tokens 40: their source loses its start", said)
 
 
 @pytest.mark.parametrize("task, columns", [("xsum", {"ROUGE-1", "ROUGE-2", "ROUGE-L"}),
@@ -180,10 +180,10 @@ def test_a_long_puzzle_keeps_its_question_and_options(capsys):
 def test_the_whole_path(task, columns, tmp_path, capsys):
     """No prompt, sources cut to fit and counted; table, results, scoring again, resuming."""
     folder = tmp_path / "r"
-    flags = [*TINY, "--max-tokens", "30"]
+    flags = [*TINY, "--max-source-tokens", "30"]
     assert train.main(["--task", task, *flags, "--out", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"[1-9]\d* of 300 train examples .*--max-tokens.*: their source loses", out)
+    assert re.search(r"[1-9]\d* of 300 train examples .*--max-source-tokens 30: their source loses", out)
     assert "log P(c|x)" in out
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     assert [set(row["metrics"]) for row in rows] == [columns] * 3
