@@ -320,7 +320,9 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_of_words])
     without_first_space = decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), without_first_space])
-    specials = [PAD, EOS, UNK, SEP, *prompt_tags(examples)]
+    # a tag swallows the space behind it: the normalizer prepends one to the next word anyway
+    tags = [AddedToken(tag, rstrip=True, special=True) for tag in prompt_tags(examples)]
+    specials = [PAD, EOS, UNK, SEP, *tags]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   show_progress=False)

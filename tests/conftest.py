@@ -9,7 +9,7 @@ import torch
 
 import train
 
-TINY = ["--size", "nano", "--sample-size", "300", "--vocab-size", "300", "--sft-steps", "4",
+TINY = ["--size", "nano", "--sample-size", "300", "--vocab-size", "500", "--sft-steps", "4",
         "--policy-steps", "3", "--eval-every", "2", "--batch-tokens", "800",
         "--policy-batch-tokens", "400", "--beams", "2", "--threads", "1", "--warmup-len", "2",
         "--samples", "2", "--eval-samples", "2", "--max-source-tokens", "40", "--max-target-tokens", "40"]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data, eval as evaluation, train
 
-TINY = ("--size nano --sample-size 300 --vocab-size 300 --max-source-tokens 40 --max-target-tokens 40 --batch-tokens 800 --beams "
+TINY = ("--size nano --sample-size 300 --vocab-size 500 --max-source-tokens 40 --max-target-tokens 40 --batch-tokens 800 --beams "
         "2 --policy-batch-tokens 400 --warmup-len 2 --samples 2 --eval-samples 2 --eval-decode 0 "
         "--threads 1 --eval-every 2 --sft-steps 4 --policy-steps 4").split()
 TOY = ["--task", "toy", *TINY, *"--sft-steps 12 --policy-steps 12 --eval-every 4".split()]

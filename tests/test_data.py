@@ -16,6 +16,7 @@ from data import (EOS, PAD, PEOPLE, READERS, SAMPLES, SEP, TASKS, THINGS, UNK, V
                   read_splits, sentence, special_ids, task_folder, train_tokenizer,
                   translation_sample, wrong_pair)
 from model import UserError
+import train
 from train import Config
 
 MULTI30K = Path(__file__).parents[2] / "shared/data/multi30k"
@@ -358,15 +359,14 @@ def test_each_pointer_and_each_symbol_is_one_token():
     assert not {int(ids[0]) for ids in data.target} & set(special_ids(tokenizer)) >= {int(ids[0]) for ids in data.prompt}
 
 
-def test_letters_of_one_look_are_one_to_the_tokenizer():
-    """NFKC: ligatures, wide letters, composed umlauts, a space that does not break."""
-    text = "fine Bücher 12 A"
-    tokenizer = train_tokenizer([Example(text, "", text)], 300)
-    plain, odd = (encode(tokenizer, [Example(x, "", x)]) for x in (
-        text, "\ufb01ne Bu\u0308cher\u00a0\u2460\uff12 \uff21"))
-    for ours, theirs in zip(plain, odd):
-        assert ours[0].tolist() == theirs[0].tolist()
-    assert tokenizer.token_to_id(UNK) not in plain.source[0]
+def test_letters_are_not_normalised():
+    """Ligatures, wide letters, decomposed umlauts, spaces of all kinds come back as they were."""
+    tokenizer = train_tokenizer([Example("fine Bücher", "", "12 A")], 300)
+    for text in ("\ufb01ne Bu\u0308cher\u00a0\u2460\uff12 \uff21", "½ ﬁ e\u0301", "a  b\tc ", " a", "▁a Ġ",
+                 "，？：《》", "สวัสดี", "नमस्ते", "👩\u200d👧", "</s> <pad>", "ein \u2028 Satz"):
+        [target] = encode(tokenizer, [Example(text, "", text)]).target
+        assert tokenizer.decode(target.tolist()) == text
+        assert tokenizer.token_to_id(UNK) not in target
 
 
 # ------------------------------------------------------------------------------------------ parallel line files
@@ -611,7 +611,7 @@ def test_a_tokenizer_file_is_read_or_refused(tokenizer, tmp_path):
             load_tokenizer(broken)
 
 
-# ----------------------------------------------------------------------------- --max-tokens
+# ----------------------------------------------------------------------------- lengths
 
 
 @pytest.fixture(scope="module")
@@ -625,17 +625,21 @@ TEXTS = [Example("a b c", "<2de>", "a b c d"), Example("a b c d e f g h i", "<2d
          Example("a b", "<2de>", "a b c d e f g h")]  # longest: source 9, target 9 with its </s>
 
 
-def shortened(words, task: str, split: str, scored: bool) -> list[tuple[str, int]]:
-    """Source, and number of tokens of the target, of what is left at --max-tokens 5."""
-    data = encode_split(words, TEXTS, Config(task=task, max_tokens=5), split, scored)
+def shortened(words, task: str, split: str, scored: bool, target: int = 7) -> list[tuple[str, int]]:
+    """Source, and number of tokens of the target, of what is left of sources of 5 tokens."""
+    config = Config(task=task, max_source_tokens=5, max_target_tokens=target)
+    data = encode_split(words, TEXTS, config, split, scored)
     assert {len(column) for column in data} == {len(data.source)}
     return [(words.decode(source), len(target)) for source, target in zip(data.source, data.target)]
 
 
 def test_long_training_pairs_are_left_out_and_counted(words, capsys):
     assert shortened(words, "wmt", "train", scored=False) == [("a b c", 5)]
-    out = capsys.readouterr().out
-    assert "2 of 3 train examples" in out and "--max-tokens" in out and "left out" in out
+    source, target = capsys.readouterr().out.splitlines()
+    assert source == ("data: 1 of 3 train examples have a source over --max-source-tokens 5: "
+                      "left out")
+    assert target == ("data: 1 of 3 train examples have a target over --max-target-tokens 7: "
+                      "left out")
 
 
 @pytest.mark.parametrize("task, split, scored, end, kept", [
@@ -643,19 +647,38 @@ def test_long_training_pairs_are_left_out_and_counted(words, capsys):
     ("xsum", "train", False, "end", "a b c d i"), ("xsum", "test", True, "end", "a b c d i"),
     ("logiqa", "train", False, "start", "e f g h i"),
     ("logiqa", "test", True, "start", "e f g h i")])
-def test_long_sources_are_cut_where_all_examples_count(
-        words, capsys, task, split, scored, end, kept):
-    expected = [("a b c", 5), (kept, 2), ("a b", 9)]  # targets stay whole
-    assert shortened(words, task, split, scored) == expected
-    out = capsys.readouterr().out
-    assert f"1 of 3 {split} examples" in out and f"source loses its {end}\n" in out
+def test_long_sources_are_cut(words, capsys, task, split, scored, end, kept):
+    """Training pairs with a long target are left out; a reference stays whole."""
+    expected = [("a b c", 5), (kept, 2), ("a b", 9)]
+    assert shortened(words, task, split, scored) == expected[: 3 if scored else 2]
+    source, target = capsys.readouterr().out.splitlines()
+    assert source.startswith(f"data: 1 of 3 {split} examples have a source")
+    assert source.endswith(f"source loses its {end}")
+    assert target.startswith(f"data: 1 of 3 {split} examples have a target")
+    assert target.endswith("the output will be cut" if scored else "left out")
+
+
+def test_a_target_as_long_as_the_limit_stays(words):
+    """</s> counts: y may have so many tokens, too."""
+    for task in ("wmt", "xsum"):
+        for limit, left in ((4, 1), (5, 2), (8, 2), (9, 3)):
+            config = Config(task=task, max_source_tokens=99, max_target_tokens=limit)
+            assert len(encode_split(words, TEXTS, config, "train", scored=False).source) == left
 
 
 def test_what_fits_is_not_touched(words, capsys):
-    data = encode_split(words, TEXTS, Config(max_tokens=9), "train", scored=False)
+    config = Config(max_source_tokens=9, max_target_tokens=9)
+    data = encode_split(words, TEXTS, config, "train", scored=False)
     for ours, whole in zip(data, encode(words, TEXTS)):
         assert all(map(np.array_equal, ours, whole)) and len(ours) == 3
     assert capsys.readouterr().out == ""
+
+
+def test_each_task_has_limits_of_its_own():
+    wanted = {"wmt": (128, 128), "multi30k": (128, 128), "xsum": (512, 64), "logiqa": (512, 4)}
+    for task, (source, target) in wanted.items():
+        config, _ = train.parse(["--task", task])
+        assert (config.max_source_tokens, config.max_target_tokens) == (source, target)
 
 
 # ------------------------------------------------------------------------------------------ batches

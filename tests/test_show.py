@@ -41,7 +41,7 @@ def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
     """Two examples, three given warmups each. All numbers by hand, from plain logits."""
     change(run, samples=3, alpha=0.4)
     tokenizer = load_tokenizer(run / "tokenizer.json")
-    words = [tokenizer.token_to_id(word) for word in ("▁in", "▁the", "▁Frau", "▁a")]
+    words = [tokenizer.token_to_id(word) for word in ("Ġin", "Ġthe", "ĠFrau", "Ġa")]
     given = torch.tensor([[[words[0], words[1]], [words[2], words[3]], [words[0], words[1]]]])
     drawn, written, sources = [], [], []
 

@@ -16,7 +16,7 @@ Each of these was planted once to see a test fail:
     beams ignored; --length-penalty not passed on    test_decoding_is_by_the_settings
     a sampled warmup at test time                    test_warmup.py: test_generate_writes_the_…
     validation with --samples                        test_validation_draws_eval_samples
-    outputs cut at their source's length             test_decoding_is_by_the_settings
+    outputs cut by the length of a source             test_decoding_is_by_the_settings
     --eval-decode: other examples as text            test_the_first_validation_examples_…
     swap_gap divided by all examples                 test_averages_are_per_token_…
     --warmup-min-len ignored                         test_the_warmup_is_that_of_the_settings
@@ -302,17 +302,17 @@ def test_decoding_is_by_the_settings(stage, flags, beams, runs, tmp_path, monkey
 
     def fake(model, batch, spec, length, *, c, **how):
         if c is None:  # else one of the sampled warmups that are shown below the table
-            seen.append((spec is not None, how, batch.source.size(1), length))
+            seen.append((spec is not None, how, length))
         nothing = torch.zeros(len(batch.source), 2, dtype=torch.long)
         return (nothing if spec else None), nothing
 
     monkeypatch.setattr(evaluation, "generate", fake)
     assert evaluation.main([str(folder), "--stage", stage, *flags]) == 0
     assert len(seen) > 1
-    for warmed, how, source, length in seen:
+    for warmed, how, length in seen:
         assert warmed == (stage == "policy")
         assert how == dict(beams=beams, length_penalty=0.6, forbidden=special_ids(tokenizer))
-        assert length == min(40, 2 * source + 10)
+        assert length == 40  # --max-target-tokens, whatever the sources' lengths
 
 
 def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_path, monkeypatch):
@@ -334,7 +334,7 @@ def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_pa
     (["sft", "control", "policy"], "control"), (["sft", "policy"], "sft")])
 def test_significance_is_against_the_control_else_the_first_row(stages, first, capsys):
     examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
-    rows = [evaluation.Row(stage, f"the {stage}", {}, 0.0, 1, 1, 1.0,
+    rows = [evaluation.Row(stage, f"the {stage}", {}, 0.0, 1, 1, 1.0, 0,
                            [f"a {stage} sees {n} cats" for n in range(20)])
             for stage in stages]
     evaluation.print_significance(rows, train.Config(), examples)

@@ -154,7 +154,7 @@ def test_the_training_split_is_scored_whole(finished_run, tmp_path, capsys):
     """Long pairs are left out of training only: else line i would be scored against line i + 1."""
     folder = shutil.copytree(finished_run, tmp_path / "run")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"max_tokens": 12}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config | {"max_source_tokens": 12}), encoding="utf-8")
     assert evaluation.main([str(folder), "--split", "train", "--stage", "sft"]) == 0
     assert "their source loses its end" in capsys.readouterr().out
     assert len((folder / "train.sft.txt").read_text(encoding="utf-8").splitlines()) == config["sample_size"]
@@ -415,13 +415,15 @@ def test_a_run_leaves_what_the_readme_says(finished_run):
             "control.pt", "results.json"} <= have
     assert not any(name.endswith(".tmp") for name in have)
     results = json.loads((finished_run / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"task", "pair", "data", "split", "rows", "signature"}
+    assert set(results) == {"task", "pair", "data", "split", "rows", "ceiling", "signature"}
     assert [results[name] for name in ("task", "pair", "data", "split")] == [
         "wmt", "de-en", "sample", "test"]
     assert [row["name"] for row in results["rows"]] == ["sft", "sft, same compute", "warmup"]
     for row in results["rows"]:
-        assert set(row) == {"stage", "name", "metrics", "nll", "updates", "flops", "seconds"}
+        assert set(row) == {"stage", "name", "metrics", "nll", "updates", "flops", "seconds",
+                            "at_limit"}
         assert set(row["metrics"]) == {"BLEU", "chrF++"} and 0 < row["nll"] < math.inf
+    assert results["ceiling"] == {"BLEU": 100.0, "chrF++": 100.0}
     assert results["rows"][0]["updates"] == 4 and results["rows"][2]["updates"] == 4 + 3
     assert "tok:13a" in results["signature"]["BLEU"]
 
@@ -476,16 +478,18 @@ def test_eval_reproduces_the_table(finished_run, capsys):
 
 
 def test_the_table_counts_in_tflop(capsys):
-    row = evaluation.Row("sft", "sft", {"BLEU": 1.5}, 2.5, 300, 1234_567_000_000_000, 61.0, [])
-    evaluation.print_table([row], train.Config(), [train.Example("a", "<2en>", "b")], "test")
+    row = evaluation.Row("sft", "sft", {"BLEU": 1.5}, 2.5, 300, 1234_567_000_000_000, 61.0, 0, [])
+    best = {"BLEU": 99.987}
+    example = train.Example("a", "<2en>", "b")
+    evaluation.print_table([row], best, train.Config(), [example], "test")
     out = capsys.readouterr().out
-    assert re.search(r"\nsft +1\.50 +2\.500 +300 +1,234\.57 +61\n", out)
+    assert re.search(r"\nsft +1\.50 +2\.500 +300 +1,234\.57 +61\nceiling +99\.99\n", out)
 
 
 def test_equal_outputs_are_no_significant_difference(capsys):
     """sacreBLEU's bootstrap gives two equal systems the smallest p there is."""
     examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
-    rows = [evaluation.Row(stage, stage, {}, 0.0, 1, 1, 1.0, ["a dog sees cats"] * 20)
+    rows = [evaluation.Row(stage, stage, {}, 0.0, 1, 1, 1.0, 0, ["a dog sees cats"] * 20)
             for stage in ("sft", "control", "policy")]
     rows[2].hypotheses = ["a small dog sees cats"] * 20
     evaluation.print_significance(rows, train.Config(), examples)
@@ -607,7 +611,7 @@ def test_help_of_the_other_programs_gives_every_default(capsys, monkeypatch):
     """Flags that have no default do nothing unless they are given."""
     entries = entries_of_help(evaluation, capsys)
     without = {"--input", "--export", "--show-warmup", "--data", "--show", "--plot"}
-    defaults = {"--split": "test", "--stage": "all", "--beams": "the run's",
+    defaults = {"--split": "test", "--stage": "all", "--beams": "the run's", "--max-target-tokens": "the run's",
                 "--device": "the run's", "--threads": "the run's"}
     assert set(entries) == without | set(defaults)
     for flag, default in defaults.items():
