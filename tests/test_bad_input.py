@@ -822,6 +822,67 @@ def test_a_half_written_line_of_the_log_is_cut_off(half_run):
     assert log_steps(half_run) == [1, 2]
 
 
+def swap(lines: bytes) -> bytes:
+    """Two neighbours change places: the same tokens in another order."""
+    first, second, *rest = lines.splitlines(keepends=True)
+    return b"".join([second, first, *rest])
+
+
+def move_a_word(lines: bytes) -> bytes:
+    """The first word of the second line ends the first: the same tokens in the same order."""
+    first, second, *rest = lines.splitlines()
+    word, _, second = second.partition(b" ")
+    return b"\n".join([first + b" " + word, second, *rest, b""])
+
+
+@pytest.mark.parametrize("name", ["train.de", "train.en", "valid.de", "valid.en"])
+@pytest.mark.parametrize("change", [swap, move_a_word])
+def test_resuming_on_other_data_is_refused(name, change, capsys, tmp_path):
+    """Also where the change is in validation data alone, or only in where an example ends."""
+    text = parallel(tmp_path / "text")
+    assert train.main([*TINY, "--data", str(text), "--out", "run"]) == 0
+    other = shutil.copytree(text, tmp_path / "other")
+    assert train.main(["--resume", "run", "--data", str(other)]) == 0
+    before = (other / name).read_bytes()
+    (other / name).write_bytes(change(before))
+    assert (other / name).read_bytes() != before
+    said = complaint(capsys, train, "--resume", "run", "--data", other)
+    assert "is not what this run was trained on" in said
+
+
+def test_the_checksum_looks_at_prompts_and_at_ends():
+    """By hand: three columns of two examples in two splits."""
+    def of(*rows):
+        columns = [[np.array(row, dtype=np.int32) for row in column] for column in rows]
+        return train.checksum({"train": Encoded(*columns), "valid": Encoded(*columns[::-1])})
+
+    base = [[[5, 6], [7]], [[4], [4]], [[8, 1], [9, 1]]]
+    changed = [[[[5], [6, 7]], [[4], [4]], [[8, 1], [9, 1]]],
+               [[[5, 6], [7]], [[4], [3]], [[8, 1], [9, 1]]],
+               [[[5, 6], [7]], [[4], [4]], [[9, 1], [8, 1]]],
+               [[[7], [5, 6]], [[4], [4]], [[8, 1], [9, 1]]]]
+    assert len({of(*base), *(of(*other) for other in changed)}) == 5 and of(*base) == of(*base)
+    assert of([[5]], [[]], [[1]]) == of([[5]], [[]], [[1]])  # prompts may be empty
+
+
+def test_a_run_of_another_version_is_refused_in_one_line(capsys, run):
+    """Before byte-level tokenizers a run had --max-tokens, and checkpoints of format 3."""
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    old = settings | {"max_tokens": 128}
+    del old["max_source_tokens"], old["max_target_tokens"]
+    (run / "config.json").write_text(json.dumps(old), encoding="utf-8")
+    for program, *flags in ((evaluation, run), (train, "--resume", run)):
+        said = complaint(capsys, program, *flags)
+        assert "has no --max-source-tokens: this run is of another version" in said
+    (run / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for name in ("last.pt", "sft.pt"):
+        saved = torch.load(run / name, weights_only=True)
+        torch.save(saved | {"format": "warmup checkpoint 3"}, run / name)
+    for program, *flags in ((evaluation, run), (train, "--resume", run)):
+        assert "checkpoint of this program ('warmup checkpoint 4')" in complaint(
+            capsys, program, *flags, bars=True)
+
+
 def test_refused_data_leaves_the_run_as_it_was(capsys, half_run, tmp_path):
     with open(half_run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write("a line after the checkpoint\n")

@@ -1,14 +1,19 @@
 """model.py: every fast path equals the plain one beside it; decoding equals exhaustive search on toys."""
 
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 
+import model as model_module
+import warmup
 from model import (SIZES, Cache, Dropout, EncoderDecoder, ModelConfig, PositionBias, all_true,
                    attention,
                    beam_search, draw, plain_attention, plain_token_logprobs, rms_norm, sample)
+from warmup import Batch, WarmupSpec, generate, warmup_loss
 
 
 def tiny_model(seed=0, **changes):
@@ -469,3 +474,34 @@ def test_overfits_one_batch():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.1
+
+
+# ----------------------------------------------------------------------------- memory
+
+
+def test_nothing_keeps_a_model_alive():
+    """No cache of the program holds a model, its parts or its tables once it is gone."""
+    model = tiny_model()
+    memory = model.encode(SOURCE)
+    spec = WarmupSpec(3, (0, 1, 2, 3), 2, 2)
+    batch = Batch(SOURCE, torch.tensor([[4], [4]]), torch.tensor([[5, 1], [6, 1]]))
+    model.decoder.eval()
+    loss, _ = warmup_loss(model, batch, spec, "marginal", 2)
+    loss.backward()
+    generate(model, batch, spec, 4, beams=2)
+    del memory, loss
+    seen = [weakref.ref(part) for part in model.modules()]
+    seen += [weakref.ref(parameter) for parameter in model.parameters()]
+    seen += [weakref.ref(bias.kept) for bias in model.decoder.biases]
+    assert len(seen) > 40
+    del model, batch
+    gc.collect()
+    assert [ref() for ref in seen if ref() is not None] == []
+
+
+def test_no_method_has_a_cache():
+    """functools.lru_cache on a method keeps its object."""
+    for module in (model_module, warmup):
+        for name, thing in vars(module).items():
+            if isinstance(thing, type):
+                assert not [m for m in vars(thing).values() if hasattr(m, "cache_info")], name

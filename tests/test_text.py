@@ -1,0 +1,338 @@
+"""Any text, any length: nothing is lost in silence.
+
+Each of these was planted once to see a test fail:
+    the tokenizer normalises (NFKC)                   test_text_of_any_script_comes_back_…
+    bytes that no training text holds are no tokens   test_text_of_any_script_comes_back_…
+    y ends at the length of the longest source        test_the_same_y_alone_and_in_a_batch
+    a beam that waits for its neighbours              test_the_same_y_alone_and_in_a_batch
+    the cache keeps its first places when it grows    test_a_target_of_three_hundred_tokens
+    outputs at the limit not counted                  test_the_table_says_how_many_…
+    an output of two lines                            test_an_output_is_one_line
+    a ceiling without the tokenizer, of the sources   test_the_ceiling_of_a_poor_vocabulary
+    nothing said before training                      test_a_poor_vocabulary_is_announced_…
+    rouge-score's own words for all scripts, or none  test_identical_text_scores_100, …stay_comparable
+    13a for Thai, for zho                             test_identical_text_scores_100
+"""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import eval as evaluation
+import train
+from conftest import TINY
+from data import EOS, PAD, SEP, UNK, Encoded, Example, collate, encode, train_tokenizer
+from model import EncoderDecoder, ModelConfig, beam_search, sample
+from warmup import WarmupSpec, generate
+
+SENTENCES = {  # code -> one sentence, in twelve languages and as many ways to write
+    "en": "The old teacher opened the window of the house yesterday.",
+    "de": "Der alte Lehrer öffnete gestern das Fenster des Hauses.",
+    "fr": "Le vieil instituteur a ouvert hier la fenêtre « bleue ».",
+    "ru": "Старый учитель вчера открыл окно дома.",
+    "el": "Ο παλιός δάσκαλος άνοιξε χθες το παράθυρο.",
+    "ar": "فتح المعلم العجوز نافذة البيت أمس.",
+    "hi": "बूढ़े शिक्षक ने कल घर की खिड़की खोली।",
+    "zh": "老老师昨天打开了房子的窗户，对吗？",
+    "th": "ครูเก่าเปิดหน้าต่างบ้านเมื่อวานนี้",
+    "lo": "ຄູເກົ່າເປີດປ່ອງຢ້ຽມເຮືອນມື້ວານນີ້",
+    "km": "គ្រូចាស់បានបើកបង្អួចផ្ទះកាលពីម្សិលមិញ",
+    "my": "ဆရာအိုသည် မနေ့က အိမ်ပြတင်းပေါက်ကို ဖွင့်ခဲ့သည်။",
+}
+OTHERS = {"ja": "年老いた先生は昨日、家の窓を開けました。", "ko": "늙은 선생님이 어제 집의 창문을 열었다.",
+          "odd": "½ ﬁ e\u0301 \u00a0 👩\u200d👧 12,345.67 € ，？：", "tags": "</s> <pad> <sep> <2de> <unk>"}
+
+
+# ----------------------------------------------------------------------------- own tokenizer
+
+
+@pytest.mark.parametrize("language", [*SENTENCES, *OTHERS])
+def test_text_of_any_script_comes_back_from_a_vocabulary_that_never_saw_it(language):
+    text = (SENTENCES | OTHERS)[language]
+    for seen in ("only plain English words", text):
+        tokenizer = train_tokenizer([Example(seen, "<2de>", seen)] * 3, 400)
+        data = encode(tokenizer, [Example(text, "<2de>", text)])
+        assert tokenizer.token_to_id(UNK) not in data.target[0]
+        for row in (data.source[0], data.target[0]):
+            assert tokenizer.decode(row.tolist()) == text
+        assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2de>")]
+
+
+def test_a_tag_swallows_the_space_behind_it():
+    """So "i" is one token in a question, as in the answer."""
+    example = Example("a b c i", "<2hops> i", "i")
+    tokenizer = train_tokenizer([example] * 3, 300)
+    data = encode(tokenizer, [example])
+    assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2hops>"), data.target[0][0]]
+
+
+# ----------------------------------------------------------------------------- lengths
+
+
+def wordy_model(seed=0):
+    """A float64 model of 12 tokens that ends some outputs early, some late, some never."""
+    torch.manual_seed(seed)
+    config = ModelConfig(vocab_size=12, width=32, heads=2, head_size=16, ff=64, encoder_layers=1,
+                         decoder_layers=2, dropout=0.0, tied=False)
+    model = EncoderDecoder(config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.5 * torch.randn_like(p)
+        model.output.weight[1] *= 1.5  # </s>
+    return model
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("spec", [None, WarmupSpec(3, (0, 1, 2, 3), 2, 2)])
+def test_the_same_y_alone_and_in_a_batch(beams, spec):
+    """20 sources of 1 to 40 tokens, each alone and all at once."""
+    model, rng = wordy_model(), np.random.default_rng(0)
+    lengths = [1, 40, *rng.integers(1, 30, 18)]
+    source = [rng.integers(4, 12, n).astype(np.int32) for n in lengths]
+    one = [np.array([1], dtype=np.int32)] * 20
+    data = Encoded(source, [np.array([5], dtype=np.int32)] * 20, one)
+    c, y = generate(model, collate(data, range(20)), spec, 30, beams=beams)
+    ends = set()
+    for i in range(20):
+        own_c, own = generate(model, collate(data, [i]), spec, 30, beams=beams)
+        assert torch.equal(own[0], y[i]) and (spec is None or torch.equal(own_c[0], c[i]))
+        ends.add(y[i].tolist().index(1) if 1 in y[i] else 30)
+    assert len(ends) > 4 and 30 in ends and min(ends) < 20  # or nothing was tested
+
+
+def test_no_length_depends_on_the_source(finished_run, tmp_path, capsys):
+    """One word and forty: y has as many places, here and in eval.py --show."""
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    lengths, real = [], evaluation.generate
+
+    def watched(model, batch, spec, length, **how):
+        lengths.append(length)
+        return real(model, batch, spec, length, **how)
+
+    (tmp_path / "in").write_text("Hund\n" + "Hund " * 9 + "\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "generate", watched)
+        assert evaluation.main([str(folder), "--input", str(tmp_path / "in")]) == 0
+        assert evaluation.main([str(folder), "--show", "1"]) == 0
+        assert evaluation.main([str(folder), "--show", "1", "--max-target-tokens", "7"]) == 0
+    assert set(lengths) == {40, 7} and lengths[-1] == 7
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_target_of_three_hundred_tokens(beams):
+    """Far beyond the first places of the cache: equal to decoding without a cache."""
+    model = wordy_model(1)
+    source, prefix = torch.tensor([[7, 8, 9], [10, 11, 0]]), torch.tensor([[0], [0]])
+
+    with torch.no_grad():
+        memory = model.encode(source)
+        never = torch.tensor([0, 1])
+        if beams == 1:
+            tokens, log_probs = sample(model, memory, prefix, 300, temperature=0, forbidden=never)
+            sums = log_probs.sum(-1)
+        else:
+            tokens, sums = beam_search(model, memory, prefix, 300, beams=beams, forbidden=never,
+                                       length_penalty=0.0)
+        for k in range(tokens.size(1)):
+            whole = torch.cat([prefix, tokens[:, k]], 1)
+            logits = model.logits(model.decode(whole, memory)[:, :-1])
+            logits[..., never] = -torch.inf
+            if beams == 1:
+                assert torch.equal(logits.argmax(-1), tokens[:, 0])
+            picked = logits.log_softmax(-1).gather(-1, tokens[:, k, :, None]).sum((1, 2))
+            torch.testing.assert_close(picked, sums[:, k], rtol=1e-9, atol=1e-7)
+
+
+def test_the_table_says_how_many_outputs_ended_at_the_limit(finished_run, tmp_path, monkeypatch,
+                                                           capsys):
+    """Of five: by </s>, at the last place, cut, cut, by </s> at once."""
+    folder = shutil.copytree(finished_run, tmp_path / "run")
+    tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
+    rows = torch.tensor([[7, 1, 0], [7, 8, 1], [7, 8, 9], [9, 8, 7], [1, 0, 0]])
+
+    def fake(model, batch, spec, length, **how):
+        n = len(batch.source)
+        c = None if spec is None else torch.full((n, 2), 7)
+        return c, rows[torch.arange(n) % 5]
+
+    monkeypatch.setattr(evaluation, "generate", fake)
+    config = evaluation.read_settings(folder)
+    examples = [Example(f"{i} Hunde", "<2en>", f"{i} dogs") for i in range(5)]
+    [row] = evaluation.score_run(folder, ["policy"], config, tokenizer, examples, "test", "cpu")
+    assert row.at_limit == 2
+    evaluation.print_table([row], {}, config, examples, "test")
+    assert "warmup: 2 of 5 outputs were cut at --max-target-tokens 40\n" in capsys.readouterr().out
+    row.at_limit = 0
+    evaluation.print_table([row], {}, config, examples, "test")
+    assert "were cut" not in capsys.readouterr().out
+
+    (tmp_path / "in").write_text("ein Hund\n" * 5, encoding="utf-8")
+    assert evaluation.main([str(folder), "--input", str(tmp_path / "in")]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 5 and "note: 2 of 5 outputs were cut at --max-target-tokens 40" in err
+
+
+def test_an_output_is_one_line():
+    """A byte-level vocabulary can spell line ends; a file of hypotheses has one line for each."""
+    tokenizer = train_tokenizer([Example("a", "", "b")] * 3, 300)
+    ids = tokenizer.encode("a\nb\r\nc\u2028d", add_special_tokens=False).ids
+    assert evaluation.to_text(tokenizer, [ids, [*ids, 1, 0]]) == ["a b  c\u2028d"] * 2
+
+
+# ----------------------------------------------------------------------------- the ceiling
+
+
+def poor_tokenizer(tags=("<2en>",)) -> Tokenizer:
+    """Lower-case letters without e, digits and the space are tokens. All else is <unk>."""
+    specials = [PAD, EOS, UNK, SEP, *tags]
+    vocab = {token: i for i, token in enumerate([*specials, "▁", *"abcdfghijklmnopqrstuvwxyz01234"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
+
+
+POOR = [Example("ein hund", "<2en>", "a dog barks loudly"), Example("zwei", "<2en>", "two cats do not"),
+        Example("drei", "<2en>", "three mice see me é"), Example("vier", "<2en>", "it is cold today")]
+
+
+def test_the_ceiling_of_a_poor_vocabulary():
+    """By hand: what is written lacks each e and the é."""
+    config = train.Config()
+    scores, texts = evaluation.ceiling(poor_tokenizer(), POOR, config)
+    assert texts == ["a dog barks loudly", "two cats do not", "thr mic s m", "it is cold today"]
+    metrics = evaluation.translation_metrics(config)
+    references = [[example.target for example in POOR]]
+    for name, metric in metrics.items():
+        assert scores[name] == pytest.approx(metric.corpus_score(texts, references).score, abs=1e-4)
+    said = evaluation.what_is_lost(poor_tokenizer(), POOR, config)
+    letters = sum(len(example.target) + 1 for example in POOR)  # </s> is a token, too
+    unknown = 100 * 7 / letters  # eeeeee and é, of which two in a row are two tokens
+    assert "cannot write 25.0 % of the targets exactly" in said
+    assert f"perfect model would score BLEU {scores['BLEU']:.2f}, chrF++ {scores['chrF++']:.2f}" in said
+    assert f"{unknown:.1f} % of target tokens" in said and "Most often lost: e é" in said
+    sources = sum(len(example.source) for example in POOR)
+    assert f"<unk> is {100 * 4 / sources:.1f} % of source tokens" in said
+    assert "--init" not in said  # three of four targets can be kept
+    assert said.count("Choose") == 0
+    said = evaluation.what_is_lost(poor_tokenizer(), [POOR[2], POOR[2], POOR[0]], config)
+    assert said.endswith("Choose another --init")
+
+
+def test_nothing_is_said_where_nothing_is_lost():
+    examples = [Example("x", "<2en>", text) for text in (SENTENCES | OTHERS).values()]
+    tokenizer = train_tokenizer(examples[:1], 300)
+    assert evaluation.what_is_lost(tokenizer, examples, train.Config()) == ""
+    scores, texts = evaluation.ceiling(tokenizer, examples, train.Config())
+    assert texts == [example.target for example in examples]
+    assert scores == {"BLEU": 100.0, "chrF++": 100.0}
+
+
+def test_a_poor_vocabulary_is_announced_before_training_and_stands_in_the_table(
+        tmp_path, monkeypatch, capsys):
+    real = train.train_tokenizer
+    monkeypatch.setattr(train, "train_tokenizer", lambda examples, size: poor_tokenizer())
+    said = []
+    monkeypatch.setattr(train.Run, "train", lambda run: said.append(capsys.readouterr().out))
+    monkeypatch.setattr(train, "report", lambda *_: None)
+    flags = ["--task", "wmt", *TINY, "--max-source-tokens", "200", "--max-target-tokens", "200",
+             "--sample-size", "40", "--policy-steps", "0", "--beams", "1"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    [line] = [line for line in said[0].splitlines() if "perfect model" in line]
+    assert line.startswith("data: this tokenizer cannot write 100.0 % of the targets exactly")
+    monkeypatch.undo()
+    assert real is train.train_tokenizer
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert 0 < results["ceiling"]["BLEU"] < 60
+    row = f"\nceiling +{results['ceiling']['BLEU']:.2f} +{results['ceiling']['chrF++']:.2f}\n"
+    assert re.search(row, out)
+    assert evaluation.main([str(tmp_path / "run")]) == 0
+    assert re.search(row, capsys.readouterr().out)
+
+
+# ----------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_identical_text_scores_100(language):
+    text = SENTENCES[language]
+    examples = [Example("x", f"<2{language}>", text)] * 3
+    config = train.Config(pair=f"xx-{language}")
+    scores = evaluation.compute_metrics(config, examples, [text] * 3, [None] * 3)
+    assert scores == {"BLEU": 100.0, "chrF++": 100.0}
+    config = train.Config(task="xsum")
+    scores = evaluation.compute_metrics(config, examples, [text] * 3, [None] * 3)
+    assert scores == {"ROUGE-1": 100.0, "ROUGE-2": 100.0, "ROUGE-L": 100.0}
+
+
+@pytest.mark.parametrize("code, tokenize", [
+    ("zh", "zh"), ("zho", "zh"), ("cmn", "zh"), ("yue", "zh"), ("ZH", "zh"), ("th", "char"),
+    ("lao", "char"), ("khm", "char"), ("my", "char"), ("mya", "char"), ("de", "13a"), ("hi", "13a"),
+    ("zu", "13a"), ("o", "13a"), ("h", "13a")])
+def test_bleu_has_the_tokenizer_of_the_language(code, tokenize):
+    config = train.Config(pair=f"en-{code}")
+    examples = [Example("x", f"<2{code}>", "a b c d e")]
+    assert f"|tok:{tokenize}|" in evaluation.signatures(config, examples)["BLEU"]
+
+
+@pytest.mark.parametrize("language", ["ja", "ko"])
+def test_japanese_and_korean_need_a_package_of_sacrebleu(language):
+    try:
+        metric = evaluation.translation_metrics(train.Config(pair=f"en-{language}"))["BLEU"]
+        assert metric.corpus_score([OTHERS[language]], [[OTHERS[language]]]).score > 99
+    except evaluation.UserError as error:
+        assert "pip install" in str(error)
+
+
+@pytest.mark.parametrize("language", ["th", "zh", "hi", "ru"])
+def test_a_wrong_summary_scores_less(language):
+    """Half of it: some of ROUGE, but not all; another text: next to nothing."""
+    text, config = SENTENCES[language], train.Config(task="xsum")
+    half, other = text[: len(text) // 2], OTHERS["ko"]
+    examples = [Example("x", "", text)]
+    some = evaluation.compute_metrics(config, examples, [half], [None])["ROUGE-1"]
+    none = evaluation.compute_metrics(config, examples, [other], [None])["ROUGE-1"]
+    assert 30 < some < 90 and none < 10
+
+
+def test_rouge_of_english_and_german_stays_comparable():
+    """At most 5 % of the letters are others: rouge-score's own tokenizer and stemmer, as everywhere."""
+    config = train.Config(task="xsum")
+    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    target, written = "Three people were hurt in a café fire in Leeds.", "Two persons hurt by fires in Leeds"
+    examples = [Example("x", "", target)]
+    scores = evaluation.compute_metrics(config, examples, [written], [None])
+    for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
+        wanted = 100 * theirs.score(target, written)[key].fmeasure
+        assert scores[name] == pytest.approx(wanted, abs=1e-4)
+    assert evaluation.signatures(config, examples)["ROUGE"].endswith("its own words, Porter stemmer")
+    many = [Example("x", "", "é" * 6 + "a" * 94)]
+    assert "any script" in evaluation.signatures(config, many)["ROUGE"]
+    few = [Example("x", "", "é" * 5 + "a" * 95)]
+    assert "its own words" in evaluation.signatures(config, few)["ROUGE"]
+
+
+def test_the_printed_signature_names_the_words_of_rouge(capsys):
+    config = train.Config(task="xsum")
+    row = evaluation.Row("sft", "sft", {"ROUGE-1": 1.0}, 1.0, 1, 1, 1.0, 0, [])
+    evaluation.print_table([row], {}, config, [Example("x", "", SENTENCES["th"])], "test")
+    out = capsys.readouterr().out
+    assert re.search(r"ROUGE: rouge-score [\d.]+, words of any script, characters where", out)
+
+
+def test_words_of_any_script_by_hand():
+    words = evaluation.AnyScript().tokenize
+    assert words("Größe, e\u0301té-2024!") == ["größe", "e\u0301té", "2024"]
+    assert words("हिन्दी में") == ["हिन्दी", "में"]  # vowel signs are part of a word
+    assert words("他说 OK，对吗？") == ["他", "说", "ok", "对", "吗"]
+    assert words("ไทย 12") == ["ไ", "ท", "ย", "12"]
+    assert words("한국어 텍스트") == ["한국어", "텍스트"]
