@@ -84,11 +84,12 @@ def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None
         c, y = generate(model, batch.to(device), spec, config.max_target_tokens, c=c,
                         beams=config.beams, length_penalty=config.length_penalty,
                         forbidden=special_ids(tokenizer))
-    ended = (y == model.config.eos_id).any(1).tolist()
-    warmups = [None] * len(ended)
+    rows = y.tolist()
+    warmups = [None] * len(rows)
     if spec is not None:
         warmups = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
-    return [*map(Output, to_text(tokenizer, y.tolist()), warmups, ended)]
+    ended = [model.config.eos_id in row for row in rows]
+    return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
 
 def to_text(tokenizer, rows: list[list[int]]) -> list[str]:
     """A line of text for each row of ids, without special tokens."""

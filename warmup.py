@@ -156,7 +156,7 @@ def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Ten
     if len(k) > 0.9 * B * K:  # few repeats: one memory for K rows is faster
         return *score(model, memory, prompt, c, target, spec), torch.full((B,), K)
     computed = example.bincount(minlength=B)
-    example, k = example.to(c.device), k.to(c.device)
+    example, k = (x.to(c.device, non_blocking=True) for x in (example, k))
     rows = c[example, k][:, None]  # (n,1,W)
     log_pi, log_p = score(
         model, memory.select(example), prompt[example], rows, target[example], spec)  # (n,1) both
@@ -376,7 +376,7 @@ def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, lengt
         sep = torch.full_like(c[:, :1], spec.sep_id)
         prefix = torch.cat([prefix, c, sep], 1)  # (B,1+P+W+1)
         never.add(spec.sep_id)
-    never = torch.tensor(sorted(never - {config.eos_id}), device=prefix.device)
+    never = tensor_of(tuple(sorted(never - {config.eos_id})), prefix.device)  # (ids,)
     if beams > 1:
         y, _ = beam_search(model, memory, prefix, length, beams=beams,
                            length_penalty=length_penalty, forbidden=never)

@@ -11,9 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import data as datasets
 import eval as evaluation
@@ -706,40 +704,3 @@ def test_compile_makes_a_handful_of_graphs_and_changes_nothing():
         model.zero_grad()
     torch.testing.assert_close(*results)
     assert 1 <= counter.frame_count <= 8, counter.frame_count
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what makes a host wait for a GPU: a number read from a tensor, a size that depends."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if any(part in name for part in ("_local_scalar_dense", "nonzero", "is_nonzero")):
-            self.seen.append(name.split(".")[1])
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("stage", ["sft", "policy"])
-def test_the_log_is_one_transfer_an_update(stage, finished_run, tmp_path, monkeypatch):
-    """Beside it only the sizes: which target tokens are real, which warmups are distinct."""
-    monkeypatch.setattr(train, "update_flops", lambda *args, **how: 1)  # on the CPU in any case
-    monkeypatch.setattr(train, "target_tokens", lambda model, batch: torch.tensor(9))
-    lists = []
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: lists.append(x) or x.numpy().tolist())
-    folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder)
-    config = evaluation.read_settings(folder, train.Config)
-    config = replace(config, out=str(folder), eval_every=99)
-    run, _ = train.prepare(config, True)
-    run.start_stage(stage)
-    run.state.total, run.state.best = 3, 0.0
-    monkeypatch.setattr(train, "validate_and_save", lambda run: None)
-    lists.clear()
-    with HostReads() as reads, tqdm(disable=True) as bar:
-        run.train_stage(bar)
-    assert len(lists) == 3
-    sizes = ["nonzero"] if stage == "sft" else ["nonzero", "nonzero"]
-    assert reads.seen == 3 * ["_local_scalar_dense", *sizes]  # the first: our 9 tokens
