@@ -273,8 +273,9 @@ def entropy_gradient(log_pi: Tensor) -> Tensor:
 def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
     """loss = -Σ_k [ sg(a_k) log P(c_k|x) + sg(b_k) log P(y|x,c_k) ]  (2), summed over the batch.
 
-    Its gradient is the estimator. Its value means nothing: near 0, and it may rise while all is
-    well. log_p keeps its graph: without it the target half of (1) would vanish in silence."""
+    Its gradient is the estimator. Its value is no metric, and may rise while all is well: it is
+    about -R per example where Σ a = 0 and Σ b = 1, as with `marginal`. log_p keeps its graph:
+    without it the target half of (1) would vanish in silence."""
     return -(a.detach() * log_pi + b.detach() * log_p).sum()
 
 def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
