@@ -87,7 +87,7 @@ def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None
     rows = y.tolist()
     warmups = [None] * len(rows)
     if spec is not None:
-        warmups = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
+        warmups = map(one_line, tokenizer.decode_batch(c.tolist(), skip_special_tokens=False))
     ended = [model.config.eos_id in row for row in rows]
     return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
 
@@ -160,18 +160,23 @@ class Row:
 def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], config, spec):
     """Metrics and outputs of a split; data: the examples as token ids."""
     outputs = decode_split(model, tokenizer, data, config, spec)
-    texts, warmups = ([output[i] for output in outputs] for i in range(2))
-    return compute_metrics(config, examples, texts, warmups), outputs
+    hypotheses = [output.text for output in outputs]
+    warmups = [output.warmup for output in outputs]
+    return compute_metrics(config, examples, hypotheses, warmups), outputs
 
 def compute_metrics(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     scores = METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups)
     return {name: round(score, 4) for name, score in scores.items()}
 
-def ceiling(tokenizer, examples: list[Example], config) -> tuple[dict[str, float], list[str]]:
-    """What a perfect model would score, and write: the references as token ids, and back."""
+def write_references(tokenizer, examples: list[Example]) -> list[str]:
+    """What a perfect model would write: the references as token ids, and back."""
     targets = encode(tokenizer, examples).target
-    texts = to_text(tokenizer, [row.tolist() for row in targets])
-    return compute_metrics(config, examples, texts, [None] * len(texts)), texts
+    return to_text(tokenizer, [row.tolist() for row in targets])
+
+def ceiling(tokenizer, examples: list[Example], config) -> dict[str, float]:
+    """What a perfect model would score."""
+    texts = write_references(tokenizer, examples)
+    return compute_metrics(config, examples, texts, [None] * len(texts))
 
 def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:
     """Decode and score the best checkpoints of stages on a split."""
@@ -216,10 +221,9 @@ def cut_outputs(at_limit: int, count: int, config) -> str:
     limit = f"--max-target-tokens {config.max_target_tokens}"
     return f"{at_limit} of {count} outputs were cut at {limit}" if at_limit else ""
 
-def print_table(rows: list[Row], best: dict, config, examples: list[Example], split: str) -> None:
-    """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage.
-
-    best: the scores of `ceiling`."""
+def print_table(rows: list[Row], ceiling_scores: dict, config, examples: list[Example],
+                split: str) -> None:
+    """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     pair = f" {config.pair}" if TASKS[config.task].translates else ""
     print(f"\n{config.task}{pair}, {split} split, {len(examples)} examples")
@@ -233,7 +237,7 @@ def print_table(rows: list[Row], best: dict, config, examples: list[Example], sp
     for row in rows:
         print(f"{beginning(row.name, row.metrics)}{row.nll:11.3f}{row.updates:9}"
               f"{row.flops / 1e12:10,.2f}{row.seconds:9.0f}")
-    print(beginning("ceiling", best))
+    print(beginning("ceiling", ceiling_scores))
     for row in rows:
         if cut := cut_outputs(row.at_limit, len(examples), config):
             print(f"{row.name}: {cut}")
@@ -259,7 +263,10 @@ def print_significance(rows: list[Row], config, examples: list[Example]) -> None
 def what_is_lost(tokenizer, examples: list[Example], config) -> str:
     """What keeps a perfect model from a perfect score. "": nothing."""
     targets = [example.target for example in examples]
-    scores, written = ceiling(tokenizer, examples, config)
+    written = write_references(tokenizer, examples)
+    if written == targets:
+        return ""
+    scores = ceiling(tokenizer, examples, config)
     if scores == compute_metrics(config, examples, targets, [None] * len(targets)):
         return ""
     data, unknown = encode(tokenizer, examples), tokenizer.token_to_id(UNK)
@@ -269,7 +276,8 @@ def what_is_lost(tokenizer, examples: list[Example], config) -> str:
         lost += Counter(target) - Counter(text)
         inexact += target != text
     del lost[" "]
-    characters = " ".join(c if c.isprintable() else f"U+{ord(c):04X}" for c, _ in lost.most_common(5))
+    commonest = [character for character, _ in lost.most_common(5)]
+    characters = " ".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in commonest)
     best = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
     advice = ". Choose another --init" if inexact > len(targets) / 2 else ""
     return (f"this tokenizer cannot write {100 * inexact / len(targets):.1f} % of the targets "
@@ -589,7 +597,7 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
     if args.show:
         return show(folder, stages, config, tokenizer, splits[split][: args.show], device)
     rows = score_run(folder, stages, config, tokenizer, splits[split], split, device)
-    best, _ = ceiling(tokenizer, splits[split], config)
+    best = ceiling(tokenizer, splits[split], config)
     print_table(rows, best, config, splits[split], split)
     for row in rows:
         path = folder / f"{split}.{row.stage}.txt"

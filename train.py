@@ -24,9 +24,9 @@ from tqdm import tqdm
 from data import (TASKS, Batches, Encoded, Example, encode_split, load, load_tokenizer,
                   pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
 from eval import (BASELINES, FORMAT, STAGES, Settings, averages, ceiling, decode_and_score, flag,
-                  flag_name, load_checkpoint, load_model, print_table, read_settings, resume_command,
-                  score_run, show, signatures, training_cost, translation_metrics, validate,
-                  warmup_spec, what_is_lost)
+                  flag_name, load_checkpoint, load_model, print_table, read_settings,
+                  resume_command, score_run, show, signatures, training_cost, translation_metrics,
+                  validate, warmup_spec, what_is_lost)
 from model import (SIZES, EncoderDecoder, ModelConfig, UserError, compile_stacks, load_pretrained,
                    one_line, pick_device, precision, pretrained_folder, program, shell_word)
 from warmup import Batch, sft_loss, target_tokens, warmup_loss
@@ -516,7 +516,7 @@ def report(run: Run, splits: dict[str, list[Example]]) -> None:
     config, split = run.config, "test" if "test" in splits else "valid"
     stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
     rows = score_run(config.folder, stages, config, run.tokenizer, splits[split], split, run.device)
-    best, _ = ceiling(run.tokenizer, splits[split], config)
+    best = ceiling(run.tokenizer, splits[split], config)
     write_json(config.folder / "results.json", {
         "task": config.task, "pair": config.pair, "data": config.data, "split": split,
         "rows": [{k: v for k, v in vars(row).items() if k != "hypotheses"} for row in rows],
