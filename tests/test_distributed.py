@@ -162,6 +162,18 @@ def test_what_processes_share_and_what_not(tmp_path):
     assert not torch.equal(draw, other_draw)
 
 
+def test_each_of_three_processes_draws_its_own(tmp_path):
+    """Ranks 1 and 2 are seeded by their number: with one seed they would share all draws."""
+    config, _ = train.parse([*WMT, "--policy-steps", "0", "--out", str(tmp_path / "run")])
+
+    def work(number):
+        train.prepare(config, resume=False)
+        return torch.rand(5).tolist()
+
+    draws = in_processes(work, tmp_path, 3)
+    assert len({tuple(draw) for draw in draws}) == 3
+
+
 # ----------------------------------------------------------------------------- one ends, all end
 
 

@@ -29,7 +29,7 @@ def tar_gz(files: dict[str, str]) -> bytes:
 
 def article(i: int, body: str = "Email\nBody {i}.\n\nMore.") -> str:
     return (f"[SN]URL[SN]\nhttp://x/{i}\n\n[SN]TITLE[SN]\nTitle\n\n[SN]FIRST-SENTENCE[SN]\n"
-            f"Summary {i} – ü.\n\n[SN]RESTBODY[SN]\nShare this with\n{body.format(i=i)}\n")
+            f"Summary {i} – ü.\n\n[SN]RESTBODY[SN]\n  Share this with \n{body.format(i=i)}\n")
 
 
 def logiqa(i: int) -> dict:

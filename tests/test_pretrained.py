@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -129,6 +131,22 @@ def test_shards(tmp_path):
     (folder / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(UserError, match="encoder|shared"):
         load_pretrained(str(folder))
+
+
+def test_all_shards_of_safetensors_are_read(tmp_path, monkeypatch):
+    """By a stand-in for the package: each shard holds some of the tensors."""
+    folder, tensors = copy("umt5", tmp_path), read_weights(GOLDEN / "umt5")
+    names = sorted(tensors)
+    parts = {f"model-0000{i}-of-00003.safetensors": names[i - 1 :: 3] for i in (1, 2, 3)}
+    for file in parts:
+        (folder / file).write_bytes(b"")
+    module = ModuleType("safetensors.torch")
+    module.load_file = lambda path: {name: tensors[name] for name in parts[Path(path).name]}
+    monkeypatch.setitem(sys.modules, "safetensors", ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", module)
+    found = read_weights(folder)
+    assert sorted(found) == names
+    assert all(torch.equal(found[name], tensors[name]) for name in names)
 
 
 def test_safetensors(tmp_path):

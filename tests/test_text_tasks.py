@@ -14,7 +14,7 @@ import pytest
 import eval as evaluation
 import train
 from conftest import TINY
-from data import (TASKS, UserError, encode_split, logiqa_row, news, puzzle, read_splits,
+from data import (TASKS, Example, UserError, encode_split, logiqa_row, news, puzzle, read_splits,
                   source_prefix, train_tokenizer, xsum_row)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -153,6 +153,20 @@ def test_accuracy_and_macro_f1_by_hand():
     examples = [SimpleNamespace(target=letter) for letter in "AABC"]
     scores = evaluation.option_scores(None, examples, ["A", "x", "B", "A"], [None] * 4)
     assert scores == {"acc": 50.0, "F1": pytest.approx(50.0)}
+
+
+def test_macro_f1_counts_an_answer_that_is_never_given():
+    """A A B answered A A A: F1 of A is 0.8, of B 0. Mean 40: of the answers, not of the outputs."""
+    examples = [Example("x", "", y) for y in "AAB"]
+    scores = evaluation.option_scores(None, examples, ["A", "A", "A"], [None] * 3)
+    assert scores == {"acc": pytest.approx(200 / 3), "F1": pytest.approx(40.0)}
+
+
+def test_chrf_with_two_plusses_counts_words():
+    metrics = evaluation.translation_metrics(evaluation.Settings())
+    metrics["chrF++"].corpus_score(["a dog"], [["a dog"]])
+    assert "|nw:2|" in str(metrics["chrF++"].get_signature())
+
 
 
 def test_rouge_by_hand():

@@ -29,6 +29,7 @@ def test_scores_by_hops_and_hit_rate():
     three = Example("ab bc ca", "<3hops> a", "a")
     assert score(None, [three], ["a"], ["b c"]) == {"3 hops": 1.0, "hit rate": 1.0}
     assert score(None, [three], ["a"], ["b b"])["hit rate"] == 0.0
+    assert score(None, [three], ["a"], ["c b"])["hit rate"] == 0.0  # the order counts
     early = score(None, [three], ["a"], ["b c<sep>"])  # a warmup that stopped early
     assert early["hit rate"] == 1.0
 

@@ -207,6 +207,33 @@ def test_learning_rate_rises_then_falls_to_zero(tmp_path):
     assert 0 < rates[-1] < 2e-4
 
 
+@pytest.mark.parametrize("total, ramp", [(40, 10), (41, 10), (3, 0), (800, 100)])
+def test_the_rise_takes_at_most_a_quarter_of_the_stage(total, ramp, tmp_path):
+    run = prepared(tmp_path, "--lr-rampup-steps", "100", "--lr", "0.01")
+    run.state.total = total
+    rates = []
+    for run.state.step in range(total):
+        rates.append(run.learning_rate())
+    assert rates.index(max(rates)) == ramp and max(rates) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_spoils_no_file(norm, tmp_path, monkeypatch):
+    run = prepared(tmp_path, "--policy-steps", "0", "--sft-steps", "4", "--eval-every", "1")
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip(parameters, limit):
+        calls.append(real(parameters, limit))
+        return calls[-1] if len(calls) < 3 else torch.tensor(norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(train.UserError, match=f"the gradient became {norm}: start again, lower --lr"):
+        run.train()
+    assert state_of(run.folder)["step"] == 2
+    saved = evaluation.load_checkpoint(run.folder / "last.pt", "state")["model"]
+    assert all(weights.isfinite().all() for weights in saved.values())
+
+
 def test_position_biases_and_gains_are_not_decayed():
     model = train.EncoderDecoder(train.ModelConfig(**train.SIZES["nano"]))
     decayed, free = groups = train.make_optimizer(model, 0.1).param_groups
