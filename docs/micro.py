@@ -100,14 +100,15 @@ def report(model: Decoder, title: str, warmup: bool) -> tuple[float, float, floa
     """Accuracy at one hop and at two on new questions; how often c is f(start) at two hops."""
     pairs, tokens, y, once = questions(2000)
     two = tokens[:, 0] == V + 1
-    hit = torch.zeros(())
+    hit = torch.tensor(torch.nan)  # without a warmup
     if warmup:
         c = model(pairs, tokens)[:, -1].argmax(1)  # (B,): the likeliest
         tokens = torch.cat([tokens, c[:, None]], 1)
         hit = (c == once)[two].float().mean()
     right = (model(pairs, tokens)[:, -1].argmax(1) == y).float()
     one_hop, two_hops = right[~two].mean(), right[two].mean()
-    print(f"{title:16} one hop {one_hop:.2f}   two hops {two_hops:.2f}   c = f(start) {hit:.2f}")
+    found = f"   c = f(start) {hit:.2f}" if warmup else ""
+    print(f"{title:16} one hop {one_hop:.2f}   two hops {two_hops:.2f}{found}")
     return one_hop.item(), two_hops.item(), hit.item()
 
 def train(model: Decoder, loss, updates: int, batch: int, rate: float, name: str) -> None:

@@ -1,13 +1,16 @@
 """Shared by the tests: tiny settings, one finished tiny run."""
 
 import os
+import sys
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
-import train
+sys.path.insert(0, str(Path(__file__).parents[1]))  # from any folder
+import train  # noqa: E402
 
 TINY = ["--size", "nano", "--sample-size", "300", "--vocab-size", "500", "--sft-steps", "4",
         "--policy-steps", "3", "--eval-every", "2", "--batch-tokens", "800",

@@ -1,6 +1,6 @@
 """Exercises 8 to 10: three functions that pass a smoke run, and are wrong.
 
-Copy them into exercises.py to mend them.
+Copy one to the end of exercises.py to mend it.
 """
 
 from torch import Tensor

@@ -1,6 +1,6 @@
 """The exercises that are code: fill in 1 to 4, mend 8 to 10.
 
-docs/exercises.md lists all ten, with the time each takes.
+docs/exercises.md lists all of them, with the time each takes.
 Check one with: python -m pytest tests/exercises --mine -k exercise_01
 Shapes and words are those of warmup.py. Solutions are in solutions.py; a look into warmup.py gives
 most away, too.
@@ -42,7 +42,7 @@ def swap_gap(model, batch, spec: WarmupSpec, c: Tensor) -> Tensor:
 def log_policy(logits: Tensor, c: Tensor, spec: WarmupSpec) -> Tensor:
     """4. logits (W,V) that the decoder gives along c, c (W,) -> () log P(c|x): Σ_c P(c|x) = 1.
 
-    Tokens of spec.forbidden have probability 0. But spec.sep_id, though one of them, may end the
+    The policy is softmax(logits / spec.temperature). Tokens of spec.forbidden have probability 0. But spec.sep_id, though one of them, may end the
     warmup at any place from spec.min_length on. What follows it is filled with <sep>: no choice,
     so no log-prob.
     """
@@ -51,6 +51,6 @@ def log_policy(logits: Tensor, c: Tensor, spec: WarmupSpec) -> Tensor:
 
 # 5, 6 and 7 are experiments: see docs/exercises.md.
 # 8, 9 and 10: the functions in broken.py train without complaint, and each is wrong. Say which test
-# would notice; then copy it here, in place of the import, and mend it.
+# would notice. Then copy the function to the end of this file, below the import, and mend it there.
 
 from broken import draw_tokens, surrogate, truncated_weights  # noqa: E402, F401

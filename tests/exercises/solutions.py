@@ -29,7 +29,7 @@ def log_policy(logits, c, spec):
     total = torch.zeros((), dtype=logits.dtype)
     for t, token in enumerate(c.tolist()):
         never = [i for i in spec.forbidden if i != spec.sep_id or t < spec.min_length]
-        allowed = logits[t].index_fill(0, torch.tensor(never), -torch.inf)
+        allowed = (logits[t] / spec.temperature).index_fill(0, torch.tensor(never), -torch.inf)
         total = total + allowed.log_softmax(0)[token]
         if token == spec.sep_id:
             break

@@ -2,26 +2,29 @@
 
 import itertools
 import math
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # from any folder
 import broken
 import exercises
 import solutions
 import toys
-from model import EncoderDecoder, ModelConfig
-from warmup import Batch, WarmupSpec, all_warmups, sample_warmups, score
+from model import EncoderDecoder, ModelConfig, plain_token_logprobs
+from warmup import Batch, WarmupSpec, all_warmups, sample_warmups, score, warmup_logprobs
 
 F64 = dict(dtype=torch.float64)
 
 
 @pytest.fixture
 def work(request):
-    return exercises if request.config.getoption("--mine") else solutions
+    return exercises if request.config.getoption("--mine", False) else solutions
 
 
 def tables():
@@ -44,6 +47,7 @@ def small_model():
 def is_exact_gradient(estimator, value, K=3):
     """The estimator's gradient, over all 64 triples, against autograd of E[value(log p of the triple)]."""
     policy, log_p = tables()
+    needs = {"a": "log P(c|x), the policy", "b": "log P(y|x,c), the target"}
     ours, objective = [torch.zeros(4, **F64), torch.zeros(4, **F64)], 0.0
     for triple in itertools.product(range(4), repeat=K):
         c = list(triple)
@@ -53,8 +57,11 @@ def is_exact_gradient(estimator, value, K=3):
         for total, grad in zip(ours, torch.autograd.grad((a * log_pi + b * R).sum(), (policy, log_p))):
             total += probability.item() * grad
         objective = objective + probability * value(log_p[c])
-    for mine, exact in zip(ours, torch.autograd.grad(objective, (policy, log_p))):
-        torch.testing.assert_close(mine, exact, rtol=1e-10, atol=1e-10)
+    both = zip(needs.items(), ours, torch.autograd.grad(objective, (policy, log_p)))
+    for (weight, moves), mine, exact in both:
+        assert mine.allclose(exact, rtol=1e-10, atol=1e-10), (
+            f"{weight}, which moves {moves}, is wrong: over all {4**K} triples of warmups the "
+            f"gradient is {mine.tolist()}, not {exact.tolist()}")
 
 
 def test_exercise_01_jensen(work):
@@ -76,14 +83,45 @@ def test_exercise_03_swap_gap(work):
     torch.testing.assert_close(work.swap_gap(model, batch, spec, c), one - two, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("min_length", [1, 2, 3])
-def test_exercise_04_mask(work, min_length):
-    spec, V = WarmupSpec(3, (0, 1, 2, 3), 3, min_length), 7
+def test_exercise_04_mask(work, min_length, temperature):
+    spec, V = WarmupSpec(3, (0, 1, 2, 3), 3, min_length, temperature), 7
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0), **F64)
     probabilities = [work.log_policy(logits, c, spec).exp() for c in all_warmups(spec, V)]
     torch.testing.assert_close(sum(probabilities), torch.ones((), **F64), rtol=1e-10, atol=1e-10)
-    for c in all_warmups(spec, V):  # and not just any numbers that add up
-        torch.testing.assert_close(work.log_policy(logits, c, spec), solutions.log_policy(logits, c, spec))
+    model = SimpleNamespace(token_logprobs=lambda hidden, targets, temperature, forbidden: (
+        plain_token_logprobs(hidden / temperature, torch.eye(V, **F64), targets, forbidden)))
+    for c in all_warmups(spec, V):  # and not just any numbers that add up: those of warmup.py
+        [expected] = warmup_logprobs(model, logits[None], c[None], spec)
+        mine = work.log_policy(logits, c, spec)
+        assert mine.allclose(expected), f"c = {c.tolist()}, {spec}: {mine}, not {expected}"
+
+
+def test_a_wrong_weight_is_named():
+    """By a solution with one wrong weight: the message says which."""
+    value = lambda log_p: log_p.mean()
+    wrong_a = lambda R: (R / R.size(-1) * 2, solutions.jensen(R)[1])
+    wrong_b = lambda R: (solutions.jensen(R)[0], torch.ones_like(R))
+    for estimator, said in ((wrong_a, "a, which moves log P.c.x., "), (wrong_b, "b, which moves log P.y")):
+        with pytest.raises(AssertionError, match=f"^{said}.* is wrong"):
+            is_exact_gradient(estimator, value)
+
+
+def test_a_policy_that_ignores_the_temperature_is_refused(monkeypatch):
+    real = solutions.log_policy
+    monkeypatch.setattr(solutions, "log_policy", lambda logits, c, spec: real(
+        logits, c, replace(spec, temperature=1.0)))
+    with pytest.raises(AssertionError, match="temperature=2.0"):
+        test_exercise_04_mask(solutions, 2, 2.0)
+
+
+def test_they_are_found_from_another_folder(tmp_path):
+    """A student need not stand in the project's root."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+               str(Path(__file__)), "-k", "exercise_01"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def smoke(module):
@@ -138,7 +176,7 @@ def test_planted_bug(work, number):
 
 @pytest.mark.parametrize("number", CHECKS, ids="exercise_{:02d}".format)
 def test_the_broken_functions_pass_the_smoke_run_and_fail_their_check(number, request):
-    if request.config.getoption("--mine"):
+    if request.config.getoption("--mine", False):
         pytest.skip("they are broken: that is the exercise")
     smoke(broken)
     with pytest.raises((AssertionError, RuntimeError)):
