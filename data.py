@@ -206,9 +206,11 @@ def encode_split(tokenizer, examples: list[Example], config, split: str, scored=
         data = Encoded(*(pick(column, keep) for column in data))
     if cut == "start":
         return data._replace(source=[row[-most:] for row in data.source])
-    if cut == "end":  # the last token stays: it may be T5's </s>
+    if cut == "end" and tokenizer.post_processor:  # T5's sources keep their </s>
         source = [np.append(row[:-1][: most - 1], row[-1:]) for row in data.source]
         return data._replace(source=source)
+    if cut == "end":
+        return data._replace(source=[row[:most] for row in data.source])
     return data
 
 # ----------------------------------------------------------------------------- readers of real data
@@ -218,7 +220,8 @@ def wrong_pair(pair: str) -> str:
     """What is wrong with --pair. "": nothing."""
     languages = pair.split("-")
     good = len(languages) == len(set(languages)) == 2 and all(map(str.isalpha, languages))
-    return "" if good else f"--pair takes two language codes, such as de-en, not {pair!r}"
+    return "" if good else (
+        f"--pair takes two language codes, of letters alone, such as de-en: not {pair!r}")
 
 def task_folder(task: str, pair: str) -> Path:
     """data/TASK, or data/TASK/PAIR, where a pair's folder serves both directions."""
@@ -240,7 +243,9 @@ def read_lines(path: Path | None) -> list[str]:
             file = (gzip.open if path.suffix == ".gz" else open)(path, **how)
         with file:
             lines = [line.strip() for line in file]
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {name}: it is not UTF-8 ({error}). Save it so") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {name}: {error}") from None
     if len(lines) == 1 and "\r" in lines[0]:
         raise UserError(f"the lines of {name} end in CR alone: convert them to LF")
@@ -275,7 +280,8 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
                 examples.append(row(*lines))
                 "".join(examples[-1]).encode()  # ValueError for half a surrogate pair
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                raise UserError(f"line {number} of {names} lacks a field (docs/guide.md)") from None
+                raise UserError(f"line {number} of {names} is empty, or lacks a field "
+                                "(docs/guide.md)") from None
         empty = [i for i, (source, _, target) in enumerate(examples) if not source or not target]
         if len(empty) == len(examples):
             raise UserError(f"{names} hold no line with both sides")
@@ -308,6 +314,10 @@ READERS = {"parallel": lambda pair: (pair.split("-"), lambda *line: translation(
            "logiqa": lambda pair: (["jsonl"], logiqa_row)}
 
 # ----------------------------------------------------------------------------- tokenizers
+# A word, signs, or spaces: GPT-2's pattern without its English endings. Unlike there, a combining
+# mark is part of its word: Hindi, Thai and Burmese write vowels so.
+WORD = r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}]+|\s+(?!\S)|\s+"
+
 def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     """Byte-level byte-pair encoding of source and target together, GPT-2's way.
 
@@ -316,11 +326,12 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Prepend(" ")  # the first word is a word like any other
     digits = pre_tokenizers.Digits(individual_digits=True)  # 57 and 58 share what they share
-    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_of_words])
+    words = pre_tokenizers.Split(Regex(WORD), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words, as_bytes])
     without_first_space = decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), without_first_space])
-    # a tag swallows the space behind it: the normalizer prepends one to the next word anyway
+    # after a tag the normalizer prepends a space of its own, so the tag takes the one in the text
     tags = [AddedToken(tag, rstrip=True, special=True) for tag in prompt_tags(examples)]
     specials = [PAD, EOS, UNK, SEP, *tags]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,

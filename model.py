@@ -190,7 +190,7 @@ class PositionBias(nn.Module):
         return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
 
     def table(self, length: int) -> Tensor:
-        """(≥length,≥length): the bucket of a query and a key. One more stands for the future."""
+        """Buckets by query and key, of at least (length,length) places. The largest: the future."""
         device = self.weight.device
         if self.kept is None or len(self.kept) < length or self.kept.device != device:
             at = torch.arange(-(-length // 64) * 64, device=device)
@@ -206,7 +206,7 @@ class PositionBias(nn.Module):
         # contiguous: CUDA's fused kernels ask for such a mask
         return bias.permute(2, 0, 1).unsqueeze(0).contiguous()  # (1,H,L,L)
 
-@lru_cache
+@lru_cache(maxsize=8)  # a long decoding asks for one length after the other
 def sinusoids(length: int, width: int, device) -> Tensor:
     """(length,width): sin, cos of positions at wavelengths 2π to 20,000π (Vaswani et al. §3.5)."""
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
@@ -257,20 +257,26 @@ class Memory:
 class Cache:
     """Self-attention keys and values of what N decoder rows have read: at most `room` tokens.
 
-    Its places double when they are used up. Most rows end long before the limit."""
+    Its places double when they are used up: most rows end long before the limit."""
     def __init__(self, model: "EncoderDecoder", room: int):
-        self.biases = model.decoder.position_biases(room)  # once, then sliced at every step
+        self.decoder = model.decoder
         self.kv = [None] * len(model.decoder.blocks)  # (N,2,H,places,D) each, made on first use
         self.other = list(self.kv)  # `select` copies there, then the two swap
-        self.room, self.length = room, 0
+        self.room, self.places, self.length = room, 0, 0
+
+    def reserve(self, end: int) -> list[Tensor]:
+        """See to it that `end` tokens have a place. -> the position biases of all places."""
+        if end > self.places:
+            self.places = min(self.room, max(64, 2 * end))
+            self.biases = self.decoder.position_biases(self.places)  # sliced at every step
+        return self.biases
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write L new places, return all so far: (N,H,L,D) x2 -> (N,H,length+L,D) x2."""
         N, H, L, D = k.shape
         kv, end = self.kv[layer], self.length + L
-        if kv is None or end > kv.size(3):
-            places = min(self.room, max(64, 2 * end))
-            grown = k.new_empty(N, 2, H, places, D)
+        if kv is None or kv.size(3) < self.places:
+            grown = k.new_empty(N, 2, H, self.places, D)
             if kv is not None:
                 grown[:, :, :, : self.length] = kv[:, :, :, : self.length]
             self.kv[layer] = kv = grown
@@ -284,7 +290,7 @@ class Cache:
             other = self.other[layer]
             if other is None or other.shape[1:] != kv.shape[1:] or len(other) != len(rows):
                 other = kv.new_empty(len(rows), *kv.shape[1:])
-            used = other[:, :, :, : self.length]  # the rest of the room holds nothing yet
+            used = other[:, :, :, : self.length]  # the other places hold nothing yet
             torch.index_select(kv[:, :, :, : self.length], 0, rows, out=used)
             self.kv[layer], self.other[layer] = other, kv
 
@@ -354,7 +360,7 @@ class EncoderDecoder(nn.Module):
         L, past = tokens.size(1), cache.length if cache else 0
         if len(tokens) % len(memory.bias):
             raise ValueError(f"{len(tokens)} rows: not a multiple of {len(memory.bias)} examples")
-        biases = cache.biases if cache else self.decoder.position_biases(L)
+        biases = cache.reserve(past + L) if cache else self.decoder.position_biases(L)
         biases = [bias[:, :, past : past + L, : past + L] for bias in biases]  # (1,H,L,past+L)
         # a cached step has a new shape each time: `forward` avoids what compile_stacks compiled
         decoder = self.decoder.forward if cache else self.decoder
@@ -605,7 +611,9 @@ def program(run):
     def main(argv: list[str] | None = None) -> int:
         try:
             for stream in filter(None, (sys.stdout, sys.stderr)):
-                stream.reconfigure(errors="replace")  # not every terminal has every character
+                # a file gets UTF-8, as all our files; not every terminal has every character
+                encoding = None if stream.isatty() else "utf-8"
+                stream.reconfigure(encoding=encoding, errors="replace")
             run(sys.argv[1:] if argv is None else argv)
             print(end="", flush=True)  # if the reader has left, it shows here
             return 0
@@ -618,8 +626,8 @@ def program(run):
         except RuntimeError as error:  # torch has no type for the memory of a CPU
             if not isinstance(error, torch.OutOfMemoryError) and "allocate mem" not in str(error):
                 raise
-            said = ("error: out of memory. Lower --batch-tokens, --policy-batch-tokens or --beams, "
-                    "or train with --recompute")
+            said = ("error: out of memory. Lower --batch-tokens, --policy-batch-tokens, --beams or "
+                    "--max-target-tokens, or train with --recompute")
         print(said, file=sys.stderr)
         return 1
     return main
@@ -627,7 +635,8 @@ def program(run):
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else the CPU. Apple's mps, where nothing was ever run, only by its name.
 
-    Under torchrun each process has its own GPU."""
+    Under torchrun each process has its own GPU. Sets two switches of torch: which GPU is the
+    current one, and that cuDNN's attention is off."""
     # cuDNN's attention plans anew for each shape, and no two batches are alike
     torch.backends.cuda.enable_cudnn_sdp(False)
     number = os.environ.get("LOCAL_RANK")  # set by torchrun. Processes cannot meet on mps

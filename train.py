@@ -129,7 +129,7 @@ class Run:
                  data: dict[str, Encoded], tokenizer: Tokenizer, model: EncoderDecoder):
         self.config, self.data, self.examples, self.tokenizer = config, data, examples, tokenizer
         self.folder = config.folder
-        self.checksum = checksum(data)
+        self.checksum = checksum(examples, data)
         self.device = pick_device(config.device)
         if config.recompute and config.dropout and self.device.type == "mps":
             raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
@@ -285,13 +285,14 @@ def save_state(run: Run) -> None:
         batches=(run.batches.epoch, run.batches.position), random=torch.get_rng_state(),
         data=run.checksum, log_bytes=log_file.stat().st_size if log_file.exists() else 0)
 
-def checksum(data: dict[str, Encoded]) -> int:
-    """Of all that training and validation read: the ids of each column, and where rows end."""
+def checksum(examples: dict[str, list[Example]], data: dict[str, Encoded]) -> int:
+    """A number that changes with any text or token id that training or validation reads."""
     crc = 0
-    for split in data.values():
-        for column in split:
-            lengths = np.array([len(row) for row in column])
-            crc = zlib.crc32(np.concatenate(column), zlib.crc32(lengths, crc))
+    for split, columns in data.items():
+        for example in examples[split]:
+            crc = zlib.crc32(json.dumps(example).encode(), crc)
+        for column in columns:
+            crc = zlib.crc32(np.concatenate(column), crc)
     return crc
 
 def restore(run: Run) -> None:
@@ -494,7 +495,7 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
     if not data["train"].source:
         raise UserError("all training pairs are too long: raise --max-source-tokens or "
                         "--max-target-tokens")
-    if lost := what_is_lost(tokenizer, splits.get("test", splits["valid"]), config):
+    for lost in what_is_lost(tokenizer, splits.get("test", splits["valid"]), config):
         print(f"data: {lost}")
     if not resume and rank() == 0:
         new_folder(config.folder, config.overwrite)

@@ -526,6 +526,7 @@ def test_a_terminal_that_lacks_characters(encoding, capsys, run, monkeypatch):
     """It shows a question mark. What goes to files is whole."""
     (run / "results.json").unlink()
     terminal = io.TextIOWrapper(io.BytesIO(), encoding)
+    terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stdout", terminal)
     example = evaluation.Example("źródło", "", "猫")
     config = replace(evaluation.read_settings(run, train.Config), out=str(run))
@@ -613,14 +614,14 @@ def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch):
     row = [np.array([1])]
     data = {"train": Encoded(row, row, row)}
     with pytest.raises(train.UserError, match="--dropout 0"):
-        train.Run(train.Config(recompute=True), {}, data, None, model)
+        train.Run(train.Config(recompute=True), {"train": [], "valid": []}, data, None, model)
 
 
 # ----------------------------------------------------------------------------- text to translate
 
 
 @pytest.mark.parametrize("content, says", [
-    (None, "cannot read text"), (b"\xff\xfe\n", "cannot read text"), (b"a\rb\r", "end in CR"),
+    (None, "cannot read text"), (b"\xff\xfe\n", "it is not UTF-8"), (b"a\rb\r", "end in CR"),
     (b"ein Hund\n\nein Pferd\n", "line 2"), (b"", "line 1"), (b"ein Hund\n   \n", "line 2"),
     (b"ein Hund\nein Pferd\n" + b"Hund " * 200 + b"\n", "line 3"),
 ])
@@ -850,19 +851,19 @@ def test_resuming_on_other_data_is_refused(name, change, capsys, tmp_path):
     assert "is not what this run was trained on" in said
 
 
-def test_the_checksum_looks_at_prompts_and_at_ends():
-    """By hand: three columns of two examples in two splits."""
-    def of(*rows):
-        columns = [[np.array(row, dtype=np.int32) for row in column] for column in rows]
-        return train.checksum({"train": Encoded(*columns), "valid": Encoded(*columns[::-1])})
+def test_the_checksum_looks_at_all_texts():
+    """By hand: each side, the prompt, the order, where an example ends, and both splits."""
+    def of(*examples, valid="y"):
+        splits = {"train": [evaluation.Example(*example) for example in examples],
+                  "valid": [evaluation.Example("x", "<2de>", valid)], "test": []}
+        row = [np.array([1])]
+        return train.checksum(splits, dict.fromkeys(("train", "valid"), Encoded(row, row, row)))
 
-    base = [[[5, 6], [7]], [[4], [4]], [[8, 1], [9, 1]]]
-    changed = [[[[5], [6, 7]], [[4], [4]], [[8, 1], [9, 1]]],
-               [[[5, 6], [7]], [[4], [3]], [[8, 1], [9, 1]]],
-               [[[5, 6], [7]], [[4], [4]], [[9, 1], [8, 1]]],
-               [[[7], [5, 6]], [[4], [4]], [[8, 1], [9, 1]]]]
-    assert len({of(*base), *(of(*other) for other in changed)}) == 5 and of(*base) == of(*base)
-    assert of([[5]], [[]], [[1]]) == of([[5]], [[]], [[1]])  # prompts may be empty
+    one, two = ("a b", "<2de>", "c"), ("d", "<2de>", "e f")
+    sums = [of(one, two), of(two, one), of(one), of(("a", "<2de>", "c"), two), of(one, two, valid="z"),
+            of(("a b", "<2en>", "c"), two), of(("a b", "<2de>", "c d"), ("", "<2de>", "e f")),
+            of(("a b <2de>", "", "c"), two), of(("a", "b <2de>", "c"), two)]
+    assert len(set(sums)) == len(sums) and of(one, two) == sums[0]
 
 
 def test_a_run_of_another_version_is_refused_in_one_line(capsys, run):
@@ -879,7 +880,7 @@ def test_a_run_of_another_version_is_refused_in_one_line(capsys, run):
         saved = torch.load(run / name, weights_only=True)
         torch.save(saved | {"format": "warmup checkpoint 3"}, run / name)
     for program, *flags in ((evaluation, run), (train, "--resume", run)):
-        assert "checkpoint of this program ('warmup checkpoint 4')" in complaint(
+        assert "is of another version of this program" in complaint(
             capsys, program, *flags, bars=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 
 from data import (EOS, PAD, PEOPLE, READERS, SAMPLES, SEP, TASKS, THINGS, UNK, VERBS, Batches,
                   Encoded, Example, clause, encode, encode_split, find_file,
@@ -643,8 +644,8 @@ def test_long_training_pairs_are_left_out_and_counted(words, capsys):
 
 
 @pytest.mark.parametrize("task, split, scored, end, kept", [
-    ("wmt", "valid", True, "end", "a b c d i"),  # the last token stays: it may be T5's </s>
-    ("xsum", "train", False, "end", "a b c d i"), ("xsum", "test", True, "end", "a b c d i"),
+    ("wmt", "valid", True, "end", "a b c d e"), ("xsum", "train", False, "end", "a b c d e"),
+    ("xsum", "test", True, "end", "a b c d e"),
     ("logiqa", "train", False, "start", "e f g h i"),
     ("logiqa", "test", True, "start", "e f g h i")])
 def test_long_sources_are_cut(words, capsys, task, split, scored, end, kept):
@@ -656,6 +657,16 @@ def test_long_sources_are_cut(words, capsys, task, split, scored, end, kept):
     assert source.endswith(f"source loses its {end}")
     assert target.startswith(f"data: 1 of 3 {split} examples have a target")
     assert target.endswith("the output will be cut" if scored else "left out")
+
+
+def test_a_source_that_ends_in_eos_keeps_it(words):
+    """T5's sources do. words with a post_processor stands for its tokenizer."""
+    t5 = Tokenizer.from_str(words.to_str())
+    t5.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    config = Config(task="wmt", max_source_tokens=5, max_target_tokens=9)
+    data = encode_split(t5, TEXTS, config, "test")
+    assert [row.tolist()[-1] for row in data.source] == [1, 1, 1]
+    assert [t5.decode(row.tolist()) for row in data.source] == ["a b c", "a b c d", "a b"]
 
 
 def test_a_target_as_long_as_the_limit_stays(words):

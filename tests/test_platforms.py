@@ -7,6 +7,7 @@ Each of these was planted once to see a test fail:
     lines that end as the system likes                test_every_text_file_has_an_encoding
     /dev/stdin                                        test_no_name_of_a_device_file
     --device auto takes mps                           test_auto_is_cuda_or_the_cpu
+    what goes to a file in the terminal's encoding    test_output_to_a_file_is_utf_8
     a version without a bound                         test_requirements_have_bounds
 """
 
@@ -148,6 +149,14 @@ def test_standard_input_is_read_without_a_device_file(finished_run, monkeypatch,
     with standard_input("Anna schläft.\nein Hund\n".encode()):
         assert evaluation.main([str(finished_run), "--input", "-"]) == 0
         assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_output_to_a_file_is_utf_8(finished_run, tmp_path):
+    """On Windows Python would write cp1252 there, and ? for all else."""
+    code = "import sys, model; model.program(lambda argv: print('▁дом 家 é'))([])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.stdout.decode("utf-8").strip() == "▁дом 家 é"
 
 
 @pytest.mark.parametrize("cuda, mps, chosen", [

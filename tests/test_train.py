@@ -448,7 +448,7 @@ def test_a_run_leaves_what_the_readme_says(finished_run):
         assert set(row) == {"stage", "name", "metrics", "nll", "updates", "flops", "seconds",
                             "at_limit"}
         assert set(row["metrics"]) == {"BLEU", "chrF++"} and 0 < row["nll"] < math.inf
-    assert results["ceiling"] == {"BLEU": 100.0, "chrF++": 100.0}
+    assert all(90 < score <= 100 for score in results["ceiling"].values())  # some are cut
     assert results["rows"][0]["updates"] == 4 and results["rows"][2]["updates"] == 4 + 3
     assert "tok:13a" in results["signature"]["BLEU"]
 
@@ -637,6 +637,7 @@ def test_help_of_the_other_programs_gives_every_default(capsys, monkeypatch):
     entries = entries_of_help(evaluation, capsys)
     without = {"--input", "--export", "--show-warmup", "--data", "--show", "--plot"}
     defaults = {"--split": "test", "--stage": "all", "--beams": "the run's", "--max-target-tokens": "the run's",
+                    "--batch-tokens": "the run's",
                 "--device": "the run's", "--threads": "the run's"}
     assert set(entries) == without | set(defaults)
     for flag, default in defaults.items():
