@@ -8,7 +8,7 @@ DIR, then data/TASK/ (translation: data/TASK/PAIR/), then the sample generated f
     python data.py wmt --pair de-en             download real data into data/wmt/de-en/
 """
 
-import argparse, gzip, io, json, random, re, struct, sys, tarfile, tempfile, zlib
+import gzip, io, json, random, re, struct, sys, tarfile, tempfile, zlib
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from model import UserError, one_line, program, shell_word
+from model import Parser, UserError, one_line, program, shell_word
 from warmup import Batch
 
 PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this order
@@ -264,6 +264,8 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
 
     Examples with an empty side are left out of training. Elsewhere that would change the score."""
     splits = {}
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}")
     for split in SPLITS:
         paths = [find_file(folder, split, ending) for ending in endings]
         if not any(paths):
@@ -656,6 +658,16 @@ def multiple_choice(text: str, question: str, options: list[str], answer: int) -
 
 SAMPLES = {"pointers": pointers, "translation": translation_sample, "news": news, "puzzle": puzzle}
 
+def check_example(task: str, example) -> None:
+    """UserError unless the generator of a task gave an Example of text, with two full sides."""
+    if not isinstance(example, Example):
+        raise UserError(f"task {task}: its sample gave {example!r:.80}, not an Example")
+    for name, value in zip(Example._fields, example):
+        if not isinstance(value, str):
+            raise UserError(f"task {task}: its sample gave the {name} {value!r:.80}, not a string")
+        if name != "prompt" and not value.strip():
+            raise UserError(f"task {task}: its sample gave an example with an empty {name}")
+
 def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
     """--sample-size training examples; for validation and test 500 each, at most a quarter of it.
 
@@ -668,6 +680,7 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
     in_vain = 0  # draws since the last that was taken
     while any(len(splits[split]) < count for split, count in wanted.items()):
         example = sample(r, config)
+        check_example(config.task, example)
         longer = max(example.source, example.target, key=lambda text: (len(text), text))
         split = {0: "test", 1: "valid"}.get(zlib.crc32(longer.encode()) % 20, "train")
         in_vain += 1
@@ -675,7 +688,9 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
             splits[split][example] = None
             in_vain = 0
         if in_vain == 10000:
-            raise UserError("too few different examples: lower --sample-size or raise --symbols")
+            symbols = " or raise --symbols" if sample is pointers else ""
+            raise UserError("10,000 draws in a row gave no new example: lower --sample-size"
+                            f" (now {config.sample_size}){symbols}")
     return {split: list(rows) for split, rows in splits.items()}
 
 # ----------------------------------------------------------------------------- download
@@ -788,7 +803,7 @@ def download(task: str, pair: str, folder: Path) -> None:
 @program
 def main(argv: list[str]) -> None:
     """The program: python data.py TASK."""
-    parser = argparse.ArgumentParser(description="Download real data.", allow_abbrev=False)
+    parser = Parser(description="Download real data.", allow_abbrev=False)
     parser.add_argument("task", choices=CORPORA)
     parser.add_argument("--pair", default="de-en", help="for wmt and multi30k (default: de-en)")
     parser.add_argument("--out", type=Path, help="folder (default: where train.py looks)")

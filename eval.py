@@ -3,12 +3,13 @@
     python eval.py runs/wmt                     the table that train.py printed
     python eval.py runs/wmt --show 3            sampled warmups, their rewards and weights
     python eval.py runs/wmt --plot curves.png   its log as curves
-    python eval.py runs/wmt --input text.de     translate a file, one line in, one line out
+    python eval.py runs/wmt --input text.de     new text: one line in, one line out
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 """
 
 import argparse, itertools, json, re, sys, unicodedata, zipfile
 from collections import Counter, defaultdict
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer
 from data import (EOS, PAD, SEP, TASKS, UNK, Encoded, Example, chain, collate, encode,
                   encode_split, in_order, load, load_tokenizer, read_lines, source_prefix,
                   special_ids, translation, wrong_pair)
-from model import (EncoderDecoder, ModelConfig, UserError, build, one_line, pick_device,
+from model import (EncoderDecoder, ModelConfig, Parser, UserError, build, one_line, pick_device,
                    precision, program, read_json, save_pretrained, shell_word)
 from warmup import (ESTIMATORS, Batch, WarmupSpec, direct_logprobs, evaluate_warmups, generate,
                     sample_warmups, score, target_tokens, weights)
@@ -73,7 +74,7 @@ def averages(sums: dict, examples: int, tokens: int | torch.Tensor) -> dict[str,
 class Output(NamedTuple):
     """What was written for an example."""
     text: str
-    warmup: str | None
+    warmup: str  # "": there is none
     ended: bool  # by </s>; False: cut at --max-target-tokens
 
 def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None, c=None
@@ -87,9 +88,10 @@ def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None
                         beams=config.beams, length_penalty=config.length_penalty,
                         forbidden=special_ids(tokenizer))
     rows = y.tolist()
-    warmups = [None] * len(rows)
-    if spec is not None:
-        warmups = map(one_line, tokenizer.decode_batch(c.tolist(), skip_special_tokens=False))
+    warmups = [""] * len(rows)
+    if spec is not None and not spec.pause:
+        texts = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
+        warmups = [one_line(text) or " " for text in texts]
     ended = [model.config.eos_id in row for row in rows]
     return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
 
@@ -135,14 +137,14 @@ def pointer_scores(config, examples: list[Example], hypotheses, warmups) -> dict
     """Exact match by hops, from 0 to 1.
 
     hit rate: the share of warmups that begin with the symbols in between. Nobody labelled them."""
-    right = defaultdict(list)
+    right, written = defaultdict(list), any(warmups)
     for example, hypothesis, warmup in zip(examples, hypotheses, warmups):
         symbols = chain(example)  # start, the symbols in between, the answer
         hops, between = len(symbols) - 1, symbols[1:-1]
         right[f"{hops} hop" if hops == 1 else f"{hops} hops"].append(hypothesis == symbols[-1])
-        if warmup is not None and between:
-            written = warmup.replace(SEP, " ").split()
-            right["hit rate"].append(written[: len(between)] == between)
+        if written and between:
+            symbols = warmup.replace(SEP, " ").split()
+            right["hit rate"].append(symbols[: len(between)] == between)
     return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
 
 # ----------------------------------------------------------------------------- the table
@@ -158,6 +160,7 @@ class Row:
     seconds: float  # of the same
     at_limit: int  # outputs that ended at --max-target-tokens
     hypotheses: list[str]
+    warmups: list[str]
 
 def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], config, spec):
     """Metrics and outputs of a split; data: the examples as token ids."""
@@ -167,6 +170,7 @@ def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], c
     return compute_metrics(config, examples, hypotheses, warmups), outputs
 
 def compute_metrics(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
+    """By the task's function in METRICS. warmups: texts, "" where there is none."""
     scores = METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups)
     return {name: round(score, 4) for name, score in scores.items()}
 
@@ -174,7 +178,7 @@ def ceiling(tokenizer, examples: list[Example], config) -> dict[str, float]:
     """What a perfect model would score: the references as token ids, up to the limit, and back."""
     targets = encode(tokenizer, examples).target
     texts = to_text(tokenizer, [row[: config.max_target_tokens].tolist() for row in targets])
-    return compute_metrics(config, examples, texts, [None] * len(texts))
+    return compute_metrics(config, examples, texts, [""] * len(texts))
 
 def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:
     """Decode and score the best checkpoints of stages on a split."""
@@ -188,7 +192,8 @@ def score_run(folder: Path, stages, config, tokenizer, examples, split: str, dev
         nll = round(validate(model, data, config, spec)["nll"], 4)
         at_limit = sum(not output.ended for output in outputs)
         rows.append(Row(stage, row_name(stage, config), scores, nll, **cost, at_limit=at_limit,
-                        hypotheses=[output.text for output in outputs]))
+                        hypotheses=[output.text for output in outputs],
+                        warmups=[output.warmup for output in outputs]))
     return rows
 
 def resume_command(folder: Path) -> str:
@@ -225,11 +230,13 @@ def print_table(rows: list[Row], ceiling_scores: dict, config, examples: list[Ex
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     pair = f" {config.pair}" if TASKS[config.task].translates else ""
     print(f"\n{config.task}{pair}, {split} split, {len(examples)} examples")
-    header = "".join(f"{name:>9}" for name in names)
+    width = max([9, *(len(name) + 1 for name in names)])
+    header = "".join(f"{name:>{width}}" for name in names)
     print(f"{'':20}{header}{'NLL/token':>11}{'updates':>9}{'TFLOP':>10}{'seconds':>9}")
 
     def beginning(name: str, scores: dict) -> str:
-        cells = [f"{scores[n]:9.2f}" if n in scores else f"{'-':>9}" for n in names]
+        cells = [f"{scores[name]:{width}.2f}" if name in scores else f"{'-':>{width}}"
+                 for name in names]
         return f"{name:20}{''.join(cells)}"
 
     for row in rows:
@@ -267,7 +274,7 @@ def what_is_lost(tokenizer, examples: list[Example], config) -> list[str]:
     targets = [one_line(example.target) for example in examples]
     texts = to_text(tokenizer, [row.tolist() for row in data.target])
     pairs = [(a, b) for a, b in zip(targets, map(one_line, texts)) if a != b]
-    nothing = [None] * len(targets)
+    nothing = [""] * len(targets)
     scores = pairs and compute_metrics(config, examples, texts, nothing)
     if not pairs or scores == compute_metrics(config, examples, targets, nothing):
         return [f"this tokenizer cannot read all sources: {shares}"] if unknowns[0] >= 1 else []
@@ -335,23 +342,27 @@ def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Exam
     """Print examples with what each stage writes, and the estimator at work."""
     torch.manual_seed(config.seed)
     data = encode_split(tokenizer, examples, config, "shown")
-    pages = [[f"\nsource              {e.source}", f"prompt              {e.prompt}",
-              f"reference           {e.target}"] for e in examples]
+    pages = [[f"\nsource              {example.source}", f"prompt              {example.prompt}"]
+             for example in examples]
+    for page, example in zip(pages, examples):
+        page += [f"reference           {example.target}"] if example.target else []
     for stage in stages:
         model = load_model(folder / f"{stage}.pt", tokenizer, device)
         spec = warmup_spec(stage, config, tokenizer)
         for i, page in enumerate(pages):
             [output] = decode_batch(model, tokenizer, collate(data, [i]), config, spec)
-            before = f"{output.warmup} -> " if spec else ""
+            before = f"{output.warmup} -> " if output.warmup else ""
             page.append(f"{row_name(stage, config):20}{before}{output.text}")
             if spec and not spec.pause and config.estimator != "exact" and config.samples > 1:
-                page += samples_at_work(model, tokenizer, data, i, config, spec)
+                scored = bool(examples[i].target)
+                page += samples_at_work(model, tokenizer, data, i, config, spec, scored)
     print("\n".join(itertools.chain(*pages)))
 
-def samples_at_work(model, tokenizer, data: Encoded, i: int, config, spec) -> list[str]:
-    """K sampled warmups of example i, as in a policy update. A line for each c, a and b:
+def samples_at_work(model, tokenizer, data: Encoded, i: int, config, spec, scored) -> list[str]:
+    """K sampled warmups of example i, as in a policy update. A line for each that differs:
 
-    how often drawn, log P(c|x), R = log P(y|x,c), the weights a and b of one draw, y after c."""
+    how often drawn, log P(c|x), y after c. scored, that is with a reference: also the reward
+    R = log P(y|x,c), and the weights a and b of one draw."""
     K, device = config.samples, next(model.parameters()).device
     one, copies = collate(data, [i]).to(device), collate(data, [i] * K)
     with precision(config.dtype, device), torch.no_grad():
@@ -359,12 +370,24 @@ def samples_at_work(model, tokenizer, data: Encoded, i: int, config, spec) -> li
         c, _ = sample_warmups(model, memory, one.prompt, spec, K)  # (1,K,W)
         log_pi, R = score(model, memory, one.prompt, c, one.target, spec)  # (1,K) both
     a, b = weights(config.estimator, config.alpha * R, log_pi, c)  # (1,K) both
-    numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows
-    written = decode_batch(model, tokenizer, copies, config, spec, c[0])
-    drawn = Counter("{:12.3f}{:14.3f}{:+9.3f}{:9.3f}  ".format(*row) + f"{warmup} -> {y}"
-                    for row, (y, warmup, _) in zip(numbers, written))
-    return ["drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y",
+    columns, titles, form = [log_pi], "drawn  log P(c|x)", "{:12.3f}"
+    if scored:
+        columns += [R, a, b]
+        titles += "  log P(y|x,c)        a        b"
+        form += "{:14.3f}{:+9.3f}{:9.3f}"
+    rows = torch.cat(columns).T.tolist()  # K rows
+    outputs = decode_batch(model, tokenizer, copies, config, spec, c[0])
+    drawn = Counter(f"{form.format(*row)}  {output.warmup} -> {output.text}"
+                    for row, output in zip(rows, outputs))
+    return [f"{titles}  sampled c -> y",
             *(f"{times:4} x{line}" for line, times in drawn.most_common())]
+
+PANELS = {  # title: kind of record, its number
+    "validation NLL, nats per token": ("valid", "nll"),
+    "swap gap, nats: how much y depends on c": ("valid", "swap_gap"),
+    "spread of rewards within an example, nats": ("train", "spread"),
+    "entropy of the warmups, nats": ("train", "entropy")}
+NO_METRICS = "kind stage step nll reward spread ess entropy distinct swap_gap over_empty".split()
 
 def plot(folder: Path, config, out: Path) -> None:
     """log.jsonl as a page of curves, a PNG. UserError without matplotlib."""
@@ -378,22 +401,38 @@ def plot(folder: Path, config, out: Path) -> None:
         spent[stage] = spent.get(stage, spent["sft"]) + record.get("flops", 0)
         for name, value in record.items():
             curves[record["kind"], name, stage].append((spent[stage] / 1e12, value))
-    panels = {"validation NLL, nats per token": ("valid", "nll"),
-              "swap gap, nats: how much y depends on c": ("valid", "swap_gap"),
-              "spread of rewards within an example, nats": ("train", "spread"),
-              "entropy of the warmups, nats": ("train", "entropy")}
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    # what --eval-decode logged: each metric has a panel of its own
+    metrics = {name for kind, name, _ in curves if kind == "valid" and name not in NO_METRICS}
+    panels = PANELS | {f"{name}, validation": ("valid", name) for name in sorted(metrics)}
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(10, 3 * rows), layout="constrained")
+    figure.suptitle(folder.resolve().name)
     figure.supxlabel("TFLOP, those of SFT included")
-    for axis, (title, key) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items()):
-        axis.set_title(title)
-        dot = "." if key[0] == "valid" else ""  # validations are few
-        for stage, style in zip(STAGES, ("k-", "k:", "C0-")):
+    axes = figure.subplots(rows, 2, sharex=True).flat
+    for axis, (title, key) in zip(axes, panels.items()):
+        axis.set_title(title, fontsize="medium")
+        for stage, color in zip(STAGES, ("black", "gray", "C0")):
             if curve := curves[*key, stage]:
-                axis.plot(*zip(*curve), style, marker=dot, label=row_name(stage, config))
+                draw_curve(axis, *zip(*curve), key[0], color, row_name(stage, config))
                 axis.legend(frameon=False)
-    figure.axes[0].set_yscale("log")
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
+    axes[0].set_yscale("log")
+    low, high = axes[0].get_ylim()
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
     figure.savefig(out, format="png")
     print(f"wrote {out}")
+
+def draw_curve(axis, x, y, kind: str, color: str, name: str) -> None:
+    """Validations as dots. Updates thin, and over them their running mean."""
+    if kind == "valid":
+        axis.plot(x, y, color=color, marker="o", markersize=3, linewidth=0.8, label=name)
+        return
+    axis.plot(x, y, color=color, linewidth=0.5, alpha=0.3)
+    reach = len(y) // 40
+    smooth = [np.mean(y[max(0, i - reach) : i + reach + 1]) for i in range(len(y))]
+    axis.plot(x, smooth, color=color, linewidth=1.8, label=name)
 
 def flag(default, help: str, low=None, high=None, choices=None):
     """A setting: its default, what it means and in which unit, its range or its choices."""
@@ -452,12 +491,18 @@ class Settings:
 def read_settings(folder: Path, kind=Settings):
     """The settings in a run's config.json. kind: Settings or train.Config. Else UserError."""
     path = folder / "config.json"
-    if folder.is_dir() and not path.exists():
-        raise UserError(f"no run has begun in {folder}: start it, if need be with --overwrite")
+    if not path.exists():
+        known = sorted(str(config.parent) for config in folder.parent.glob("*/config.json"))
+        known += sorted(str(config.parent) for config in folder.glob("*/config.json"))
+        here = f": runs here are {', '.join(known[:8])}" if known else ""
+        raise UserError(f"no run in {folder}{here}. If one was killed there before its first "
+                        "checkpoint, start it again with --overwrite")
     saved = read_json(path)
     if missing := [flag_name(f.name) for f in fields(kind) if f.name not in saved]:
         raise UserError(f"{path} has no {missing[0]}: this run is of another version of the "
                         "program. Train it again, with --overwrite")
+    if saved["task"] not in TASKS:
+        raise UserError(f"{path} names the task {saved['task']!r}, which data.TASKS lacks")
     settings = kind(**{f.name: saved[f.name] for f in fields(kind)})
     if wrong := settings.problem():
         raise UserError(f"{path} is not what train.py wrote: {wrong}")
@@ -499,30 +544,45 @@ def load_model(path: Path, tokenizer: Tokenizer, device, what: str = "stage") ->
         raise UserError(f"{path} does not fit the tokenizer.json beside it: they are of two runs")
     return model.to(device).eval()
 
-def translate(folder: Path, stage: str, config, tokenizer, args, device) -> None:
-    """Print one output line per input line. UserError names a line that cannot be translated."""
-    if not TASKS[config.task].translates:
-        raise UserError(f"--input translates, and {folder} was trained on {config.task}")
-    lines = read_lines(None if args.input == "-" else Path(args.input)) or [""]
-    examples = [translation(config.pair, source_prefix(config) + line, "") for line in lines]
-    data = encode(tokenizer, examples)
-    for number, (line, ids) in enumerate(zip(lines, data.source), 1):
-        if not line or not len(ids):
-            raise UserError(f"line {number} of --input is empty: one sentence a line, please")
-        if len(ids) > config.max_source_tokens:
-            raise UserError(f"line {number} of --input: {len(ids)} tokens, over --max-source-tokens"
-                            f" {config.max_source_tokens}: split it")
-    room = np.zeros(config.max_target_tokens)  # in a batch: y may become so long
-    data = data._replace(target=[room] * len(lines))
-    model = load_model(folder / f"{stage}.pt", tokenizer, device)
-    spec = warmup_spec(stage, config, tokenizer)
-    outputs = decode_split(model, tokenizer, data, config, spec)
-    for text, warmup, _ in outputs:
-        print(f"{warmup}\t{text}" if args.show_warmup and spec else text)
+def read_input(file: str, config, tokenizer: Tokenizer) -> list[Example]:
+    """The lines of --input as examples without a target. An empty line has an empty source.
+
+    A line is a source. Where a task has prompts, as the toy, a tab and the prompt follow."""
+    lines = read_lines(None if file == "-" else Path(file))
+    if TASKS[config.task].translates:
+        examples = [translation(config.pair, line, "") for line in lines]
+    else:
+        sides = (line.partition("\t") for line in lines)
+        examples = [Example(source.strip(), prompt.strip(), "") for source, _, prompt in sides]
+    known = tokenizer.get_added_tokens_decoder().values()
+    asks = any(re.fullmatch(r"<(?!pad|unk|sep|extra_id_|unused_|/).*>", t.content) for t in known)
+    prefix = source_prefix(config)
+    for number, (source, prompt, _) in enumerate(examples, 1):
+        if source and asks and not prompt:
+            raise UserError(f"line {number} of --input has no prompt: source, a tab, the prompt")
+        examples[number - 1] = Example(source and prefix + source, prompt, "")
+    return examples
+
+def answer(folder: Path, stage: str, config, tokenizer, args, device) -> None:
+    """--input: print y for each line, in order, and an empty line for an empty one."""
+    examples = read_input(args.input, config, tokenizer)
+    filled = [example for example in examples if example.source]
+    outputs, spec = [], warmup_spec(stage, config, tokenizer)
+    if filled:
+        with redirect_stdout(sys.stderr):  # what is cut must not stand among the outputs
+            data = encode_split(tokenizer, filled, config, "--input")
+        room = np.zeros(config.max_target_tokens)  # in a batch: y may become so long
+        data = data._replace(target=[room] * len(filled))
+        model = load_model(folder / f"{stage}.pt", tokenizer, device)
+        outputs = decode_split(model, tokenizer, data, config, spec)
+    waiting = iter(outputs)
+    for example in examples:
+        output = next(waiting) if example.source else Output("", "", True)
+        print(f"{output.warmup}\t{output.text}" if args.show_warmup and spec else output.text)
     if cut := cut_outputs(sum(not output.ended for output in outputs), len(outputs), config):
         print(f"note: {cut}", file=sys.stderr)
 
-def export(folder: Path, stage: str, out: Path, tokenizer: Tokenizer) -> None:
+def export(folder: Path, stage: str, config, out: Path, tokenizer: Tokenizer) -> None:
     """A stage as a folder that transformers and --init load, with its tokenizer."""
     model = load_model(folder / f"{stage}.pt", tokenizer, "cpu")
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
@@ -535,19 +595,19 @@ def export(folder: Path, stage: str, out: Path, tokenizer: Tokenizer) -> None:
         (out / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"cannot export to {out}, which may be incomplete: {error}") from None
-    print(f"wrote {out}: {STAGES[stage]}")
+    print(f"wrote {out}: {row_name(stage, config)}")
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     """The flags, and the run's settings with what they change. Exits with code 2 on bad usage."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("run", type=Path, help="a run folder that train.py made")
-    one = parser.add_mutually_exclusive_group().add_argument
-    one("--split", choices=("train", "valid", "test"), help="score this split; default: test")
-    one("--input", metavar="FILE", help="translate this file (-: standard input), line by line")
-    one("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
-    one("--show", type=int, metavar="N", help="N test items: outputs, sampled warmups, weights")
-    one("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
+    add("--split", choices=("train", "valid", "test"), help="score this split; default: test")
+    add("--input", metavar="FILE", help="write y for each line of a file (-: standard input)")
+    add("--show", type=int, metavar="N", help="N items of the split, or lines of --input: outputs, "
+        "sampled warmups, weights")
+    add("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
+    add("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
     add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: policy, else sft")
     add("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
     add("--max-target-tokens", type=int, help="where y ends; default: the run's")
@@ -557,12 +617,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: the run's --device")
     add("--threads", type=int, help="CPU threads; default: the run's --threads")
     args = parser.parse_args(argv)
+    given = [name for name in ("split", "input", "show", "export", "plot") if getattr(args, name)]
+    if len(given) > 1 and given not in (["split", "show"], ["input", "show"]):
+        parser.error(f"--{given[0]} does not go with --{given[1]}")
     if args.show is not None and args.show < 1:
         parser.error("--show takes a number of items, 1 or more")
     if args.plot and args.plot.suffix != ".png":  # no other file is written over
         parser.error("--plot takes the name of a .png file")
-    if args.show_warmup and args.input is None:
-        parser.error("--show-warmup goes with --input")
+    if args.show_warmup and (args.input is None or args.show):
+        parser.error("--show-warmup goes with --input alone")
     changes = {name: value for name, value in vars(args).items()
                if name in ("beams", "max_target_tokens", "batch_tokens", "data", "device",
                            "threads") and value is not None}
@@ -583,12 +646,15 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(config.threads)
     trained = [stage for stage in STAGES if (args.run / f"{stage}.pt").exists()]
     if not trained:
-        raise UserError(f"{args.run} holds no trained stage (sft.pt, …): train it first")
+        raise UserError(f"{args.run} was not validated yet: {resume_command(args.run)}")
     stages = [args.stage] if args.stage else trained
     if args.export:
-        export(args.run, stages[-1], args.export, tokenizer)
+        export(args.run, stages[-1], config, args.export, tokenizer)
+    elif args.input is not None and args.show:
+        examples = [e for e in read_input(args.input, config, tokenizer) if e.source]
+        show(args.run, stages, config, tokenizer, examples[: args.show], device)
     elif args.input is not None:
-        translate(args.run, stages[-1], config, tokenizer, args, device)
+        answer(args.run, stages[-1], config, tokenizer, args, device)
     else:
         score_split(args.run, stages, config, tokenizer, args, device)
 
@@ -604,10 +670,13 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
     best = ceiling(tokenizer, splits[split], config)
     print_table(rows, best, config, splits[split], split)
     for row in rows:
-        path = folder / f"{split}.{row.stage}.txt"
-        lines = "".join(text + "\n" for text in row.hypotheses)
-        path.write_text(lines, encoding="utf-8", newline="\n")
-        print(f"wrote {path}")
+        files = {f"{split}.{row.stage}.txt": row.hypotheses}
+        if any(row.warmups):
+            files[f"{split}.{row.stage}.warmups.txt"] = row.warmups
+        for name, texts in files.items():
+            lines = "".join(text + "\n" for text in texts)
+            (folder / name).write_text(lines, encoding="utf-8", newline="\n")
+            print(f"wrote {folder / name}")
     show(folder, stages, config, tokenizer, splits[split][:3], device)
     if len(rows) > 1 and translation_metrics(config):
         print_significance(rows, config, splits[split])

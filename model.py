@@ -10,12 +10,13 @@ T5's oddities, each marked where it happens: RMSNorm without mean or bias, no bi
 layers, positions only as a learned bias on attention scores, the pad id as decoder start.
 """
 
-import json, math, os, shlex, subprocess, sys
+import argparse, difflib, json, math, os, re, shlex, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -604,6 +605,15 @@ def shell_word(path: str | Path) -> str:
 
 class UserError(Exception):
     """Something that the user can mend. Printed as one line, exit code 1, no traceback."""
+
+class Parser(argparse.ArgumentParser):
+    """Says in two lines what is wrong with the usage: the error, and what may have been meant."""
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
+        hint = f"did you mean {near[0]}?" if near else f"--help lists all flags of {self.prog}"
+        self.exit(2, f"error: {message}\n{hint}\n")
 
 def program(run):
     """Decorator of a script's main(argv): 0, or 1 after one line that says what is wrong."""

@@ -8,9 +8,10 @@ A run folder holds config.json, tokenizer.json, log.jsonl, last.pt (all that --r
 best checkpoint of each stage by validation (sft.pt, policy.pt, control.pt), and results.json.
 """
 
-import argparse, json, math, os, signal, sys, time, zlib
+import argparse, difflib, json, math, os, signal, sys, time, zlib
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Callable
 
@@ -21,14 +22,15 @@ from tokenizers import Tokenizer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from data import (TASKS, Batches, Encoded, Example, encode_split, load, load_tokenizer,
-                  pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
-from eval import (BASELINES, FORMAT, STAGES, Settings, averages, ceiling, decode_and_score, flag,
-                  flag_name, load_checkpoint, load_model, print_table, read_settings,
-                  resume_command, score_run, show, signatures, training_cost, translation_metrics,
-                  validate, warmup_spec, what_is_lost)
-from model import (SIZES, EncoderDecoder, ModelConfig, UserError, compile_stacks, load_pretrained,
-                   one_line, pick_device, precision, pretrained_folder, program, shell_word)
+from data import (READERS, SAMPLES, TASKS, Batches, Encoded, Example, encode_split, load,
+                  load_tokenizer, pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
+from eval import (BASELINES, FORMAT, METRICS, STAGES, Settings, averages, ceiling,
+                  decode_and_score, flag, flag_name, load_checkpoint, load_model, print_table,
+                  read_settings, resume_command, score_run, show, signatures, training_cost,
+                  translation_metrics, validate, warmup_spec, what_is_lost)
+from model import (SIZES, EncoderDecoder, ModelConfig, Parser, UserError, compile_stacks,
+                   load_pretrained, one_line, pick_device, precision, pretrained_folder, program,
+                   shell_word)
 from warmup import Batch, sft_loss, target_tokens, warmup_loss
 
 MOVABLE = ("device", "threads", "data")  # the settings that may change when a run moves
@@ -425,8 +427,10 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     settings = dict(TASKS[known.task].settings) if known.task in TASKS else {}
     if known.init:  # T5's weights are large and need no big steps
         settings |= {"lr": 3e-4, "policy_lr": 1e-4}
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    if known.task in TASKS:
+        check_task(known.task)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder, by its own "
                         f"settings; only --{', --'.join(MOVABLE)} may change")
     for f in fields(Config):
@@ -449,11 +453,32 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         parser.error(wrong)
     return config, resume
 
+def check_task(name: str) -> None:
+    """UserError for a row of data.TASKS that names what does not exist. Called before all else."""
+    task, known = TASKS[name], {f.name: f.type for f in fields(Config)}
+    for key, value in task.settings.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"task {name}: its settings have {key!r}, which is no setting{hint}")
+        types = (int, float) if known[key] is float else (known[key],)
+        if type(value) not in types:
+            raise UserError(f"task {name}: its settings have {key} = {value!r}, which must be of "
+                            f"type {known[key].__name__}")
+    tables = {"metrics": ("eval.METRICS", METRICS), "sample": ("data.SAMPLES", SAMPLES),
+              "reader": ("data.READERS", READERS)}
+    for column, (where, table) in tables.items():
+        entry = getattr(task, column)
+        if entry not in table and (entry or column == "metrics"):
+            raise UserError(f"task {name}: its {column} {entry!r} is no key of {where}, which has "
+                            f"{', '.join(table)}")
+
 def new_folder(folder: Path, overwrite: bool) -> None:
     """Make the run folder. An earlier run in it is refused or, with overwrite, removed."""
     names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
     for stage in STAGES:
-        names += [f"{stage}.pt", *(f"{split}.{stage}.txt" for split in ("train", "valid", "test"))]
+        names += [f"{stage}.pt", *(f"{split}.{stage}{kind}.txt" for kind in ("", ".warmups")
+                                   for split in ("train", "valid", "test"))]
     ours = [folder / name for name in names if (folder / name).exists()]
     if ours and not overwrite:
         whole = (folder / "config.json").exists() and (folder / "last.pt").exists()
@@ -518,10 +543,13 @@ def report(run: Run, splits: dict[str, list[Example]]) -> None:
     stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
     rows = score_run(config.folder, stages, config, run.tokenizer, splits[split], split, run.device)
     best = ceiling(run.tokenizer, splits[split], config)
+    texts = ("hypotheses", "warmups")  # eval.py writes them
+    packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
     write_json(config.folder / "results.json", {
         "task": config.task, "pair": config.pair, "data": config.data, "split": split,
-        "rows": [{k: v for k, v in vars(row).items() if k != "hypotheses"} for row in rows],
-        "ceiling": best, "signature": signatures(config, splits[split])})
+        "rows": [{k: v for k, v in vars(row).items() if k not in texts} for row in rows],
+        "ceiling": best, "signature": signatures(config, splits[split]), "config": asdict(config),
+        "data_checksum": run.checksum, "versions": {name: version(name) for name in packages}})
     print_table(rows, best, config, splits[split], split)
     show(config.folder, stages, config, run.tokenizer, splits[split][:3], run.device)
     again = f"python eval.py {shell_word(config.folder)}"

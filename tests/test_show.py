@@ -117,7 +117,7 @@ def test_nothing_is_sampled_where_there_is_nothing_to_compare(estimator, samples
     assert "log P(c|x)" not in out
     names = [line[:20].rstrip() for line in out.splitlines()[-3:]]
     assert names == ["sft", "sft, same compute", evaluation.BASELINES.get(estimator, "warmup")]
-    assert (" -> " in out) == (estimator != "sft")
+    assert (" -> " in out) == (estimator not in ("sft", "pause"))  # pause has a constant for c
 
 
 def test_show_is_the_same_every_time_and_for_each_stage(run, capsys):
@@ -147,46 +147,74 @@ class Axis:
     """Stands for matplotlib's: keeps what is drawn."""
 
     def __init__(self):
-        self.lines, self.title, self.scale = {}, "", "linear"
+        self.lines, self.thin, self.title, self.scale = {}, [], "", "linear"
+        self.yaxis, self.hidden, self.marker = self, False, None
 
-    def plot(self, x, y, style, marker, label):
-        self.lines[label] = (list(x), list(y))
-        self.marker = marker
+    def plot(self, x, y, label=None, marker="", **how):
+        if label is None:
+            self.thin.append((list(x), list(y)))
+        else:
+            self.lines[label] = (list(x), list(y))
+            self.marker = marker
 
-    def set_title(self, title):
+    def set_title(self, title, **how):
         self.title = title
 
     def set_yscale(self, scale):
         self.scale = scale
 
+    def get_ylim(self):
+        return 2, 5
+
+    def set_visible(self, visible):
+        self.hidden = not visible
+
+    def set_major_formatter(self, form):
+        assert form == "{x:g}"  # not 4 × 10⁰
+
+    def set_minor_formatter(self, form):
+        assert form == "{x:g}"  # less than a decade: there may be no major tick at all
+
     def legend(self, **how):
         pass
 
 
-def test_plot_draws_the_log_against_flops(run, monkeypatch, tmp_path, capsys):
-    """Each stage's values at the FLOPs spent so far; both later stages begin where SFT ended."""
-    axes, page = [Axis() for _ in range(4)], tmp_path / "curves.png"
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes, and the title, of a figure that is drawn by a stand-in for matplotlib."""
+    made = SimpleNamespace(axes=[], title="", page=None)
 
     class Figure:
         def __init__(self, **how):
-            self.axes = axes
+            pass
 
         def subplots(self, rows, columns, **how):
-            assert (rows, columns) == (2, 2)
-            return SimpleNamespace(flat=axes)
+            made.axes[:] = [Axis() for _ in range(rows * columns)]
+            return SimpleNamespace(flat=made.axes)
+
+        def suptitle(self, text):
+            made.title = text
 
         def supxlabel(self, text):
             assert "TFLOP" in text
 
         def savefig(self, path, format):
-            assert (path, format) == (page, "png")
+            assert format == "png"
+            made.page = path
 
     module = ModuleType("matplotlib.figure")
     module.Figure = Figure
     monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    return made
+
+
+def test_plot_draws_the_log_against_flops(run, drawn, tmp_path, capsys):
+    """Each stage's values at the FLOPs spent so far; both later stages begin where SFT ended."""
+    page = tmp_path / "curves.png"
     assert evaluation.main([str(run), "--plot", str(page)]) == 0
     assert capsys.readouterr().out == f"wrote {page}\n"
+    assert drawn.page == page and drawn.title == "run" and len(drawn.axes) == 4
     records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def cost(stage, step):
@@ -194,8 +222,8 @@ def test_plot_draws_the_log_against_flops(run, monkeypatch, tmp_path, capsys):
                    and r["step"] <= step) / 1e12
 
     names = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}
-    for axis, (kind, key) in zip(axes, [("valid", "nll"), ("valid", "swap_gap"),
-                                        ("train", "spread"), ("train", "entropy")]):
+    for axis, (kind, key) in zip(drawn.axes, [("valid", "nll"), ("valid", "swap_gap"),
+                                              ("train", "spread"), ("train", "entropy")]):
         assert axis.title
         for stage, name in names.items():
             before = 0 if stage == "sft" else cost("sft", 99)
@@ -205,9 +233,68 @@ def test_plot_draws_the_log_against_flops(run, monkeypatch, tmp_path, capsys):
             assert (name in axis.lines) == bool(wanted)
             x, y = axis.lines.get(name, ([], []))
             assert x == pytest.approx([x for x, _ in wanted], rel=1e-9)
-            assert y == [y for _, y in wanted]
-    assert [axis.scale for axis in axes] == ["log", "linear", "linear", "linear"]
-    assert [axis.marker for axis in axes] == [".", ".", "", ""]
+            assert y == pytest.approx([y for _, y in wanted], rel=1e-9)  # too few to smooth
+            assert kind == "valid" or not wanted or axis.thin == [(x, [y for _, y in wanted])]
+    assert [axis.scale for axis in drawn.axes] == ["log", "linear", "linear", "linear"]
+    assert [axis.marker for axis in drawn.axes] == ["o", "o", "", ""]
+
+
+def test_plot_has_a_panel_for_each_metric_that_was_logged(run, drawn, tmp_path):
+    """--eval-decode: three of them here, so one of six places stays empty... and no more."""
+    path = run / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for n, line in enumerate(lines):
+        if line["kind"] == "valid":
+            line |= {"1 hop": n / 100, "2 hops": n / 50, "hit rate": n / 70}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert evaluation.main([str(run), "--plot", str(tmp_path / "curves.png")]) == 0
+    assert [axis.title for axis in drawn.axes[4:]] == [
+        "1 hop, validation", "2 hops, validation", "hit rate, validation", ""]
+    assert [axis.hidden for axis in drawn.axes] == [False] * 7 + [True]
+    wanted = [n / 50 for n, line in enumerate(lines) if line["kind"] == "valid" and line["stage"] == "sft"]
+    assert drawn.axes[5].lines["sft"][1] == wanted
+
+
+def test_updates_are_smoothed_and_stay_visible():
+    axis = Axis()
+    values = [float(n % 2) for n in range(400)]
+    evaluation.draw_curve(axis, list(range(400)), values, "train", "black", "warmup")
+    [(_, raw)], (_, smooth) = axis.thin, axis.lines["warmup"]
+    assert raw == values and len(smooth) == 400
+    assert max(abs(y - 0.5) for y in smooth[20:-20]) < 0.03  # a mean of 21
+
+
+def show_lines(run, capsys, *flags) -> list[str]:
+    assert evaluation.main([str(run), "--show", "2", *flags]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_show_takes_another_split_or_lines_of_ones_own(run, tmp_path, capsys):
+    config = evaluation.read_settings(run)
+    splits, _ = data.load(config)
+    lines = show_lines(run, capsys, "--split", "valid")
+    assert [line for line in lines if line.startswith("source")] == [
+        f"source              {example.source}" for example in splits["valid"][:2]]
+    assert sum("log P(y|x,c)" in line for line in lines) == 2
+    text = tmp_path / "text"
+    text.write_text("\nein Hund\nAnna schläft.\nzu viel\n", encoding="utf-8")
+    lines = show_lines(run, capsys, "--input", str(text))
+    assert [line for line in lines if line.startswith("source")] == [
+        "source              ein Hund", "source              Anna schläft."]
+    # without a reference there is no reward, so there are no weights
+    assert not any("reference" in line or "log P(y|x,c)" in line for line in lines)
+    titles = [line for line in lines if line.startswith("drawn")]
+    assert titles == ["drawn  log P(c|x)  sampled c -> y"] * 2
+    rows = [line.split() for line in lines if " x " in line and " -> " in line]
+    assert rows and all(float(row[2]) <= 0 for row in rows)
+
+
+@pytest.mark.parametrize("flags", [["--split", "test", "--input", "f"], ["--export", "d", "--show", "1"],
+                                   ["--plot", "p.png", "--input", "f"], ["--split", "test", "--plot", "p.png"]])
+def test_what_does_not_go_together(flags, run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(run), *flags])
+    assert stop.value.code == 2 and "does not go with" in capsys.readouterr().err
 
 
 def test_plot_writes_a_picture(run, tmp_path):

@@ -320,8 +320,8 @@ def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_pa
     folder = shutil.copytree(runs["marginal"].folder, tmp_path / "r")
     (tmp_path / "in").write_text("Anna schläft.\n", encoding="utf-8")
     settings, seen = json.loads((folder / "config.json").read_text(encoding="utf-8")), []
-    monkeypatch.setattr(evaluation, "encode", lambda tokenizer, examples: (
-        seen.extend(examples), encode(tokenizer, examples))[1])
+    monkeypatch.setattr(evaluation, "encode_split", lambda tokenizer, examples, *more: (
+        seen.extend(examples), encode_split(tokenizer, examples, *more))[1])
     for init in ("", "t5-small"):
         (folder / "config.json").write_text(json.dumps(settings | {"init": init}), encoding="utf-8")
         assert evaluation.main([str(folder), "--input", str(tmp_path / "in")]) == 0
@@ -335,7 +335,7 @@ def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_pa
 def test_significance_is_against_the_control_else_the_first_row(stages, first, capsys):
     examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
     rows = [evaluation.Row(stage, f"the {stage}", {}, 0.0, 1, 1, 1.0, 0,
-                           [f"a {stage} sees {n} cats" for n in range(20)])
+                           [f"a {stage} sees {n} cats" for n in range(20)], [])
             for stage in stages]
     evaluation.print_significance(rows, train.Config(), examples)
     said = capsys.readouterr().out

@@ -323,10 +323,10 @@ def test_identical_text_scores_100(language):
     text = SENTENCES[language]
     examples = [Example("x", f"<2{language}>", text)] * 3
     config = train.Config(pair=f"xx-{language}")
-    scores = evaluation.compute_metrics(config, examples, [text] * 3, [None] * 3)
+    scores = evaluation.compute_metrics(config, examples, [text] * 3, [""] * 3)
     assert scores == {"BLEU": 100.0, "chrF++": 100.0}
     config = train.Config(task="xsum")
-    scores = evaluation.compute_metrics(config, examples, [text] * 3, [None] * 3)
+    scores = evaluation.compute_metrics(config, examples, [text] * 3, [""] * 3)
     assert scores == {"ROUGE-1": 100.0, "ROUGE-2": 100.0, "ROUGE-L": 100.0}
 
 
@@ -355,8 +355,8 @@ def test_a_wrong_summary_scores_less(language):
     text, config = SENTENCES[language], train.Config(task="xsum")
     half, other = text[: len(text) // 2], OTHERS["ko"]
     examples = [Example("x", "", text)]
-    some = evaluation.compute_metrics(config, examples, [half], [None])["ROUGE-1"]
-    none = evaluation.compute_metrics(config, examples, [other], [None])["ROUGE-1"]
+    some = evaluation.compute_metrics(config, examples, [half], [""])["ROUGE-1"]
+    none = evaluation.compute_metrics(config, examples, [other], [""])["ROUGE-1"]
     assert 30 < some < 90 and none < 10
 
 
@@ -366,7 +366,7 @@ def test_rouge_of_english_and_german_stays_comparable():
     theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     target, written = "Three people were hurt in a café fire in Leeds.", "Two persons hurt by fires in Leeds"
     examples = [Example("x", "", target)]
-    scores = evaluation.compute_metrics(config, examples, [written], [None])
+    scores = evaluation.compute_metrics(config, examples, [written], [""])
     for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
         wanted = 100 * theirs.score(target, written)[key].fmeasure
         assert scores[name] == pytest.approx(wanted, abs=1e-4)
@@ -382,13 +382,13 @@ def test_one_summary_in_another_script_counts():
     config = train.Config(task="xsum")
     targets = ["Three people were hurt in a fire in Leeds."] * 98 + ["好。"] * 2
     examples = [Example("x", "", target) for target in targets]
-    scores = evaluation.compute_metrics(config, examples, targets, [None] * 100)
+    scores = evaluation.compute_metrics(config, examples, targets, [""] * 100)
     assert scores["ROUGE-1"] == 100
 
 
 def test_the_printed_signature_names_the_words_of_rouge(capsys):
     config = train.Config(task="xsum")
-    row = evaluation.Row("sft", "sft", {"ROUGE-1": 1.0}, 1.0, 1, 1, 1.0, 0, [])
+    row = evaluation.Row("sft", "sft", {"ROUGE-1": 1.0}, 1.0, 1, 1, 1.0, 0, [], [])
     evaluation.print_table([row], {}, config, [Example("x", "", SENTENCES["th"])], "test")
     out = capsys.readouterr().out
     assert re.search(r"ROUGE: rouge-score [\d.]+, words of any script, characters where", out)

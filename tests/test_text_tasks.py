@@ -151,14 +151,14 @@ def test_real_files(tmp_path, row, file, count):
 def test_accuracy_and_macro_f1_by_hand():
     """A: 1 hit of 2, said twice: F1 1/2. B: 1 of 1, said once: 1. C: 0. "x" is wrong. Mean 1/2."""
     examples = [SimpleNamespace(target=letter) for letter in "AABC"]
-    scores = evaluation.option_scores(None, examples, ["A", "x", "B", "A"], [None] * 4)
+    scores = evaluation.option_scores(None, examples, ["A", "x", "B", "A"], [""] * 4)
     assert scores == {"acc": 50.0, "F1": pytest.approx(50.0)}
 
 
 def test_macro_f1_counts_an_answer_that_is_never_given():
     """A A B answered A A A: F1 of A is 0.8, of B 0. Mean 40: of the answers, not of the outputs."""
     examples = [Example("x", "", y) for y in "AAB"]
-    scores = evaluation.option_scores(None, examples, ["A", "A", "A"], [None] * 3)
+    scores = evaluation.option_scores(None, examples, ["A", "A", "A"], [""] * 3)
     assert scores == {"acc": pytest.approx(200 / 3), "F1": pytest.approx(40.0)}
 
 
@@ -172,7 +172,7 @@ def test_chrf_with_two_plusses_counts_words():
 def test_rouge_by_hand():
     """4 of 5 words in common with 4 (stems: cats = cat): P 1, R 4/5, F 8/9; bigrams 3: F 6/7."""
     examples = [SimpleNamespace(target="the cat sat down today")]
-    scores = evaluation.rouge_scores(None, examples, ["the cats sat down"], [None])
+    scores = evaluation.rouge_scores(None, examples, ["the cats sat down"], [""])
     assert scores == {"ROUGE-1": pytest.approx(800 / 9), "ROUGE-2": pytest.approx(600 / 7),
                       "ROUGE-L": pytest.approx(800 / 9)}
 
@@ -205,8 +205,9 @@ def test_the_whole_path(task, columns, tmp_path, capsys):
     assert f"{rows[2]['nll']:.3f}" in capsys.readouterr().out
     assert train.main(["--resume", str(folder)]) == 0
     assert f"{rows[2]['nll']:.3f}" in capsys.readouterr().out
-    assert evaluation.main([str(folder), "--input", "-"]) == 1
-    assert f"was trained on {task}" in capsys.readouterr().err
+    (tmp_path / "text").write_text("Who is it?\n\nA fire broke out.\n", encoding="utf-8")
+    assert evaluation.main([str(folder), "--input", str(tmp_path / "text")]) == 0
+    assert capsys.readouterr().out.count("\n") == 3
 
 
 def test_a_pretrained_model_changes_two_learning_rates_and_no_other_default():

@@ -25,7 +25,7 @@ def test_scores_by_hops_and_hit_rate():
     score = evaluation.pointer_scores
     scores = score(None, [one, two, two], ["b", "c", "b"], ["x", "b", "c"])
     assert scores == {"1 hop": 1.0, "2 hops": 0.5, "hit rate": 0.5}
-    assert score(None, [one], ["c"], [None]) == {"1 hop": 0.0}
+    assert score(None, [one], ["c"], [""]) == {"1 hop": 0.0}
     three = Example("ab bc ca", "<3hops> a", "a")
     assert score(None, [three], ["a"], ["b c"]) == {"3 hops": 1.0, "hit rate": 1.0}
     assert score(None, [three], ["a"], ["b b"])["hit rate"] == 0.0
@@ -54,7 +54,7 @@ def test_every_kind_of_estimator_trains_from_the_command_line(estimator, tmp_pat
     rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]}
     name = {"pause": "pause", "sft": "sft, same tokens"}.get(estimator, "warmup")
     assert set(rows) == {"sft", name} and {"1 hop", "2 hops"} <= set(rows[name]["metrics"])
-    assert ("hit rate" in rows[name]["metrics"]) == (estimator != "sft")
+    assert ("hit rate" in rows[name]["metrics"]) == (estimator not in ("sft", "pause"))
     policy = [line for line in log_of(folder) if line["stage"] == "policy"]
     trained = [line for line in policy if line["kind"] == "train"]
     assert len(trained) == 3 and ("reward" in trained[0]) == (estimator != "sft")
@@ -115,9 +115,9 @@ def test_a_toy_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--task", "toy", "--data", "nowhere"], "leave --data out"),
-    (["--task", "toy", "--symbols", "2"], "too few different"),
+    (["--task", "toy", "--symbols", "2"], "no new example: lower --sample-size (now 50) or raise --symbols"),
     (["--task", "toy", "--estimator", "exact", "--symbols", "20", "--warmup-len", "2"], "exact"),
-    (["--task", "toy", "--data", "sample", "--symbols", "3", "--hops", "0"], "too few different"),
+    (["--task", "toy", "--data", "sample", "--symbols", "3", "--hops", "0"], "no new example: lower --sample-size (now 50) or raise --symbols"),
 ])
 def test_what_the_toy_refuses(arguments, message, tmp_path, capsys):
     assert train.main([*arguments, "--sample-size", "50", "--out", str(tmp_path / "run")]) == 1
@@ -133,11 +133,25 @@ def test_bad_toy_usage(capsys):
             ["--samples", "1", "--estimator", "best", "--entropy-bonus", "0.1"]):
         with pytest.raises(SystemExit) as stop:
             train.main(["--task", "toy", *arguments])
-        assert stop.value.code == 2 and arguments[0] in capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and arguments[0] in capsys.readouterr().err.splitlines()[0]
 
 
-def test_translation_of_new_text_is_refused(tmp_path, capsys):
-    folder = tmp_path / "run"
+def test_new_questions_have_a_tab_before_their_prompt(tmp_path, capsys):
+    """f: a->b, b->c, …; the model is hardly trained. Without a prompt there is no question."""
+    folder, text = tmp_path / "run", tmp_path / "text"
     assert train.main([*SMALL, "--policy-steps", "0", "--out", str(folder)]) == 0
-    assert evaluation.main([str(folder), "--input", "-"]) == 1
-    assert "--input translates" in capsys.readouterr().err
+    capsys.readouterr()
+    text.write_text("ab bc cd de ef fa\t<2hops> a\n\nab bc cd de ef fa\t<1hops> c\n", encoding="utf-8")
+    seen, decode = [], evaluation.collate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "collate", lambda encoded, index: seen.append((encoded, index)) or decode(
+            encoded, index))
+        assert evaluation.main([str(folder), "--input", str(text)]) == 0
+    assert capsys.readouterr().out.count("\n") == 3
+    tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
+    [(encoded, _)] = seen
+    assert [tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in encoded.prompt] == [
+        "<2hops> a", "<1hops> c"]
+    text.write_text("ab bc cd de ef fa\t<2hops> a\nab bc cd de ef fa\n", encoding="utf-8")
+    assert evaluation.main([str(folder), "--input", str(text)]) == 1
+    assert "line 2 of --input has no prompt: source, a tab, the prompt" in capsys.readouterr().err
