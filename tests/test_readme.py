@@ -102,23 +102,32 @@ def test_commands_in_running_text_are_accepted():
     assert len(found) >= 4
     for text in found:
         words = shlex.split(text.replace(" S ", " 0 ").replace("TASK", "wmt"))[2:]
-        if "majority" not in words and "--help" not in words:  # the guide's own task
+        if not {"majority", "mine", "--help"} & set(words):  # the guide's own task
             train.parse(words)
 
 
 def test_adding_a_task_works_as_the_guide_says(tmp_path):
-    """Its lines, at the end of data.py, make a task that trains and can be scored."""
-    block = re.search(r"## Add a task.*?```python\n(.*?)```", PAGES["guide.md"], re.S)[1]
-    for name in SCRIPTS:
-        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text(encoding="utf-8"), encoding="utf-8")
-    source = (tmp_path / "data.py").read_text(encoding="utf-8")
+    """Its lines, at the end of data.py and eval.py, make two tasks, a metric and a reader that work."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["guide.md"].split("## Add a task")[1].split("\n## ")[0], re.S)
+    majority, metric, reader = blocks
+    assert len(majority.strip().splitlines()) <= 10
+    added = {"data": f"{majority}\n\n{reader}", "eval": metric}
     main = 'if __name__ == "__main__":'
-    assert source.count(main) == 1 and len(block.strip().splitlines()) <= 10
-    (tmp_path / "data.py").write_text(source.replace(main, f"{block}\n{main}"), encoding="utf-8")
-    flags = ["--task", "majority", "--threads", "1", "--sft-steps", "4", "--policy-steps", "2", "--eval-every", "2"]
-    for command in (["train.py", *flags], ["eval.py", "runs/majority"]):
+    for name in SCRIPTS:
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        if name in added:
+            assert source.count(main) == 1
+            source = source.replace(main, f"{added[name]}\n{main}")
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
+    for split, count in (("train", 40), ("valid", 8), ("test", 8)):
+        lines = "".join(f"{'ab' * (n % 5)} b {n}\t{'b' if n % 2 else 'a'}\n" for n in range(count))
+        (tmp_path / f"{split}.tsv").write_text(lines, encoding="utf-8")
+    tiny = ["--threads", "1", "--sft-steps", "4", "--policy-steps", "2", "--eval-every", "2"]
+    for command in (["train.py", "--task", "majority", *tiny], ["eval.py", "runs/majority"],
+                    ["train.py", "--task", "mine", "--data", ".", *tiny], ["eval.py", "runs/mine"]):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and re.search(r"^warmup +\d", done.stdout, re.M), done.stderr[-2000:]
+    assert re.search(r"^ +right +in warmup +NLL/token", done.stdout, re.M)
 
 
 def test_line_counts_are_those_of_the_files():
@@ -131,7 +140,7 @@ def test_line_counts_are_those_of_the_files():
 
 def test_every_function_that_is_named_exists():
     modules = {"model": model, "warmup": warmup, "train": train, "eval": evaluation, "data": data}
-    files = {"py", "jsonl", "json", "model"}
+    files = {"py", "jsonl", "json", "model", "tsv"}
     text = "\n".join(PAGES.values())
     named = {found for found in re.findall(r"`(model|warmup|train|eval|data)\.([A-Za-z_.]+)", text)
              if found[1] not in files and found[1] not in ("de", "en")}

@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import re
 import shutil
 import struct
+import warnings
 from pathlib import Path
 
 import pytest
@@ -228,3 +230,29 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and complaint in error and "\n" not in error
         assert not (tmp_path / "r").exists()
+
+
+def test_the_guide_writes_a_warmup_in_transformers_as_we_do(folder, tmp_path, monkeypatch, capsys):
+    """Its lines on an exported run, greedy: our c and our y, and no warning on loading."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers to test an export there")
+    import eval as evaluation
+
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--task", "wmt", *TINY_TUNED, "--max-source-tokens", "200", "--max-target-tokens", "128",
+                 "--warmup-len", "4", "--beams", "1", "--no-control", "--init", str(folder), "--out", "run"]
+    assert train.main(arguments) == 0 and evaluation.main(["run", "--export", "exported"]) == 0
+    Path("in").write_text("Anna schläft.\n", encoding="utf-8")
+    capsys.readouterr()
+    assert evaluation.main(["run", "--input", "in", "--show-warmup"]) == 0
+    warmup, text = capsys.readouterr().out.rstrip("\n").split("\t")
+    guide = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(import torch\n.*?)```", guide, re.S)
+    transformers.logging.set_verbosity_warning()
+    names = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        exec(block, names)
+    out, err = capsys.readouterr()
+    assert out.rstrip("\n").strip() == text
+    assert names["tokenizer"].decode(names["c"][0, 2:]).split() == warmup.split()
+    assert "tie_word_embeddings" not in err

@@ -1,0 +1,208 @@
+"""A task of one's own: what is wrong with it is said in one line, before anything else.
+
+Each of these was planted once to see a test fail:
+    settings not looked at; types not looked at       test_settings_that_mean_nothing
+    a metric, sample or reader without an entry       test_names_that_mean_nothing
+    empty, or no text, taken from a generator         test_what_a_generator_may_not_give
+    None for a missing warmup                         test_a_metric_may_look_at_warmups
+    the prompts' file not written                     test_the_warmups_of_a_split_are_written_…
+    no settings, no checksum in results.json          test_a_results_file_says_what_made_it
+"""
+
+import json
+import re
+import shutil
+from importlib.metadata import version
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+import warmup
+from conftest import TINY
+from data import Example, Task
+from model import EncoderDecoder, ModelConfig
+
+FLAGS = ["--task", "mine", "--size", "nano", "--sample-size", "40", "--threads", "1", "--beams", "1",
+         "--sft-steps", "2", "--policy-steps", "2", "--eval-every", "1", "--samples", "2"]
+
+
+def good(r, config):
+    word = r.choice("abcdefgh") + r.choice("abcdefgh") + r.choice("abcdefgh")
+    return Example(word, "", word[::-1])
+
+
+@pytest.fixture
+def mine(monkeypatch, tmp_path):
+    """mine(generator, **columns): a task of that name, as its owner would write it."""
+    monkeypatch.chdir(tmp_path)
+
+    def register(generator=good, settings=None, metrics="options", sample="mine", reader=""):
+        monkeypatch.setitem(data.SAMPLES, "mine", generator)
+        monkeypatch.setitem(data.TASKS, "mine", Task(metrics, sample, reader, settings=settings or {}))
+
+    return register
+
+
+def refused(capsys) -> str:
+    capsys.readouterr()
+    assert train.main([*FLAGS, "--out", "run"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: task mine: "), (out, err)
+    return err
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(warmup_length=2), "'warmup_length', which is no setting: did you mean warmup_len?"),
+    (dict(policy_step=60), "'policy_step', which is no setting: did you mean policy_steps?"),
+    (dict(xyzzy=1), "'xyzzy', which is no setting\n"),
+    (dict(samples="8"), "samples = '8', which must be of type int"),
+    (dict(samples=8.0), "samples = 8.0, which must be of type int"),
+    (dict(control=1), "control = 1, which must be of type bool")])
+def test_settings_that_mean_nothing(settings, says, mine, capsys):
+    mine(settings=settings)
+    assert says in refused(capsys)
+
+
+def test_settings_that_mean_something_are_used(mine):
+    mine(settings=dict(warmup_len=2, lr=1, control=False))  # a whole number may stand for a float
+    config, _ = train.parse(["--task", "mine"])
+    assert (config.warmup_len, config.lr, config.control) == (2, 1, False)
+
+
+@pytest.mark.parametrize("columns, says", [
+    (dict(metrics="accuracy"), "its metrics 'accuracy' is no key of eval.METRICS, which has"),
+    (dict(metrics=""), "its metrics '' is no key of eval.METRICS"),
+    (dict(sample="mein"), "its sample 'mein' is no key of data.SAMPLES, which has pointers, "),
+    (dict(reader="tsv"), "its reader 'tsv' is no key of data.READERS, which has parallel, ")])
+def test_names_that_mean_nothing(columns, says, mine, capsys):
+    mine(**columns)
+    assert says in refused(capsys)
+
+
+@pytest.mark.parametrize("given, says", [
+    (("a", "", "b"), "its sample gave ('a', '', 'b'), not an Example"),
+    (None, "its sample gave None, not an Example"),
+    (Example("a", "", ["b"]), "its sample gave the target ['b'], not a string"),
+    (Example("a", None, "b"), "its sample gave the prompt None, not a string"),
+    (Example("a", "", " "), "its sample gave an example with an empty target"),
+    (Example("", "", "b"), "its sample gave an example with an empty source")])
+@pytest.mark.parametrize("often", [True, False])
+def test_what_a_generator_may_not_give(given, says, often, mine, capsys):
+    """Always, or once in ten."""
+    mine(lambda r, config: given if often or r.random() < 0.1 else good(r, config))
+    assert says in refused(capsys)
+
+
+def test_a_generator_that_repeats_itself(mine, capsys):
+    mine(lambda r, config: Example(r.choice("ab"), "", "b"))
+    assert train.main([*FLAGS, "--out", "run"]) == 1
+    said = capsys.readouterr().err
+    assert "lower --sample-size (now 40)\n" in said and "--symbols" not in said
+
+
+def test_a_metric_may_look_at_warmups(mine, monkeypatch, capsys):
+    """Of one's own: it splits them. Before the policy stage, and in the ceiling, they are empty."""
+    given = []
+
+    def metric(config, examples, hypotheses, warmups):
+        given.append(warmups)
+        words = [warmup.split() for warmup in warmups]
+        return {"mean words in a warmup": sum(map(len, words)) / len(words), "x": 1.0}
+
+    monkeypatch.setitem(evaluation.METRICS, "words", metric)
+    mine(metrics="words")
+    assert train.main([*FLAGS, "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    assert all(type(text) is str for warmups in given for text in warmups)
+    assert any(map(any, given)) and not all(map(any, given))
+    lines = out.splitlines()
+    header = next(line for line in lines if "mean words in a warmup" in line)
+    row = next(line for line in lines if line.startswith("sft  "))
+    ends = [re.search(pattern, line).end() for pattern, line in ((r" x(?= )", header), ("1.00", row))]
+    assert ends[0] == ends[1]  # a column stands under its name
+
+
+def test_the_warmups_of_a_split_are_written_beside_its_outputs(finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    assert evaluation.main([str(run), "--split", "valid"]) == 0
+    assert f"wrote {run / 'valid.policy.warmups.txt'}" in capsys.readouterr().out
+    texts, warmups = ((run / name).read_text(encoding="utf-8").split("\n")
+                      for name in ("valid.policy.txt", "valid.policy.warmups.txt"))
+    assert len(texts) == len(warmups) == 76 and all(warmups[:-1]) and not warmups[-1]
+    assert not (run / "valid.sft.warmups.txt").exists()
+    assert train.main(["--task", "wmt", *TINY, "--policy-steps", "0", "--overwrite", "--out", str(run)]) == 0
+    assert not (run / "valid.policy.warmups.txt").exists()
+
+
+def test_a_results_file_says_what_made_it(finished_run):
+    results = json.loads((finished_run / "results.json").read_text(encoding="utf-8"))
+    assert results["config"] == json.loads((finished_run / "config.json").read_text(encoding="utf-8"))
+    assert results["config"]["seed"] == 0 and results["config"]["samples"] == 2
+    assert results["versions"]["torch"] == version("torch")
+    assert results["versions"]["numpy"] == version("numpy")
+    saved = evaluation.load_checkpoint(finished_run / "last.pt", "state")
+    assert results["data_checksum"] == saved["data"]
+
+
+def test_a_task_that_is_registered_no_longer(finished_run, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    (run / "config.json").write_text(json.dumps(settings | {"task": "mine"}), encoding="utf-8")
+    for program, *argv in ((evaluation, str(run)), (train, "--resume", str(run))):
+        assert program.main(argv) == 1
+        said = capsys.readouterr().err
+        assert f"{run / 'config.json'} names the task 'mine', which data.TASKS lacks" in said
+
+
+def test_a_folder_that_is_no_run_names_those_that_are(finished_run, tmp_path, capsys):
+    for name in ("toy", "wmt"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text("{}", encoding="utf-8")
+    for folder in (tmp_path / "runs" / "nope", tmp_path / "runs"):
+        assert evaluation.main([str(folder)]) == 1
+        said = capsys.readouterr().err
+        here = f"{tmp_path / 'runs' / 'toy'}, {tmp_path / 'runs' / 'wmt'}"
+        assert f"no run in {folder}: runs here are {here}. If" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("program, argv, hint", [
+    (train, ["--sampels", "8"], "did you mean --samples?"),
+    (train, ["--max-tokens", "8"], "did you mean --max-"),
+    (train, ["--samples", "x"], "--help lists all flags"),
+    (evaluation, ["runs/wmt", "--imput", "f"], "did you mean --input?"),
+    (data, ["wmt", "--pairs", "de-en"], "did you mean --pair?")])
+def test_a_flag_that_does_not_exist_has_a_neighbour(program, argv, hint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.main(argv)
+    error, second, end = capsys.readouterr().err.split("\n")
+    assert stop.value.code == 2 and error.startswith("error: ") and end == ""
+    assert second.startswith(hint)
+
+
+@pytest.mark.parametrize("estimator, name", [("pause", "pause"), ("frozen", "warmup, frozen"),
+                                             ("marginal", "warmup")])
+def test_an_export_is_called_by_its_row(estimator, name, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "save_pretrained", lambda model, out: out.mkdir())
+    tokenizer = evaluation.load_tokenizer(finished_run / "tokenizer.json")
+    config = train.Config(estimator=estimator)
+    evaluation.export(finished_run, "policy", config, tmp_path / "out", tokenizer)
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}: {name}\n"
+
+
+def test_a_warmup_may_hold_all_but_its_separator():
+    """Nothing else is forbidden, and <sep> may end it early: then no id has probability 0."""
+    torch.manual_seed(0)
+    model = EncoderDecoder(ModelConfig(vocab_size=6, width=16, heads=2, head_size=8, ff=16,
+                                       encoder_layers=1, decoder_layers=1)).double().eval()
+    spec = warmup.WarmupSpec(3, (3,), 2, 1)
+    source, prompt = torch.tensor([[4, 5]]), torch.tensor([[4]])
+    memory = model.encode(source)
+    c, log_pi = warmup.sample_warmups(model, memory, prompt, spec, 8)
+    again, _ = warmup.score(model, memory, prompt, c, torch.tensor([[5, 1]]), spec)
+    torch.testing.assert_close(again, log_pi, rtol=1e-9, atol=1e-9)
+    every = warmup.all_warmups(spec, 6)[None]
+    total, _ = warmup.score(model, memory, prompt, every, torch.tensor([[5, 1]]), spec)
+    torch.testing.assert_close(total.exp().sum(), torch.ones((), dtype=torch.float64))
