@@ -408,15 +408,15 @@ def plot(folder: Path, config, out: Path) -> None:
     figure = Figure(figsize=(10, 3 * rows), layout="constrained")
     figure.suptitle(folder.resolve().name)
     figure.supxlabel("TFLOP, those of SFT included")
-    axes = figure.subplots(rows, 2, sharex=True).flat
+    axes = list(figure.subplots(rows, 2, sharex=True).flat)
     for axis, (title, key) in zip(axes, panels.items()):
         axis.set_title(title, fontsize="medium")
         for stage, color in zip(STAGES, ("black", "gray", "C0")):
             if curve := curves[*key, stage]:
                 draw_curve(axis, *zip(*curve), key[0], color, row_name(stage, config))
-                axis.legend(frameon=False)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
+    axes[0].legend(frameon=False)  # each stage has one colour in all panels
     axes[0].set_yscale("log")
     low, high = axes[0].get_ylim()
     axes[0].yaxis.set_major_formatter("{x:g}")
