@@ -97,7 +97,9 @@ def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None
 
 def to_text(tokenizer, rows: list[list[int]]) -> list[str]:
     """A line of text for each row of ids, without special tokens."""
-    texts = tokenizer.decode_batch(rows, skip_special_tokens=True)
+    texts, eos = tokenizer.decode_batch(rows, skip_special_tokens=True), tokenizer.token_to_id(EOS)
+    # a row that was cut may end with some bytes of a character: decoded, that is U+FFFD
+    texts = [text if eos in row else text.rstrip("\ufffd") for row, text in zip(rows, texts)]
     # a byte-level vocabulary can spell line ends, but an output is one line of a file
     return [text.replace("\n", " ").replace("\r", " ").strip() for text in texts]
 
@@ -288,8 +290,9 @@ def what_is_lost(tokenizer, examples: list[Example], config) -> list[str]:
             f"a perfect model would score {best}. {shares}. Most often lost: {characters}{advice}"]
 
 # Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han
-NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
-             "\u4e00-\u9fff\uaa60-\uaa7f\uf900-\ufaff\U00020000-\U0003ffff")
+NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u31ff\u3400-\u4dbf"
+             "\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
+             "\U00020000-\U0003ffff")
 
 class AnyScript:
     """A tokenizer for rouge-score: words of letters, marks and digits, in lower case.

@@ -10,7 +10,7 @@ T5's oddities, each marked where it happens: RMSNorm without mean or bias, no bi
 layers, positions only as a learned bias on attention scores, the pad id as decoder start.
 """
 
-import argparse, difflib, json, math, os, re, shlex, subprocess, sys
+import argparse, difflib, json, math, os, re, shlex, sys
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, wraps
@@ -599,9 +599,9 @@ def one_line(text: str) -> str:
 
 def shell_word(path: str | Path) -> str:
     """A path as one word of a command line, for the commands that the program prints."""
-    if sys.platform == "win32":
-        return subprocess.list2cmdline([str(path)])
-    return shlex.quote(str(path))
+    if sys.platform != "win32":
+        return shlex.quote(str(path))
+    return f'"{path}"' if re.search(r"[^\w.:/\\-]", str(path)) else str(path)
 
 class UserError(Exception):
     """Something that the user can mend. Printed as one line, exit code 1, no traceback."""

@@ -520,8 +520,9 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
     if not data["train"].source:
         raise UserError("all training pairs are too long: raise --max-source-tokens or "
                         "--max-target-tokens")
-    for lost in what_is_lost(tokenizer, splits.get("test", splits["valid"]), config):
-        print(f"data: {lost}")
+    if rank() == 0:
+        for lost in what_is_lost(tokenizer, splits.get("test", splits["valid"]), config):
+            print(f"data: {lost}")
     if not resume and rank() == 0:
         new_folder(config.folder, config.overwrite)
         tokenizer.save(str(config.folder / "tokenizer.json"))

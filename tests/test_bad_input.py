@@ -808,7 +808,8 @@ def test_ctrl_c_saves_and_resume_finishes(capsys, tmp_path):
 
 def test_windows_shells_know_no_single_quotes(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
-    assert [model.shell_word(name) for name in ("my run", "run")] == ['"my run"', "run"]
+    words = [model.shell_word(name) for name in ("my run", "R&D", r"runs\a-1.b")]
+    assert words == ['"my run"', '"R&D"', r"runs\a-1.b"]
 
 
 def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, capsys):

@@ -1,9 +1,12 @@
 """python data.py TASK, with prepared files in the place of the network."""
 
+import errno
 import gzip
 import io
 import json
+import os
 import tarfile
+import tempfile
 from http.client import IncompleteRead
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 import data
+from model import shell_word
 
 PAGE = b"<html><body>Service temporarily unavailable</body></html>"
 
@@ -140,6 +144,11 @@ def test_each_task_can_be_read_after_its_download(net, capsys, task, sizes, firs
     assert load(task, folder="my/data")[0] == splits
 
 
+def test_the_next_command_takes_a_folder_with_a_space(net, capsys):
+    assert data.main(["logiqa", "--out", "my data"]) == 0
+    assert capsys.readouterr().out.endswith(f"--data {shell_word('my data')}\n")
+
+
 def test_an_article_of_no_split_may_lack_sections(net):
     """The archive holds more articles than the splits."""
     net.files[XSUM] = tar_gz(ARTICLES | {"x/8.summary": article(8), "x/9.summary": "no sections"})
@@ -194,6 +203,22 @@ def test_other_content_never_becomes_data(net, capsys, task, name, content):
     failed(capsys, task)
 
 
+def test_a_file_that_windows_still_holds_hides_no_error(net, capsys, monkeypatch, tmp_path):
+    """There an archive that failed may be open when its folder is to go."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    def held(path, **how):
+        raise PermissionError(errno.EACCES, "used by another process", str(path))
+
+    net.files[FLORES] = PAGE
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", held)
+        assert data.main(["wmt"]) == 1
+    said = capsys.readouterr().err
+    assert "a file of wmt is not what we expected" in said and "another process" not in said
+
+
 def test_missing_articles_are_counted(net, capsys):
     net.files[XSUM] = tar_gz(dict(list(ARTICLES.items())[:5]))
     assert "lacks 2 articles" in failed(capsys, "xsum")  # 5 and 8
@@ -225,4 +250,4 @@ def test_a_pair_that_is_not_offered_is_refused_before_any_download(net, capsys, 
 def test_bad_usage_is_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as usage:
         data.main(argv)
-    assert usage.value.code == 2 and "usage: " in capsys.readouterr().err
+    assert usage.value.code == 2 and "--help lists" in capsys.readouterr().err

@@ -114,6 +114,11 @@ def test_tables_of_positions_are_made_once(monkeypatch):
 
 
 
+def test_a_table_of_positions_follows_its_model_to_another_device():
+    bias = PositionBias(ModelConfig(heads=1), True)
+    assert bias.table(3).device.type == "cpu" and bias.to("meta").table(3).device.type == "meta"
+
+
 def test_padding_changes_nothing():
     """A row alone equals the row in a padded batch, in the encoder and in the decoder."""
     model, tokens = tiny_model(), torch.tensor([[0, 3, 4, 5, 6], [0, 7, 8, 0, 0]])

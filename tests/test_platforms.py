@@ -151,12 +151,14 @@ def test_standard_input_is_read_without_a_device_file(finished_run, monkeypatch,
         assert capsys.readouterr().out.count("\n") == 2
 
 
-def test_output_to_a_file_is_utf_8(finished_run, tmp_path):
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_to_a_file_is_utf_8(stream):
     """On Windows Python would write cp1252 there, and ? for all else."""
-    code = "import sys, model; model.program(lambda argv: print('▁дом 家 é'))([])"
+    code = ("import sys, model; "
+            f"model.program(lambda argv: print('▁дом 家 é', file=sys.{stream}))([])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
                           env=os.environ | {"PYTHONIOENCODING": "cp1252"})
-    assert done.stdout.decode("utf-8").strip() == "▁дом 家 é"
+    assert getattr(done, stream).decode("utf-8").strip() == "▁дом 家 é"
 
 
 @pytest.mark.parametrize("cuda, mps, chosen", [

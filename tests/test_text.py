@@ -21,6 +21,7 @@ Each of these was planted once to see a test fail:
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ import eval as evaluation
 import train
 from conftest import TINY
 from data import EOS, PAD, SEP, UNK, Encoded, Example, collate, encode, train_tokenizer
-from model import EncoderDecoder, ModelConfig, beam_search, sample
+from model import Cache, EncoderDecoder, ModelConfig, beam_search, sample
 from warmup import Batch, WarmupSpec, generate
 
 SENTENCES = {  # code -> one sentence, in twelve languages and as many ways to write
@@ -206,6 +207,54 @@ def test_places_are_made_as_they_are_needed(monkeypatch):
     assert max(lengths) == 64
 
 
+def test_half_a_character_at_the_limit_is_no_text():
+    """A character of three bytes is up to three tokens. What ends by </s> is shown as it is."""
+    tokenizer = train_tokenizer([Example("a", "", "b")] * 3, 300)
+    ids = tokenizer.encode("a家", add_special_tokens=False).ids
+    cut, whole = ids[:-1], [*ids[:-1], 1]
+    assert evaluation.to_text(tokenizer, [ids, cut, whole]) == ["a家", "a", "a\ufffd"]
+
+
+@pytest.mark.parametrize("limit, places", [(3, [4]), (300, [64, 130, 262, 301])])
+def test_places_double_up_to_the_limit(limit, places, monkeypatch):
+    """One more at a time would copy all that was read at every token."""
+    model, seen, reserve = wordy_model(), set(), Cache.reserve
+
+    def watched(cache, end):
+        biases = reserve(cache, end)
+        seen.add(cache.places)
+        return biases
+
+    monkeypatch.setattr(Cache, "reserve", watched)
+    with torch.no_grad():
+        memory = model.encode(torch.tensor([[7, 8]]))
+        sample(model, memory, torch.tensor([[0]]), limit, forbidden=torch.tensor([0, 1]))
+    assert sorted(seen) == places
+
+
+def test_a_warmup_is_one_line(finished_run, tmp_path, monkeypatch, capsys):
+    """It may hold any byte of the vocabulary, and eval.py prints one line for each that it read."""
+    tokenizer = evaluation.load_tokenizer(finished_run / "tokenizer.json")
+    ids = tokenizer.encode("a\nb\r\nc", add_special_tokens=False).ids
+    written = torch.tensor([ids]), torch.tensor([[*ids, 1]])
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **how: written)
+    (tmp_path / "in").write_text("Hund\n", encoding="utf-8")
+    flags = ["--input", str(tmp_path / "in"), "--show-warmup"]
+    assert evaluation.main([str(finished_run), *flags]) == 0
+    assert capsys.readouterr().out == "a b c\ta b  c\n"
+
+
+def test_translating_keeps_the_limit_of_a_batch(finished_run, tmp_path, monkeypatch):
+    """y counts, too: 20 lines of a few tokens, two at a time, for 100 tokens may follow each."""
+    rows, real = [], evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda model, batch, *more, **how: (
+        rows.append(len(batch.source)), real(model, batch, *more, **how))[1])
+    (tmp_path / "in").write_text("Hund\n" * 20, encoding="utf-8")
+    flags = ["--max-target-tokens", "100", "--batch-tokens", "250"]
+    assert evaluation.main([str(finished_run), "--input", str(tmp_path / "in"), *flags]) == 0
+    assert rows == [2] * 10
+
+
 def test_an_output_is_one_line():
     """A byte-level vocabulary can spell line ends; a file of hypotheses has one line for each."""
     tokenizer = train_tokenizer([Example("a", "", "b")] * 3, 300)
@@ -260,6 +309,8 @@ def test_the_limit_is_part_of_the_ceiling():
     scores = evaluation.ceiling(poor_tokenizer(), examples, config)
     wanted = metrics["BLEU"].corpus_score(["a dog", "a cat"], [["a dog", "a cat runs"]]).score
     assert scores["BLEU"] == pytest.approx(wanted, abs=1e-4) and wanted < 90
+    whole = evaluation.ceiling(poor_tokenizer(), examples[:1], replace(config, max_target_tokens=5))
+    assert whole["chrF++"] == 100.0  # "a dog" has 5 tokens
     assert evaluation.what_is_lost(poor_tokenizer(), examples, config) == []
 
 
@@ -272,6 +323,25 @@ def test_spaces_of_another_kind_are_no_loss():
     mixed = [*examples, Example("x", "<2en>", "the cat")]
     [said] = evaluation.what_is_lost(tokenizer, mixed, train.Config())
     assert "33.3 % of the targets" in said and said.endswith("Most often lost: e")
+
+
+def test_a_lost_character_that_cannot_be_seen_is_named_by_its_number():
+    examples = [Example("x", "<2en>", "a\u200dcat"), Example("x", "<2en>", "a dog")]
+    [said] = evaluation.what_is_lost(poor_tokenizer(), examples, train.Config())
+    assert said.endswith("Most often lost: U+200D")
+
+
+@pytest.mark.parametrize("splits", [("train", "valid"), ("train", "valid", "test")])
+def test_what_is_lost_is_looked_for_in_the_split_of_the_table(splits, tmp_path, monkeypatch):
+    for split in splits:
+        for language in ("de", "en"):
+            (tmp_path / f"{split}.{language}").write_text(f"{split}\n" * 3, encoding="utf-8")
+    seen = []
+    monkeypatch.setattr(train, "what_is_lost", lambda tokenizer, examples, config: (
+        seen.extend(examples), [])[1])
+    config, _ = train.parse([*TINY, "--data", str(tmp_path), "--out", str(tmp_path / "run")])
+    train.prepare(config, False)
+    assert [example.target for example in seen] == [splits[-1]] * 3
 
 
 def test_a_source_that_cannot_be_read_is_announced():
@@ -401,3 +471,8 @@ def test_words_of_any_script_by_hand():
     assert words("他说 OK，对吗？") == ["他", "说", "ok", "对", "吗"]
     assert words("ไทย 12") == ["ไ", "ท", "ย", "12"]
     assert words("한국어 텍스트") == ["한국어", "텍스트"]
+    # hiragana, katakana, its extension; Han: extension A, compatibility, beyond 16 bits
+    # Lao, Tibetan, Burmese, Khmer, extended Burmese
+    for text in ("\u3042\u30ab\u31f0", "\u3400\u4e00\uf900\U00020bb7\U00030000",
+                 "\u0e81\u0f40\u1000\u1780\uaa60\ua9e0", "\u3007\u3007\u3105\uff76\uff85"):
+        assert words(text) == list(text)
