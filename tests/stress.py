@@ -74,7 +74,8 @@ def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> d
             **json.loads(report.read_text(encoding="utf-8") or f'{{"outcome": "{died}"}}')}
     if "outcome" not in told:
         code, ours = told["code"], len(lines) == 1 and lines[0].startswith("error: ")
-        fine = {0: not lines, 1: ours, 2: len(lines) == 2 and lines[0].startswith("error: ")}.get(code)
+        notes = all(line.startswith(("note: ", "data: ")) for line in lines)  # beside --input's
+        fine = {0: notes, 1: ours, 2: len(lines) == 2 and lines[0].startswith("error: ")}.get(code)
         told["outcome"] = GOOD[code] if fine else f"code {code}, {len(lines)} lines"
     return told
 
