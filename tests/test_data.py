@@ -433,7 +433,7 @@ def test_a_missing_file_is_named(tmp_path, gone):
     with pytest.raises(UserError, match=f"no {split} split in .*expected {gone}"):
         read(tmp_path)
     assert find_file(tmp_path, "test", "fr") is None
-    with pytest.raises(UserError, match="no train split"):
+    with pytest.raises(UserError, match="no folder"):
         read(tmp_path / "no folder")
 
 
