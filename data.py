@@ -165,7 +165,8 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
     elif task.sample:
         splits = generate_splits(SAMPLES[task.sample], config)
     else:
-        raise UserError(f"no sample of {config.task}: python data.py fills {folder}, or --data DIR")
+        how = f"python data.py fills {folder}, or " if config.task in CORPORA else ""
+        raise UserError(f"task {config.task} has no sample: {how}--data DIR")
     print(f"data: {origin}, {config.pair}" if task.translates else f"data: {origin}")
     if "test" not in splits:
         print("data: no test split, so the validation split, which picks the checkpoint, is scored")
@@ -279,19 +280,21 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
         examples = []
         for number, lines in enumerate(zip(*columns), 1):
             try:
-                examples.append(row(*lines))
+                examples.append(Example(*row(*lines)))
                 "".join(examples[-1]).encode()  # ValueError for half a surrogate pair
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                raise UserError(f"line {number} of {names} is empty, or lacks a field "
-                                "(docs/guide.md)") from None
-        empty = [i for i, (source, _, target) in enumerate(examples) if not source or not target]
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                said = f"is empty, or lacks a field ({type(error).__name__}: {error}): docs/guide.md"
+                raise UserError(f"line {number} of {names} {said}") from None
+        empty = [i for i, (source, _, target) in enumerate(examples)
+                 if not source.strip() or not target.strip()]
         if len(empty) == len(examples):
             raise UserError(f"{names} hold no line with both sides")
         if empty and split != "train":
             raise UserError(f"line {empty[0] + 1} of {names} has an empty side: remove it")
         if empty:
             print(f"data: left out {len(empty)} examples with an empty side")
-        splits[split] = [example for example in examples if example.source and example.target]
+        empty = set(empty)
+        splits[split] = [example for i, example in enumerate(examples) if i not in empty]
     return splits
 
 def translation(pair: str, source: str, target: str) -> Example:

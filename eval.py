@@ -173,8 +173,12 @@ def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], c
 
 def compute_metrics(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """By the task's function in METRICS. warmups: texts, "" where there is none."""
-    scores = METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups)
-    return {name: round(score, 4) for name, score in scores.items()}
+    try:
+        scores = METRICS[TASKS[config.task].metrics](config, examples, hypotheses, warmups)
+        return {name: round(float(score), 4) for name, score in scores.items()}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = f"its metric failed, {type(error).__name__}: {error}"
+        raise UserError(f"task {config.task}: {said}") from error
 
 def ceiling(tokenizer, examples: list[Example], config) -> dict[str, float]:
     """What a perfect model would score: the references as token ids, up to the limit, and back."""
@@ -419,7 +423,10 @@ def plot(folder: Path, config, out: Path) -> None:
                 draw_curve(axis, *zip(*curve), key[0], color, row_name(stage, config))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    axes[0].legend(frameon=False)  # each stage has one colour in all panels
+    if len(panels) % 2:  # below this one there is none that has tick labels
+        axes[len(panels) - 2].tick_params(labelbottom=True)
+    if axes[0].lines:
+        axes[0].legend(frameon=False)  # each stage has one colour in all panels
     axes[0].set_yscale("log")
     low, high = axes[0].get_ylim()
     axes[0].yaxis.set_major_formatter("{x:g}")
@@ -506,6 +513,9 @@ def read_settings(folder: Path, kind=Settings):
                         "program. Train it again, with --overwrite")
     if saved["task"] not in TASKS:
         raise UserError(f"{path} names the task {saved['task']!r}, which data.TASKS lacks")
+    if TASKS[saved["task"]].metrics not in METRICS:
+        raise UserError(f"eval.METRICS lacks {TASKS[saved['task']].metrics!r}, the metrics of task "
+                        f"{saved['task']}")
     settings = kind(**{f.name: saved[f.name] for f in fields(kind)})
     if wrong := settings.problem():
         raise UserError(f"{path} is not what train.py wrote: {wrong}")
@@ -552,18 +562,20 @@ def read_input(file: str, config, tokenizer: Tokenizer) -> list[Example]:
 
     A line is a source. Where a task has prompts, as the toy, a tab and the prompt follow."""
     lines = read_lines(None if file == "-" else Path(file))
-    if TASKS[config.task].translates:
-        examples = [translation(config.pair, line, "") for line in lines]
-    else:
-        sides = (line.partition("\t") for line in lines)
-        examples = [Example(source.strip(), prompt.strip(), "") for source, _, prompt in sides]
-    known = tokenizer.get_added_tokens_decoder().values()
-    asks = any(re.fullmatch(r"<(?!pad|unk|sep|extra_id_|unused_|/).*>", t.content) for t in known)
-    prefix = source_prefix(config)
-    for number, (source, prompt, _) in enumerate(examples, 1):
-        if source and asks and not prompt:
-            raise UserError(f"line {number} of --input has no prompt: source, a tab, the prompt")
-        examples[number - 1] = Example(source and prefix + source, prompt, "")
+    known = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    tags = [tag for tag in known if re.fullmatch(r"<(?!pad|unk|sep|extra_id_|unused_|/).*>", tag)]
+    prefix, examples = source_prefix(config), []
+    for number, line in enumerate(lines, 1):
+        example = Example(line, "", "")
+        if TASKS[config.task].translates:
+            example = translation(config.pair, line, "")
+        elif line and tags:
+            source, _, prompt = line.partition("\t")
+            example = Example(source.strip(), prompt.strip(), "")
+            if not prompt.split() or prompt.split()[0] not in tags:
+                raise UserError(f"line {number} of --input has no prompt: a line is the source, a "
+                                f"tab, and a prompt that begins with {' or '.join(tags)}")
+        examples.append(example._replace(source=line and prefix + example.source))
     return examples
 
 def answer(folder: Path, stage: str, config, tokenizer, args, device) -> None:
@@ -655,6 +667,8 @@ def main(argv: list[str]) -> None:
         export(args.run, stages[-1], config, args.export, tokenizer)
     elif args.input is not None and args.show:
         examples = [e for e in read_input(args.input, config, tokenizer) if e.source]
+        if not examples:
+            raise UserError("--input holds no line to show")
         show(args.run, stages, config, tokenizer, examples[: args.show], device)
     elif args.input is not None:
         answer(args.run, stages[-1], config, tokenizer, args, device)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from data import (READERS, SAMPLES, TASKS, Batches, Encoded, Example, encode_split, load,
+from data import (READERS, SAMPLES, TASKS, Batches, Encoded, Example, Task, encode_split, load,
                   load_tokenizer, pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
 from eval import (BASELINES, FORMAT, METRICS, STAGES, Settings, averages, ceiling,
                   decode_and_score, flag, flag_name, load_checkpoint, load_model, print_table,
@@ -424,11 +424,12 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         first.add_argument(name, nargs="?")
     known, _ = first.parse_known_args(argv)
     resume = known.resume is not None
-    settings = dict(TASKS[known.task].settings) if known.task in TASKS else {}
-    if known.init:  # T5's weights are large and need no big steps
-        settings |= {"lr": 3e-4, "policy_lr": 1e-4}
+    settings = {}
     if known.task in TASKS:
         check_task(known.task)
+        settings = dict(TASKS[known.task].settings)
+    if known.init:  # T5's weights are large and need no big steps
+        settings |= {"lr": 3e-4, "policy_lr": 1e-4}
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder, by its own "
@@ -456,6 +457,8 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
 def check_task(name: str) -> None:
     """UserError for a row of data.TASKS that names what does not exist. Called before all else."""
     task, known = TASKS[name], {f.name: f.type for f in fields(Config)}
+    if not isinstance(task, Task) or not isinstance(task.settings, dict):
+        raise UserError(f"task {name}: data.TASKS needs a Task there, and its settings a dict")
     for key, value in task.settings.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -521,7 +524,9 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
         raise UserError("all training pairs are too long: raise --max-source-tokens or "
                         "--max-target-tokens")
     if rank() == 0:
-        for lost in what_is_lost(tokenizer, splits.get("test", splits["valid"]), config):
+        scored = splits.get("test", splits["valid"])
+        ceiling(tokenizer, scored[:8], config)  # a metric that fails should fail now
+        for lost in what_is_lost(tokenizer, scored, config):
             print(f"data: {lost}")
     if not resume and rank() == 0:
         new_folder(config.folder, config.overwrite)
@@ -546,11 +551,13 @@ def report(run: Run, splits: dict[str, list[Example]]) -> None:
     best = ceiling(run.tokenizer, splits[split], config)
     texts = ("hypotheses", "warmups")  # eval.py writes them
     packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
+    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
     write_json(config.folder / "results.json", {
         "task": config.task, "pair": config.pair, "data": config.data, "split": split,
         "rows": [{k: v for k, v in vars(row).items() if k not in texts} for row in rows],
         "ceiling": best, "signature": signatures(config, splits[split]), "config": asdict(config),
-        "data_checksum": run.checksum, "versions": {name: version(name) for name in packages}})
+        "data_checksum": run.checksum, "device": str(run.device), "processes": processes(),
+        "versions": versions})
     print_table(rows, best, config, splits[split], split)
     show(config.folder, stages, config, run.tokenizer, splits[split][:3], run.device)
     again = f"python eval.py {shell_word(config.folder)}"

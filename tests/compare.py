@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from eval import BASELINES  # noqa: E402
+from model import UserError  # noqa: E402
+from train import parse  # noqa: E402
 from warmup import ESTIMATORS  # noqa: E402
 
 
@@ -41,12 +43,17 @@ def train(job: tuple[str, int], args, flags: list[str]) -> str:
     done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, command)],
                           capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise SystemExit(f"{folder}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+        raise SystemExit(f"{folder}: {first_error(done.stderr)}")
     if args.metric not in results(folder)[0]["metrics"]:
         names = ", ".join(results(folder)[0]["metrics"])
         raise SystemExit(f"--metric {args.metric}: the rows have {names}")
     metrics = results(folder)[-1]["metrics"]
     return f"{folder}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+
+
+def first_error(text: str) -> str:
+    lines = text.strip().splitlines() or ["killed"]
+    return next((line for line in lines if line.startswith("error: ")), lines[-1])
 
 
 def results(folder: Path) -> list[dict]:
@@ -136,6 +143,13 @@ def main() -> None:
     add("--out", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     add("--picture", type=Path, default=picture, help=f"default: {picture}")
     args, flags = parser.parse_known_args()
+    flags = [word for flag in flags for word in flag.split("=", 1)]
+    if own := {"--estimator", "--seed", "--threads", "--out", "--control", "--no-control"} & {*flags}:
+        parser.error(f"{', '.join(sorted(own))} is set for each run: see --estimators and --seeds")
+    try:  # a flag that train.py lacks should fail before a folder is made
+        parse(["--task", args.task, *flags])
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
     if "all" in args.estimators:
         every = [*ESTIMATORS, "pause", "sft"]
         args.estimators = every + [e for e in args.estimators if e not in ("all", *every)]
@@ -149,9 +163,9 @@ def main() -> None:
     settings = json.dumps({"task": args.task, "flags": flags, "control": args.estimators[0]})
     args.out.mkdir(parents=True, exist_ok=True)
     note = args.out / "settings.json"
-    if note.exists() and note.read_text(encoding="utf-8") != settings:
-        raise SystemExit(f"{args.out} holds runs of other settings, {note.read_text(encoding="utf-8")}: choose "
-                         "another --out")
+    before = note.read_text(encoding="utf-8") if note.exists() else settings
+    if before != settings:
+        raise SystemExit(f"{args.out} holds runs of other settings, {before}: choose another --out")
     note.write_text(settings, encoding="utf-8")
     jobs = [(estimator, seed) for estimator in args.estimators for seed in range(args.seeds)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -14,6 +14,7 @@ import re
 import shutil
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,6 +124,53 @@ def test_a_metric_may_look_at_warmups(mine, monkeypatch, capsys):
     row = next(line for line in lines if line.startswith("sft  "))
     ends = [re.search(pattern, line).end() for pattern, line in ((r" x(?= )", header), ("1.00", row))]
     assert ends[0] == ends[1]  # a column stands under its name
+
+
+@pytest.mark.parametrize("metric, says", [
+    (lambda *_: None, "AttributeError"), (lambda config, examples: {}, "TypeError"),
+    (lambda *_: {"x": "many"}, "ValueError"), (lambda *_: {"x": [1][3]}, "IndexError")])
+def test_a_metric_that_fails_does_so_before_training(metric, says, mine, monkeypatch, capsys):
+    monkeypatch.setitem(evaluation.METRICS, "broken", metric)
+    monkeypatch.setattr(train.Run, "train", lambda run: pytest.fail("trained"))
+    mine(metrics="broken")
+    assert train.main([*FLAGS, "--out", "run"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: task mine: its metric failed, ") and says in err
+    assert err.count("\n") == 1
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(mine, monkeypatch):
+    monkeypatch.setitem(evaluation.METRICS, "odd", lambda *_: {"x": np.float32(0.5), "y": torch.ones(())})
+    config = train.Config(task="wmt")
+    monkeypatch.setitem(data.TASKS, "wmt", Task("odd", sample="translation"))
+    assert evaluation.compute_metrics(config, [], [], []) == {"x": 0.5, "y": 1.0}
+
+
+def test_a_metric_that_is_gone(finished_run, monkeypatch, capsys):
+    monkeypatch.delitem(evaluation.METRICS, "translation")
+    for program, *argv in ((evaluation, str(finished_run)), (train, "--resume", str(finished_run))):
+        assert program.main(argv) == 1
+        assert "eval.METRICS lacks 'translation', the metrics of task wmt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row, says", [
+    (lambda line: line.split(" "), "TypeError"), (lambda line: None, "TypeError"),
+    (lambda line: line.splitt(), "AttributeError"), (lambda line: (line, "", ["b"]), "TypeError")])
+def test_a_reader_of_ones_own_that_fails(row, says, mine, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(data.READERS, "own", lambda pair: (["txt"], row))
+    mine(reader="own")
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text("a b c d\n" * 9, encoding="utf-8")
+    assert train.main([*FLAGS, "--data", ".", "--out", "run"]) == 1
+    err = capsys.readouterr().err
+    assert "line 1 of" in err and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("task", [Task("options", settings=None), dict(metrics="options")])
+def test_what_is_no_task(task, mine, monkeypatch, capsys):
+    mine()
+    monkeypatch.setitem(data.TASKS, "mine", task)
+    assert "data.TASKS needs a Task there" in refused(capsys)
 
 
 def test_the_warmups_of_a_split_are_written_beside_its_outputs(finished_run, tmp_path, capsys):

@@ -165,6 +165,18 @@ def test_every_flag_that_is_named_exists(capsys):
         assert set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9_-]+)", page)) - known == set(), name
 
 
+def test_the_scripts_beside_the_tests_start():
+    """Each with --help, by this Python; and compare.py with a flag that it sets itself."""
+    for script in ("bench.py", "compare.py", "exercises/toys.py"):
+        command = [sys.executable, str(ROOT / "tests" / script), "--help"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for flag, says in (("--estimator=jensen", "--estimators"), ("--sampels=4", "unrecognized")):
+        command = [sys.executable, str(ROOT / "tests" / "compare.py"), flag]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
 def test_links_lead_somewhere():
     for name, page in PAGES.items():
         folder = ROOT if name == "README.md" else ROOT / "docs"

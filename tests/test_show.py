@@ -157,6 +157,9 @@ class Axis:
             self.lines[label] = (list(x), list(y))
             self.marker = marker
 
+    def tick_params(self, labelbottom):
+        self.labelled = labelbottom
+
     def set_title(self, title, **how):
         self.title = title
 

@@ -441,7 +441,7 @@ def test_a_run_leaves_what_the_readme_says(finished_run):
     assert not any(name.endswith(".tmp") for name in have)
     results = json.loads((finished_run / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {"task", "pair", "data", "split", "rows", "ceiling", "signature",
-                            "config", "data_checksum", "versions"}
+                            "config", "data_checksum", "versions", "device", "processes"}
     assert [results[name] for name in ("task", "pair", "data", "split")] == [
         "wmt", "de-en", "sample", "test"]
     assert [row["name"] for row in results["rows"]] == ["sft", "sft, same compute", "warmup"]
