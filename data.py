@@ -283,7 +283,7 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
                 examples.append(Example(*row(*lines)))
                 "".join(examples[-1]).encode()  # ValueError for half a surrogate pair
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                said = f"is empty, or lacks a field ({type(error).__name__}: {error}): docs/guide.md"
+                said = f"is empty or lacks a field ({type(error).__name__}: {error}): docs/guide.md"
                 raise UserError(f"line {number} of {names} {said}") from None
         empty = [i for i, (source, _, target) in enumerate(examples)
                  if not source.strip() or not target.strip()]

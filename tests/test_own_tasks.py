@@ -181,7 +181,8 @@ def test_the_warmups_of_a_split_are_written_beside_its_outputs(finished_run, tmp
                       for name in ("valid.policy.txt", "valid.policy.warmups.txt"))
     assert len(texts) == len(warmups) == 76 and all(warmups[:-1]) and not warmups[-1]
     assert not (run / "valid.sft.warmups.txt").exists()
-    assert train.main(["--task", "wmt", *TINY, "--policy-steps", "0", "--overwrite", "--out", str(run)]) == 0
+    assert train.main(["--task", "wmt", *TINY, "--sample-size", "40", "--policy-steps", "0", "--overwrite",
+                       "--out", str(run)]) == 0
     assert not (run / "valid.policy.warmups.txt").exists()
 
 

@@ -30,11 +30,12 @@ from conftest import TINY, standard_input
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("warmup.py", "model.py", "data.py", "train.py", "eval.py")
+SMALL = ["--task", "wmt", *TINY, "--sample-size", "40", "--beams", "1"]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds open files in /proc")
 
 
 def tiny_run(folder, *flags):
-    return train.main(["--task", "wmt", *TINY, *flags, "--out", str(folder)])
+    return train.main([*SMALL, *flags, "--out", str(folder)])
 
 
 # ----------------------------------------------------------------------------- files
@@ -120,7 +121,7 @@ def test_python_itself_finds_no_file_without_an_encoding(tmp_path):
     flags = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning:train",
              "-W", "error::EncodingWarning:eval", "-W", "error::EncodingWarning:data",
              "-W", "error::EncodingWarning:model"]
-    command = [sys.executable, *flags, "-c", code, "--task", "wmt", *TINY, str(tmp_path / "run")]
+    command = [sys.executable, *flags, "-c", code, *SMALL, str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

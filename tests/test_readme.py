@@ -122,7 +122,8 @@ def test_adding_a_task_works_as_the_guide_says(tmp_path):
     for split, count in (("train", 40), ("valid", 8), ("test", 8)):
         lines = "".join(f"{'ab' * (n % 5)} b {n}\t{'b' if n % 2 else 'a'}\n" for n in range(count))
         (tmp_path / f"{split}.tsv").write_text(lines, encoding="utf-8")
-    tiny = ["--threads", "1", "--sft-steps", "4", "--policy-steps", "2", "--eval-every", "2"]
+    tiny = ["--threads", "1", "--sft-steps", "4", "--policy-steps", "2", "--eval-every", "2",
+            "--sample-size", "100"]
     for command in (["train.py", "--task", "majority", *tiny], ["eval.py", "runs/majority"],
                     ["train.py", "--task", "mine", "--data", ".", *tiny], ["eval.py", "runs/mine"]):
         done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
