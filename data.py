@@ -676,6 +676,12 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
 
     The split of an example is a hash of its longer side. So no seed's training data holds another
     seed's test item, and no direction of translation the other's."""
+    drawn = [sample(random.Random(number), config) for number in range(3)]
+    for example in drawn:
+        check_example(config.task, example)
+    if len({len(example.prompt.split()) for example in drawn}) > 1:
+        raise UserError(f"task {config.task}: its prompts differ in length: {drawn[0].prompt!r}, "
+                        f"{drawn[1].prompt!r}, {drawn[2].prompt!r}")
     held_out = min(500, max(1, config.sample_size // 4))
     wanted = {"train": config.sample_size, "valid": held_out, "test": held_out}
     splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice

@@ -97,6 +97,19 @@ def test_what_a_generator_may_not_give(given, says, often, mine, capsys):
     assert says in refused(capsys)
 
 
+def test_prompts_of_unequal_length(mine, capsys):
+    """By the numbers of three draws: found before any data is made."""
+    calls = []
+
+    def generator(r, config):
+        calls.append(r)
+        return good(r, config)._replace(prompt="<ask> " + "a " * (len(calls) % 2))
+
+    mine(generator)
+    assert "its prompts differ in length: '<ask> a ', '<ask> ', '<ask> a '" in refused(capsys)
+    assert len(calls) == 3
+
+
 def test_a_generator_that_repeats_itself(mine, capsys):
     mine(lambda r, config: Example(r.choice("ab"), "", "b"))
     assert train.main([*FLAGS, "--out", "run"]) == 1
