@@ -61,7 +61,9 @@ def drawn_from_the_source(model, memory, prompt, spec, samples, temperature=None
     return c, torch.zeros(c.shape[:2], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("settings", [[*TOY, "--estimator", "exact", "--warmup-len", "1"],
+@pytest.mark.parametrize("settings", [[*TOY, "--estimator", "exact", "--warmup-len", "1",
+                                       "--sample-size", "24", "--policy-batch-tokens", "32",
+                                       "--policy-steps", "2"],
                                       [*WMT, "--eval-decode", "9"]], ids=["exact", "marginal"])
 def test_two_processes_are_one_with_the_joined_batch(settings, tmp_path, monkeypatch):
     """One update of 2 processes = one of 1 with 2 micro-batches: losses, FLOPs, weights, scores."""

@@ -164,7 +164,8 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
 
     import eval as evaluation
 
-    arguments = ["--task", "wmt", *TINY_TUNED, "--max-source-tokens", "120", "--max-target-tokens", "120", "--threads", "1", "--init", str(folder)]
+    arguments = ["--task", "wmt", *TINY_TUNED, "--max-source-tokens", "120", "--max-target-tokens", "120",
+                 "--sample-size", "60", "--beams", "1", "--threads", "1", "--init", str(folder)]
     runs = [str(tmp_path / name) for name in ("whole", "parts")]
     assert train.main([*arguments, "--out", runs[0]]) == 0
     printed = capsys.readouterr().out
