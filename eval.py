@@ -145,8 +145,8 @@ def pointer_scores(config, examples: list[Example], hypotheses, warmups) -> dict
         hops, between = len(symbols) - 1, symbols[1:-1]
         right[f"{hops} hop" if hops == 1 else f"{hops} hops"].append(hypothesis == symbols[-1])
         if written and between:
-            symbols = warmup.replace(SEP, " ").split()
-            right["hit rate"].append(symbols[: len(between)] == between)
+            words = warmup.replace(SEP, " ").split()
+            right["hit rate"].append(words[: len(between)] == between)
     return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
 
 # ----------------------------------------------------------------------------- the table
@@ -293,7 +293,7 @@ def what_is_lost(tokenizer, examples: list[Example], config) -> list[str]:
     return [f"this tokenizer cannot write {100 * len(pairs) / len(targets):.1f} % of the targets: "
             f"a perfect model would score {best}. {shares}. Most often lost: {characters}{advice}"]
 
-# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Han
+# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, bopomofo, Han
 NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u31ff\u3400-\u4dbf"
              "\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
              "\U00020000-\U0003ffff")

@@ -46,7 +46,7 @@ class WarmupSpec:
 
 @lru_cache  # made once: to send it to a GPU takes longer than to use it
 def tensor_of(ids: tuple[int, ...], device) -> Tensor:
-    return torch.tensor(ids, dtype=torch.long, device=device)  # no ids at all are ids, too
+    return torch.tensor(ids, dtype=torch.long, device=device)  # long: an empty list would be float
 
 @dataclass
 class Batch:

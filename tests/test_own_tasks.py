@@ -5,7 +5,7 @@ Each of these was planted once to see a test fail:
     a metric, sample or reader without an entry       test_names_that_mean_nothing
     empty, or no text, taken from a generator         test_what_a_generator_may_not_give
     None for a missing warmup                         test_a_metric_may_look_at_warmups
-    the prompts' file not written                     test_the_warmups_of_a_split_are_written_…
+    the warmups' file not written                     test_the_warmups_of_a_split_are_written_…
     no settings, no checksum in results.json          test_a_results_file_says_what_made_it
 """
 

@@ -243,7 +243,7 @@ def test_plot_draws_the_log_against_flops(run, drawn, tmp_path, capsys):
 
 
 def test_plot_has_a_panel_for_each_metric_that_was_logged(run, drawn, tmp_path):
-    """--eval-decode: three of them here, so one of six places stays empty... and no more."""
+    """--eval-decode: three of them here. Seven panels, so the eighth place stays empty."""
     path = run / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for n, line in enumerate(lines):

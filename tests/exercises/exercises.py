@@ -42,9 +42,9 @@ def swap_gap(model, batch, spec: WarmupSpec, c: Tensor) -> Tensor:
 def log_policy(logits: Tensor, c: Tensor, spec: WarmupSpec) -> Tensor:
     """4. logits (W,V) that the decoder gives along c, c (W,) -> () log P(c|x): Σ_c P(c|x) = 1.
 
-    The policy is softmax(logits / spec.temperature). Tokens of spec.forbidden have probability 0. But spec.sep_id, though one of them, may end the
-    warmup at any place from spec.min_length on. What follows it is filled with <sep>: no choice,
-    so no log-prob.
+    The policy is softmax(logits / spec.temperature). Tokens of spec.forbidden have probability 0.
+    But spec.sep_id, though one of them, may end the warmup at any place from spec.min_length on.
+    What follows it is filled with <sep>: no choice, so no log-prob.
     """
     raise NotImplementedError
 
