@@ -26,14 +26,17 @@ from warmup import Batch
 
 PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this order
 
+
 class Example(NamedTuple):
     source: str
     prompt: str  # what the decoder reads before it writes; for translation, a tag such as <2de>
     target: str
 
+
 @dataclass(frozen=True)
 class Task:
     """Where a task's examples come from and how they are scored. All else is shared."""
+
     metrics: str  # a key of eval.METRICS
     sample: str = ""  # a key of SAMPLES, the generators; "": there is no built-in sample
     reader: str = ""  # a key of READERS, the formats of real data; "": the task is generated
@@ -45,34 +48,80 @@ class Task:
     def translates(self) -> bool:
         return self.metrics == "translation"
 
+
 TRANSLATE = "translate {} to {}: "
 TASKS = {
-    "toy": Task("pointers", sample="pointers", settings=dict(
-        size="toy", sample_size=100000, dropout=0.0, weight_decay=0.0, sft_steps=400,
-        policy_steps=500, batch_tokens=9216, policy_batch_tokens=2304,  # 512, 128 examples of 18
-        max_source_tokens=32, max_target_tokens=4, lr=4e-3, policy_lr=4e-3, samples=8, warmup_len=1,
-        eval_every=50, eval_samples=8, eval_decode=500, beams=1)),
+    "toy": Task(
+        "pointers",
+        sample="pointers",
+        settings=dict(
+            size="toy",
+            sample_size=100000,
+            dropout=0.0,
+            weight_decay=0.0,
+            sft_steps=400,
+            policy_steps=500,
+            batch_tokens=9216,
+            policy_batch_tokens=2304,  # 512, 128 examples of 18
+            max_source_tokens=32,
+            max_target_tokens=4,
+            lr=4e-3,
+            policy_lr=4e-3,
+            samples=8,
+            warmup_len=1,
+            eval_every=50,
+            eval_samples=8,
+            eval_decode=500,
+            beams=1,
+        ),
+    ),
     "wmt": Task("translation", sample="translation", reader="parallel", prefix=TRANSLATE),
     "multi30k": Task("translation", reader="parallel", prefix=TRANSLATE),
-    "xsum": Task("summaries", sample="news", reader="xsum", prefix="summarize: ", cut="end",
-                 settings=dict(warmup_len=8, max_source_tokens=512, max_target_tokens=64,
-                               policy_batch_tokens=3000)),
-    "logiqa": Task("options", sample="puzzle", reader="logiqa", cut="start", settings=dict(
-        size="puzzle", sample_size=50000, max_source_tokens=512, max_target_tokens=4, dropout=0.0,
-        weight_decay=0.0, sft_steps=1000, batch_tokens=12000, policy_batch_tokens=3000, lr=4e-3,
-        beams=1)),
+    "xsum": Task(
+        "summaries",
+        sample="news",
+        reader="xsum",
+        prefix="summarize: ",
+        cut="end",
+        settings=dict(
+            warmup_len=8, max_source_tokens=512, max_target_tokens=64, policy_batch_tokens=3000
+        ),
+    ),
+    "logiqa": Task(
+        "options",
+        sample="puzzle",
+        reader="logiqa",
+        cut="start",
+        settings=dict(
+            size="puzzle",
+            sample_size=50000,
+            max_source_tokens=512,
+            max_target_tokens=4,
+            dropout=0.0,
+            weight_decay=0.0,
+            sft_steps=1000,
+            batch_tokens=12000,
+            policy_batch_tokens=3000,
+            lr=4e-3,
+            beams=1,
+        ),
+    ),
 }
+
 
 # ----------------------------------------------------------------------------- text to token ids
 class Encoded(NamedTuple):
     """One split as token ids: an int32 array per example and column. Targets end in </s>."""
+
     source: list[np.ndarray]
     prompt: list[np.ndarray]
     target: list[np.ndarray]
 
+
 def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that stand for no text: what a warmup may not contain."""
     return tuple(sorted(tokenizer.get_added_tokens_decoder()))
+
 
 def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
     """Token ids. "</s>" in a source or target is text, in pieces; only prompts hold specials."""
@@ -93,14 +142,17 @@ def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
         columns.append(rows)
     return Encoded(*columns)
 
+
 # ----------------------------------------------------------------------------- batches
 def collate(data: Encoded, index) -> Batch:
     """The examples of index as one batch. Prompts have one length: padding would precede y."""
     columns = (map(torch.from_numpy, pick(column, index)) for column in data)
     return Batch(*(pad_sequence(list(rows), batch_first=True).long() for rows in columns))
 
+
 def pick(rows: list, index) -> list:
     return [rows[i] for i in index]
+
 
 def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray]:
     """Runs of examples in the order of key, each of B · (longest S + longest T) <= batch_tokens."""
@@ -113,10 +165,12 @@ def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray
         run.append(i)
     return batches + [np.array(run)]
 
+
 class Batches:
     """Endless training batches of similar lengths. (seed, epoch, position) fixes the next one.
 
     N processes take turns: `next` moves on by N batches and returns the rank-th of them."""
+
     def __init__(self, data: Encoded, batch_tokens: int, seed: int, rank=0, processes=1):
         self.data, self.batch_tokens, self.seed = data, batch_tokens, seed
         self.rank, self.processes = rank, processes
@@ -142,6 +196,7 @@ class Batches:
         batches = bucket(self.data, self.batch_tokens, key)
         self.order = pick(batches, rng.permutation(len(batches)))
 
+
 def in_order(data: Encoded, batch_tokens: int, what: str) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example once, longest sources first, with its indices. The progress bar says `what`."""
     longest_first = -np.array([len(row) for row in data.source])
@@ -149,6 +204,7 @@ def in_order(data: Encoded, batch_tokens: int, what: str) -> Iterator[tuple[np.n
         for index in bucket(data, batch_tokens, longest_first):
             yield index, collate(data, index)
             bar.update(len(index))
+
 
 # ===== plumbing: where data comes from, readers, tokenizers, built-in samples, download
 def load(config) -> tuple[dict[str, list[Example]], str]:
@@ -175,12 +231,15 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
         splits[split] = [example._replace(source=prefix + example.source) for example in rows]
     return splits, origin
 
+
 LANGUAGES = dict(de="German", en="English", fr="French", ru="Russian", zh="Chinese", cs="Czech")
+
 
 def source_prefix(config) -> str:
     """What a pretrained model finds before its source. From scratch: nothing."""
     languages = [LANGUAGES.get(language, language) for language in config.pair.split("-")]
     return TASKS[config.task].prefix.format(*languages) if config.init else ""
+
 
 def encode_split(tokenizer, examples: list[Example], config, split: str, scored=True) -> Encoded:
     """A split as token ids, within the limits of the run. Prints what is cut or left out.
@@ -214,15 +273,21 @@ def encode_split(tokenizer, examples: list[Example], config, split: str, scored=
         return data._replace(source=[row[:most] for row in data.source])
     return data
 
+
 # ----------------------------------------------------------------------------- readers of real data
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "dev"], "test": ["test"]}  # file names
+
 
 def wrong_pair(pair: str) -> str:
     """What is wrong with --pair. "": nothing."""
     languages = pair.split("-")
     good = len(languages) == len(set(languages)) == 2 and all(map(str.isalpha, languages))
-    return "" if good else (
-        f"--pair takes two language codes, of letters alone, such as de-en: not {pair!r}")
+    return (
+        ""
+        if good
+        else (f"--pair takes two language codes, of letters alone, such as de-en: not {pair!r}")
+    )
+
 
 def task_folder(task: str, pair: str) -> Path:
     """data/TASK, or data/TASK/PAIR, where a pair's folder serves both directions."""
@@ -231,6 +296,7 @@ def task_folder(task: str, pair: str) -> Path:
         return folder
     reverse = folder / "-".join(reversed(pair.split("-")))
     return reverse if reverse.is_dir() and not (folder / pair).is_dir() else folder / pair
+
 
 def read_lines(path: Path | None) -> list[str]:
     """The lines of a text file, plain or .gz, stripped. None: of standard input. Else UserError."""
@@ -252,6 +318,7 @@ def read_lines(path: Path | None) -> list[str]:
         raise UserError(f"the lines of {name} end in CR alone: convert them to LF")
     return lines
 
+
 def find_file(folder: Path, split: str, ending: str) -> Path | None:
     """The file of a split, SPLIT.ENDING or SPLIT.ENDING.gz. None: there is no test split."""
     names = [f"{name}.{end}" for name in SPLITS[split] for end in (ending, f"{ending}.gz")]
@@ -259,6 +326,7 @@ def find_file(folder: Path, split: str, ending: str) -> Path | None:
     if path is None and split != "test":
         raise UserError(f"no {split} split in {folder}: expected {names[0]}, plain or .gz")
     return path
+
 
 def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, list[Example]]:
     """The splits of a folder. row makes an Example of line i of each file that a split has.
@@ -285,8 +353,11 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 said = f"is empty or lacks a field ({type(error).__name__}: {error}): docs/guide.md"
                 raise UserError(f"line {number} of {names} {said}") from None
-        empty = [i for i, (source, _, target) in enumerate(examples)
-                 if not source.strip() or not target.strip()]
+        empty = [
+            i
+            for i, (source, _, target) in enumerate(examples)
+            if not source.strip() or not target.strip()
+        ]
         if len(empty) == len(examples):
             raise UserError(f"{names} hold no line with both sides")
         if empty and split != "train":
@@ -297,13 +368,16 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
         splits[split] = [example for i, example in enumerate(examples) if i not in empty]
     return splits
 
+
 def translation(pair: str, source: str, target: str) -> Example:
     """The prompt names the target language."""
     return Example(source, f"<2{pair.split('-')[1]}>", target)
 
+
 def xsum_row(line: str) -> Example:
     row = json.loads(line)
     return Example(one_line(row["document"]), "", one_line(row["summary"]))
+
 
 def logiqa_row(line: str) -> Example:
     """LogiQA 2.0: text, question, four options and the number of the right one."""
@@ -313,15 +387,19 @@ def logiqa_row(line: str) -> Example:
     text, question, *options = map(one_line, (row["text"], row["question"], *row["options"]))
     return multiple_choice(text, question, options, row["answer"])
 
+
 # --pair -> the endings of a split's files, and what makes an Example of their lines
-READERS = {"parallel": lambda pair: (pair.split("-"), lambda *line: translation(pair, *line)),
-           "xsum": lambda pair: (["jsonl"], xsum_row),
-           "logiqa": lambda pair: (["jsonl"], logiqa_row)}
+READERS = {
+    "parallel": lambda pair: (pair.split("-"), lambda *line: translation(pair, *line)),
+    "xsum": lambda pair: (["jsonl"], xsum_row),
+    "logiqa": lambda pair: (["jsonl"], logiqa_row),
+}
 
 # ----------------------------------------------------------------------------- tokenizers
 # A word, signs, or spaces: GPT-2's pattern without its English endings. Unlike there, a combining
 # mark is part of its word: Hindi, Thai and Burmese write vowels so.
 WORD = r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}]+|\s+(?!\S)|\s+"
+
 
 def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     """Byte-level byte-pair encoding of source and target together, GPT-2's way.
@@ -339,31 +417,39 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     # after a tag the normalizer prepends a space of its own, so the tag takes the one in the text
     tags = [AddedToken(tag, rstrip=True, special=True) for tag in prompt_tags(examples)]
     specials = [PAD, EOS, UNK, SEP, *tags]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     texts = (text for example in examples for text in (example.source, example.target))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
 
 def prompt_tags(examples: list[Example]) -> list[str]:
     """The words of prompts that are one token each, such as <2de>."""
     words = {word for example in examples for word in example.prompt.split()}
     return sorted(word for word in words if word.startswith("<"))
 
+
 def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a protobuf message: whole numbers, and bytes for all else."""
     stream = io.BytesIO(data)
+
     def varint() -> int:
         """7 bits a byte, lowest first; the top bit says that more follow."""
         byte = stream.read(1)[0]
         return byte if byte < 128 else byte % 128 + 128 * varint()
+
     while stream.tell() < len(data):
         number, kind = divmod(varint(), 8)
         if kind == 0:
             yield number, varint()
         else:
             yield number, stream.read(varint() if kind == 2 else {1: 8, 5: 4}[kind])
+
 
 def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
     """SentencePiece's spiece.model, a protobuf, as the pipeline that T5's tokenizer.json holds.
@@ -399,8 +485,10 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
     add_special(tokenizer, special)
     return tokenizer
 
+
 def add_special(tokenizer: Tokenizer, texts: list[str]) -> None:
     tokenizer.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in texts])
+
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer.json, of ours or of a T5. Else UserError."""
@@ -412,6 +500,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return tokenizer
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"cannot read {path}: {error}") from None
+
 
 def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Tokenizer:
     """The tokenizer of a T5, with <sep> and tags in place of its first sentinels, <extra_id_0> …
@@ -442,10 +531,12 @@ def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Toke
         token["lstrip"] = token["rstrip"] = False  # T5's sentinels swallow the spaces around them
     tokenizer = Tokenizer.from_str(json.dumps(content))
     tokenizer.post_processor = processors.TemplateProcessing(  # T5's own sources end in </s>
-        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))])
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
     unused = [f"<unused_{i}>" for i in range(vocab_size - len(vocab))]
     add_special(tokenizer, [SEP, *tags, *sentinels[len(ours) :], *unused])
     return tokenizer
+
 
 # ----------------------------------------------------------------------------- built-in samples
 def pointers(r: random.Random, config) -> Example:
@@ -459,16 +550,19 @@ def pointers(r: random.Random, config) -> Example:
     question = Example(source, f"<{hops}hops> {r.choice(letters)}", "")
     return question._replace(target=chain(question)[-1])
 
+
 def chain(example: Example) -> list[str]:
     """The symbols that a question passes through: start, f(start), f(f(start)), … the answer."""
     f = dict(example.source.split())  # a word "ij" is the pair (i, j)
     hops, start = example.prompt.removeprefix("<").split("hops> ")
     return list(accumulate(range(int(hops)), lambda symbol, _: f[symbol], initial=start))
 
+
 def table(text: str) -> list[list[str]]:
     """Rows end at | or a new line, words at a space; _ is a space within a word."""
     rows = text.replace(" ", "\t").replace("_", " ").replace("\n", "|").split("|")
     return [row.split("\t") for row in rows]
+
 
 # Nouns: English singular, plural, German singular, plural, gender.
 PEOPLE = table("""man men Mann Männer m|woman women Frau Frauen f|child children Kind Kinder n
@@ -504,17 +598,22 @@ stay stays stayed bleibt bleiben geblieben - ist
 arrive arrives arrived kommt kommen gekommen an ist
 wake_up wakes_up woke_up wacht wachen gewacht auf ist
 travel travels travelled reist reisen gereist - ist""")
-TIMES = (table("today heute|every_day jeden_Tag|on_Monday am_Montag|now jetzt"),  # present
-         table("yesterday gestern|last_week letzte_Woche|in_{year} im_Jahr_{year}"))  # past
+TIMES = (
+    table("today heute|every_day jeden_Tag|on_Monday am_Montag|now jetzt"),  # present
+    table("yesterday gestern|last_week letzte_Woche|in_{year} im_Jahr_{year}"),
+)  # past
 PLACES = table("""in_the_garden im_Garten|at_the_station am_Bahnhof|in_London in_London
 at_home zu_Hause|with_{en} mit_{de}""")
 JOINS = table("because weil|although obwohl|if wenn")
 SAYS = table("says sagt say sagen|knows weiß know wissen|hopes hofft hope hoffen")
 # Endings for m f n plural, by case: of "der"; of "ein" (. is none); of adjectives after "der",
 # after "ein", and after a number.
-ENDINGS = {"nom": table("der die das die|. e . e|e e e en|er e es en|. . . e"),
-           "acc": table("den die das die|en e . e|en e e en|en e es en|. . . e"),
-           "dat": table("dem der dem den|em er em en|en en en en|en en en en|. . . en")}
+ENDINGS = {
+    "nom": table("der die das die|. e . e|e e e en|er e es en|. . . e"),
+    "acc": table("den die das die|en e . e|en e e en|en e es en|. . . e"),
+    "dat": table("dem der dem den|em er em en|en en en en|en en en en|. . . en"),
+}
+
 
 def noun_phrase(r: random.Random, case: str, nouns: list, negated=False) -> tuple[str, str, bool]:
     """English, German, plural? Article, adjective and noun agree in gender, number and case."""
@@ -544,6 +643,7 @@ def noun_phrase(r: random.Random, case: str, nouns: list, negated=False) -> tupl
     if word_en == "a" and en[0] in "aeiou":
         word_en = "an"
     return f"{word_en} {en}", f"{word_de} {de}", plural
+
 
 def clause(r: random.Random, order: str) -> tuple[str, str]:
     """One clause in English and German. order: of the German words.
@@ -578,13 +678,16 @@ def clause(r: random.Random, order: str) -> tuple[str, str]:
         finite = many if plural else singular
         last = end + finite  # a separable verb is one word at the end of a subordinate clause
     rest = [o_de, no, place_de]
-    german = {"main": [s_de, finite, time_de, *rest, end],
-              "front": [time_de, finite, s_de, *rest, end],
-              "sub": [s_de, time_de, *rest, last],
-              "inv": [finite, s_de, time_de, *rest, end]}[order]
+    german = {
+        "main": [s_de, finite, time_de, *rest, end],
+        "front": [time_de, finite, s_de, *rest, end],
+        "sub": [s_de, time_de, *rest, last],
+        "inv": [finite, s_de, time_de, *rest, end],
+    }[order]
     english = [s_en, verb, o_en, place_en]
     english = [time_en, *english] if order == "front" else [*english, time_en]
     return " ".join(filter(None, english)), " ".join(filter(None, german))
+
 
 def sentence(r: random.Random) -> tuple[str, str]:
     """One sentence of the sample as (English, German)."""
@@ -608,12 +711,14 @@ def sentence(r: random.Random) -> tuple[str, str]:
         de = f"{who_de} {say_de if plural else says_de}, dass {de}"
     return en[0].upper() + en[1:] + ".", de[0].upper() + de[1:] + "."
 
+
 def translation_sample(r: random.Random, config) -> Example:
     """One pair of the sample, --pair de-en or en-de."""
     if config.pair not in ("de-en", "en-de"):
         raise UserError(f"the sample is de-en or en-de: for {config.pair} give --data DIR")
     en, de = sentence(r)
     return translation(config.pair, *((en, de) if config.pair == "en-de" else (de, en)))
+
 
 # Events: what, its verb in a headline, who answers, a detail.
 EVENTS = table("""fire broke_out firefighters smoke_could_be_seen_for_miles
@@ -622,23 +727,28 @@ burglary took_place police a_window_was_broken|gas_leak was_found experts homes_
 SITES = "school hospital library factory station museum market hotel".split()
 TOWNS = "Leeds Cardiff Oxford Derby Perth Bangor Newry Dundee Exeter Lincoln".split()
 
+
 def news(r: random.Random, config) -> Example:
     """A short news item, and the sentence that sums it up: what, where, how many were hurt."""
     event, verb, helpers, detail = r.choice(EVENTS)
     site, name, hours = r.choice(SITES), r.choice(NAMES), r.choice(["two", "three", "six"])
     town, other = r.sample(TOWNS, 2)
     hurt = r.choice(["no", "two", "three", "four", "five"])
-    details = [f"It began at {r.randint(1, 11)} o'clock, and {detail}.",
-               f"{name}, who lives nearby, said that nobody had expected it.",
-               f"The {helpers} stayed for {hours} hours.",
-               f"Last year a similar {event} in {other} made headlines.",
-               f"A spokesman said that {hurt} people were being treated for injuries."]
+    details = [
+        f"It began at {r.randint(1, 11)} o'clock, and {detail}.",
+        f"{name}, who lives nearby, said that nobody had expected it.",
+        f"The {helpers} stayed for {hours} hours.",
+        f"Last year a similar {event} in {other} made headlines.",
+        f"A spokesman said that {hurt} people were being treated for injuries.",
+    ]
     r.shuffle(details)
     start = f"Residents of {town} were woken by sirens. The {event} {verb} at the {site}."
     summary = f"{hurt.capitalize()} people were hurt in a {event} at a {site} in {town}."
     return Example(f"{start} {' '.join(details)}", "", summary)
 
+
 TRAITS = table("older oldest youngest|taller tallest shortest|faster fastest slowest")
+
 
 def puzzle(r: random.Random, config) -> Example:
     """Who of four people is the oldest, …? Three comparisons fix their order. y is a letter."""
@@ -654,12 +764,15 @@ def puzzle(r: random.Random, config) -> Example:
     answer = options.index(people[place])
     return multiple_choice(" ".join(clues), f"Who is {asked}?", options, answer)
 
+
 def multiple_choice(text: str, question: str, options: list[str], answer: int) -> Example:
     """The source lists the options by letter; y is the letter."""
     listed = " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", options))
     return Example(f"{text} {question} {listed}", "", "ABCD"[answer])
 
+
 SAMPLES = {"pointers": pointers, "translation": translation_sample, "news": news, "puzzle": puzzle}
+
 
 def check_example(task: str, example) -> None:
     """UserError unless the generator of a task gave an Example of text, with two full sides."""
@@ -671,6 +784,7 @@ def check_example(task: str, example) -> None:
         if name != "prompt" and not value.strip():
             raise UserError(f"task {task}: its sample gave an example with an empty {name}")
 
+
 def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
     """--sample-size training examples; for validation and test 500 each, at most a quarter of it.
 
@@ -680,8 +794,10 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
     for example in drawn:
         check_example(config.task, example)
     if len({len(example.prompt.split()) for example in drawn}) > 1:
-        raise UserError(f"task {config.task}: its prompts differ in length: {drawn[0].prompt!r}, "
-                        f"{drawn[1].prompt!r}, {drawn[2].prompt!r}")
+        raise UserError(
+            f"task {config.task}: its prompts differ in length: {drawn[0].prompt!r}, "
+            f"{drawn[1].prompt!r}, {drawn[2].prompt!r}"
+        )
     held_out = min(500, max(1, config.sample_size // 4))
     wanted = {"train": config.sample_size, "valid": held_out, "test": held_out}
     splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice
@@ -698,9 +814,12 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
             in_vain = 0
         if in_vain == 10000:
             symbols = " or raise --symbols" if sample is pointers else ""
-            raise UserError("10,000 draws in a row gave no new example: lower --sample-size"
-                            f" (now {config.sample_size}){symbols}")
+            raise UserError(
+                "10,000 draws in a row gave no new example: lower --sample-size"
+                f" (now {config.sample_size}){symbols}"
+            )
     return {split: list(rows) for split, rows in splits.items()}
+
 
 # ----------------------------------------------------------------------------- download
 # A task's function yields (file name, line) of all that it downloads; its docstring is printed.
@@ -709,21 +828,30 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
 GITHUB = "https://raw.githubusercontent.com"
 NEWS = "https://data.statmt.org/news-commentary/v18.1/training/news-commentary-v18"
 FLORES = dict(de="deu_Latn", en="eng_Latn", fr="fra_Latn", ru="rus_Cyrl", zh="zho_Hans")
-FLORES_FILE = ("https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz",
-               "b8b0b76783024b85797e5cc75064eb83fc5288b41e9654dabc7be6ae944011f6")
-XSUM_FILE = ("http://bollin.inf.ed.ac.uk/public/direct/XSUM-EMNLP18-Summary-Data-Original.tar.gz",
-             "10b48aa187fc9c904b30f76ca97e2da0de8d3a1238acc26acadef93e2001af90")
-XSUM_IDS = (f"{GITHUB}/EdinburghNLP/XSum/master/XSum-Dataset/"
-            "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json",
-            "9c0c5d8f048a90bd68b19a34e4c30577ed270d3247b2119fa06a04ef46292068")
-BUTTONS = ("Share this with|Email|Facebook|Messenger|Twitter|Pinterest|WhatsApp|Linkedin|LinkedIn|"
-           "Copy this link|These are external links and will open in a new window").split("|")
+FLORES_FILE = (
+    "https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz",
+    "b8b0b76783024b85797e5cc75064eb83fc5288b41e9654dabc7be6ae944011f6",
+)
+XSUM_FILE = (
+    "http://bollin.inf.ed.ac.uk/public/direct/XSUM-EMNLP18-Summary-Data-Original.tar.gz",
+    "10b48aa187fc9c904b30f76ca97e2da0de8d3a1238acc26acadef93e2001af90",
+)
+XSUM_IDS = (
+    f"{GITHUB}/EdinburghNLP/XSum/master/XSum-Dataset/XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json",
+    "9c0c5d8f048a90bd68b19a34e4c30577ed270d3247b2119fa06a04ef46292068",
+)
+BUTTONS = (
+    "Share this with|Email|Facebook|Messenger|Twitter|Pinterest|WhatsApp|Linkedin|LinkedIn|"
+    "Copy this link|These are external links and will open in a new window"
+).split("|")
+
 
 def members(archive: Path) -> Iterator[tuple[Path, str]]:
     """Path and text of each file in a tar archive. Nothing is unpacked to disk."""
     with tarfile.open(archive, "r:gz") as tar:
         for member in filter(tarfile.TarInfo.isfile, tar):
             yield Path(member.name), tar.extractfile(member).read().decode()
+
 
 def download_wmt(get: Callable, a: str, b: str) -> Iterator[tuple[str, str]]:
     """News Commentary v18.1, data.statmt.org: free for research, for all else ask its owners.
@@ -734,11 +862,15 @@ def download_wmt(get: Callable, a: str, b: str) -> Iterator[tuple[str, str]]:
         if len(sides) == 2:  # an empty side ends a document
             yield f"train.{a}", sides[0].strip()
             yield f"train.{b}", sides[1].strip()
-    wanted = {f"{FLORES[lang]}.{split}": f"{ours}.{lang}" for lang in (a, b)
-              for split, ours in (("dev", "valid"), ("devtest", "test"))}
+    wanted = {
+        f"{FLORES[lang]}.{split}": f"{ours}.{lang}"
+        for lang in (a, b)
+        for split, ours in (("dev", "valid"), ("devtest", "test"))
+    }
     for path, text in members(get(*FLORES_FILE)):
         if path.name in wanted:
             yield from ((wanted[path.name], line) for line in text.strip().split("\n"))
+
 
 def download_multi30k(get: Callable, a: str, b: str) -> Iterator[tuple[str, str]]:
     """Multi30k task 1, github.com/multi30k/dataset: no licence stated; for research."""
@@ -746,6 +878,7 @@ def download_multi30k(get: Callable, a: str, b: str) -> Iterator[tuple[str, str]
         for lang in (a, b):
             path = get(f"{GITHUB}/multi30k/dataset/master/data/task1/raw/{split}.{lang}.gz", None)
             yield from ((f"{ours}.{lang}", line) for line in read_lines(path))
+
 
 def download_xsum(get: Callable) -> Iterator[tuple[str, str]]:
     """XSum, github.com/EdinburghNLP/XSum: the articles are the BBC's; for research."""
@@ -758,12 +891,15 @@ def download_xsum(get: Callable) -> Iterator[tuple[str, str]]:
             continue
         text = "\n".join(line for line in text.split("\n") if line.strip() not in BUTTONS)
         parts = [part.strip() for part in text.split("[SN]")]  # "", name, text, name, text, …
-        row = {"document": parts[parts.index("RESTBODY") + 1],
-               "summary": parts[parts.index("FIRST-SENTENCE") + 1]}
+        row = {
+            "document": parts[parts.index("RESTBODY") + 1],
+            "summary": parts[parts.index("FIRST-SENTENCE") + 1],
+        }
         if all(row.values()):
             yield f"{split}.jsonl", json.dumps(row, ensure_ascii=False)
     if split_of:
         raise ValueError(f"the archive lacks {len(split_of)} articles")
+
 
 def download_logiqa(get: Callable) -> Iterator[tuple[str, str]]:
     """LogiQA 2.0, github.com/csitfun/LogiQA2.0: CC BY-NC-SA 4.0."""
@@ -773,9 +909,15 @@ def download_logiqa(get: Callable) -> Iterator[tuple[str, str]]:
             logiqa_row(line)  # there is no checksum: an error page is refused here
             yield f"{ours}.jsonl", line
 
+
 # task -> its function, the languages that it comes in pairs of
-CORPORA = {"wmt": (download_wmt, "de en fr ru zh"), "multi30k": (download_multi30k, "cs de en fr"),
-           "xsum": (download_xsum, ""), "logiqa": (download_logiqa, "")}
+CORPORA = {
+    "wmt": (download_wmt, "de en fr ru zh"),
+    "multi30k": (download_multi30k, "cs de en fr"),
+    "xsum": (download_xsum, ""),
+    "logiqa": (download_logiqa, ""),
+}
+
 
 def download(task: str, pair: str, folder: Path) -> None:
     """Fill folder with the real data of a task. A file that is there already stays as it is."""
@@ -785,6 +927,7 @@ def download(task: str, pair: str, folder: Path) -> None:
     print(lines.__doc__)
     # Windows does not remove a file that an archive's reader still holds open after an error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+
         def get(url: str, sha256: str | None) -> Path:
             path = Path(work) / url.rsplit("/", 1)[1]
             try:
@@ -792,13 +935,22 @@ def download(task: str, pair: str, folder: Path) -> None:
             except Exception as error:  # the network's, the disk's, or a wrong checksum
                 raise UserError(f"cannot download {url} ({error}): try again later") from None
             return path
+
         try:
             for name, line in lines(get, *(sides if languages else [])):
                 files[name].append(line)
             if not all(files.values()):
                 raise ValueError("a split has no lines")
-        except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, LookupError,
-                TypeError, AttributeError) as error:
+        except (
+            OSError,
+            EOFError,
+            zlib.error,
+            tarfile.TarError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise UserError(f"a file of {task} is not what we expected: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -808,6 +960,7 @@ def download(task: str, pair: str, folder: Path) -> None:
             part.write_text(text, encoding="utf-8", newline="\n")
             part.replace(folder / name)
             print(f"wrote {folder / name}: {len(content):,} lines")
+
 
 @program
 def main(argv: list[str]) -> None:
@@ -824,6 +977,7 @@ def main(argv: list[str]) -> None:
     download(args.task, args.pair, folder)
     pair = f" --pair {args.pair}" if known else ""
     print(f"next: python train.py --task {args.task}{pair} --data {shell_word(folder)}")
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,10 +1,10 @@
 """Score a run: decode a split, compute its metrics, compare its stages, translate new text.
 
-    python eval.py runs/wmt                     the table that train.py printed
-    python eval.py runs/wmt --show 3            sampled warmups, their rewards and weights
-    python eval.py runs/wmt --plot curves.png   its log as curves
-    python eval.py runs/wmt --input text.de     new text: one line in, one line out
-    python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
+python eval.py runs/wmt                     the table that train.py printed
+python eval.py runs/wmt --show 3            sampled warmups, their rewards and weights
+python eval.py runs/wmt --plot curves.png   its log as curves
+python eval.py runs/wmt --input text.de     new text: one line in, one line out
+python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 """
 
 import argparse, itertools, json, re, sys, unicodedata, zipfile
@@ -22,24 +22,71 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from tokenizers import Tokenizer
 
-from data import (EOS, PAD, SEP, TASKS, UNK, Encoded, Example, chain, collate, encode,
-                  encode_split, in_order, load, load_tokenizer, read_lines, source_prefix,
-                  special_ids, translation, wrong_pair)
-from model import (EncoderDecoder, ModelConfig, Parser, UserError, build, one_line, pick_device,
-                   precision, program, read_json, save_pretrained, shell_word)
-from warmup import (ESTIMATORS, Batch, WarmupSpec, direct_logprobs, evaluate_warmups, generate,
-                    sample_warmups, score, target_tokens, weights)
+from data import (
+    EOS,
+    PAD,
+    SEP,
+    TASKS,
+    UNK,
+    Encoded,
+    Example,
+    chain,
+    collate,
+    encode,
+    encode_split,
+    in_order,
+    load,
+    load_tokenizer,
+    read_lines,
+    source_prefix,
+    special_ids,
+    translation,
+    wrong_pair,
+)
+from model import (
+    EncoderDecoder,
+    ModelConfig,
+    Parser,
+    UserError,
+    build,
+    one_line,
+    pick_device,
+    precision,
+    program,
+    read_json,
+    save_pretrained,
+    shell_word,
+)
+from warmup import (
+    ESTIMATORS,
+    Batch,
+    WarmupSpec,
+    direct_logprobs,
+    evaluate_warmups,
+    generate,
+    sample_warmups,
+    score,
+    target_tokens,
+    weights,
+)
 
 STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # file -> table row
 BASELINES = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, frozen"}  # --estimator
+
 
 def warmup_spec(stage: str, config, tokenizer: Tokenizer) -> WarmupSpec | None:
     """What stands before y after a stage. None: nothing."""
     if stage != "policy" or config.estimator == "sft":
         return None
     return WarmupSpec(
-        tokenizer.token_to_id(SEP), special_ids(tokenizer), config.warmup_len,
-        config.warmup_min_len or config.warmup_len, config.temperature, config.estimator == "pause")
+        tokenizer.token_to_id(SEP),
+        special_ids(tokenizer),
+        config.warmup_len,
+        config.warmup_min_len or config.warmup_len,
+        config.temperature,
+        config.estimator == "pause",
+    )
+
 
 # ----------------------------------------------------------------------------- likelihood
 @torch.no_grad()
@@ -63,6 +110,7 @@ def validate(model, data: Encoded, config, spec: WarmupSpec | None) -> dict[str,
         sums = {name: sums.get(name, 0) + value for name, value in new.items()}
     return averages(sums, len(data.source), tokens)
 
+
 def averages(sums: dict, examples: int, tokens: int | torch.Tensor) -> dict[str, float]:
     """Sums over examples -> loss and nll per target token, all else per example."""
     units = {"loss": tokens, "nll": tokens, "swap_gap": sums.pop("swapped", None)}
@@ -70,23 +118,34 @@ def averages(sums: dict, examples: int, tokens: int | torch.Tensor) -> dict[str,
         del sums["swap_gap"]  # no batch had two examples
     return {name: float(value) / float(units.get(name, examples)) for name, value in sums.items()}
 
+
 # ----------------------------------------------------------------------------- decoding
 class Output(NamedTuple):
     """What was written for an example."""
+
     text: str
     warmup: str  # "": there is none
     ended: bool  # by </s>; False: cut at --max-target-tokens
 
-def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None, c=None
-                 ) -> list[Output]:
+
+def decode_batch(
+    model, tokenizer, batch: Batch, config, spec: WarmupSpec | None, c=None
+) -> list[Output]:
     """y ends at </s> or at --max-target-tokens, whatever stands beside it.
 
     c (B,W): the warmups to write y after. None: the greedy ones."""
     device = next(model.parameters()).device
     with precision(config.dtype, device):
-        c, y = generate(model, batch.to(device), spec, config.max_target_tokens, c=c,
-                        beams=config.beams, length_penalty=config.length_penalty,
-                        forbidden=special_ids(tokenizer))
+        c, y = generate(
+            model,
+            batch.to(device),
+            spec,
+            config.max_target_tokens,
+            c=c,
+            beams=config.beams,
+            length_penalty=config.length_penalty,
+            forbidden=special_ids(tokenizer),
+        )
     rows = y.tolist()
     warmups = [""] * len(rows)
     if spec is not None and not spec.pause:
@@ -94,6 +153,7 @@ def decode_batch(model, tokenizer, batch: Batch, config, spec: WarmupSpec | None
         warmups = [one_line(text) or " " for text in texts]
     ended = [model.config.eos_id in row for row in rows]
     return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
+
 
 def to_text(tokenizer, rows: list[list[int]]) -> list[str]:
     """A line of text for each row of ids, without special tokens."""
@@ -103,6 +163,7 @@ def to_text(tokenizer, rows: list[list[int]]) -> list[str]:
     # a byte-level vocabulary can spell line ends, but an output is one line of a file
     return [text.replace("\n", " ").replace("\r", " ").strip() for text in texts]
 
+
 def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | None) -> list[Output]:
     """The outputs in the order of the data."""
     outputs = {}
@@ -110,10 +171,15 @@ def decode_split(model, tokenizer, data: Encoded, config, spec: WarmupSpec | Non
         outputs |= zip(index, decode_batch(model, tokenizer, batch, config, spec))
     return [outputs[i] for i in range(len(data.source))]
 
+
 # ----------------------------------------------------------------------------- metrics
 BLEU_TOKENIZERS = {  # of sacreBLEU; 13a, for all other languages, needs spaces between words
-    "zh": "zh zho chi cmn yue wuu nan hak gan lzh", "ja-mecab": "ja jpn", "ko-mecab": "ko kor",
-    "char": "th tha lo lao km khm my mya bur bo bod tib dz dzo"}
+    "zh": "zh zho chi cmn yue wuu nan hak gan lzh",
+    "ja-mecab": "ja jpn",
+    "ko-mecab": "ko kor",
+    "char": "th tha lo lao km khm my mya bur bo bod tib dz dzo",
+}
+
 
 def translation_metrics(config) -> dict:
     """sacreBLEU's BLEU, with its tokenizer for languages without spaces, and chrF++.
@@ -129,11 +195,13 @@ def translation_metrics(config) -> dict:
     except RuntimeError as error:  # Japanese and Korean need a package; sacreBLEU says which
         raise UserError(f"cannot score {config.pair}: {one_line(str(error))}") from None
 
+
 def translation_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """Of the whole corpus, 0 to 100."""
     references = [[example.target for example in examples]]
     metrics = translation_metrics(config)
     return {name: m.corpus_score(hypotheses, references).score for name, m in metrics.items()}
+
 
 def pointer_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """Exact match by hops, from 0 to 1.
@@ -149,10 +217,12 @@ def pointer_scores(config, examples: list[Example], hypotheses, warmups) -> dict
             right["hit rate"].append(words[: len(between)] == between)
     return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
 
+
 # ----------------------------------------------------------------------------- the table
 @dataclass
 class Row:
     """One line of the table, and what it was computed from."""
+
     stage: str
     name: str
     metrics: dict[str, float]
@@ -164,12 +234,14 @@ class Row:
     hypotheses: list[str]
     warmups: list[str]
 
+
 def decode_and_score(model, tokenizer, data: Encoded, examples: list[Example], config, spec):
     """Metrics and outputs of a split; data: the examples as token ids."""
     outputs = decode_split(model, tokenizer, data, config, spec)
     hypotheses = [output.text for output in outputs]
     warmups = [output.warmup for output in outputs]
     return compute_metrics(config, examples, hypotheses, warmups), outputs
+
 
 def compute_metrics(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """By the task's function in METRICS. warmups: texts, "" where there is none."""
@@ -180,11 +252,13 @@ def compute_metrics(config, examples: list[Example], hypotheses, warmups) -> dic
         said = f"its metric failed, {type(error).__name__}: {error}"
         raise UserError(f"task {config.task}: {said}") from error
 
+
 def ceiling(tokenizer, examples: list[Example], config) -> dict[str, float]:
     """What a perfect model would score: the references as token ids, up to the limit, and back."""
     targets = encode(tokenizer, examples).target
     texts = to_text(tokenizer, [row[: config.max_target_tokens].tolist() for row in targets])
     return compute_metrics(config, examples, texts, [""] * len(texts))
+
 
 def score_run(folder: Path, stages, config, tokenizer, examples, split: str, device) -> list[Row]:
     """Decode and score the best checkpoints of stages on a split."""
@@ -197,22 +271,38 @@ def score_run(folder: Path, stages, config, tokenizer, examples, split: str, dev
         scores, outputs = decode_and_score(model, tokenizer, data, examples, config, spec)
         nll = round(validate(model, data, config, spec)["nll"], 4)
         at_limit = sum(not output.ended for output in outputs)
-        rows.append(Row(stage, row_name(stage, config), scores, nll, **cost, at_limit=at_limit,
-                        hypotheses=[output.text for output in outputs],
-                        warmups=[output.warmup for output in outputs]))
+        rows.append(
+            Row(
+                stage,
+                row_name(stage, config),
+                scores,
+                nll,
+                **cost,
+                at_limit=at_limit,
+                hypotheses=[output.text for output in outputs],
+                warmups=[output.warmup for output in outputs],
+            )
+        )
     return rows
+
 
 def resume_command(folder: Path) -> str:
     return f"python train.py --resume {shell_word(folder)}"
 
+
 def row_name(stage: str, config) -> str:
     return BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
+
 
 def training_cost(folder: Path, *stages: str) -> dict[str, int | float]:
     """Updates, FLOPs and seconds of these stages together, from log.jsonl."""
     records = [r for r in read_log(folder) if r["kind"] == "train" and r["stage"] in stages]
-    return {"updates": len(records), "flops": sum(record["flops"] for record in records),
-            "seconds": round(sum(record["seconds"] for record in records), 1)}
+    return {
+        "updates": len(records),
+        "flops": sum(record["flops"] for record in records),
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+    }
+
 
 def read_log(folder: Path) -> list[dict]:
     """The records of log.jsonl. UserError if one of them lacks what train.py wrote."""
@@ -225,13 +315,16 @@ def read_log(folder: Path) -> list[dict]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is incomplete ({error}): try again, or --resume") from None
 
+
 def cut_outputs(at_limit: int, count: int, config) -> str:
     """What to say of outputs that did not end by themselves. "": there are none."""
     limit = f"--max-target-tokens {config.max_target_tokens}"
     return f"{at_limit} of {count} outputs were cut at {limit}" if at_limit else ""
 
-def print_table(rows: list[Row], ceiling_scores: dict, config, examples: list[Example],
-                split: str) -> None:
+
+def print_table(
+    rows: list[Row], ceiling_scores: dict, config, examples: list[Example], split: str
+) -> None:
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     pair = f" {config.pair}" if TASKS[config.task].translates else ""
@@ -241,19 +334,23 @@ def print_table(rows: list[Row], ceiling_scores: dict, config, examples: list[Ex
     print(f"{'':20}{header}{'NLL/token':>11}{'updates':>9}{'TFLOP':>10}{'seconds':>9}")
 
     def beginning(name: str, scores: dict) -> str:
-        cells = [f"{scores[name]:{width}.2f}" if name in scores else f"{'-':>{width}}"
-                 for name in names]
+        cells = [
+            f"{scores[name]:{width}.2f}" if name in scores else f"{'-':>{width}}" for name in names
+        ]
         return f"{name:20}{''.join(cells)}"
 
     for row in rows:
-        print(f"{beginning(row.name, row.metrics)}{row.nll:11.3f}{row.updates:9}"
-              f"{row.flops / 1e12:10,.2f}{row.seconds:9.0f}")
+        print(
+            f"{beginning(row.name, row.metrics)}{row.nll:11.3f}{row.updates:9}"
+            f"{row.flops / 1e12:10,.2f}{row.seconds:9.0f}"
+        )
     print(beginning("ceiling", ceiling_scores))
     for row in rows:
         if cut := cut_outputs(row.at_limit, len(examples), config):
             print(f"{row.name}: {cut}")
     for name, signature in signatures(config, examples).items():
         print(f"{name}: {signature}")
+
 
 # ===== plumbing: significance, other metrics, show and plot, settings, checkpoints, export, program
 def print_significance(rows: list[Row], config, examples: list[Example]) -> None:
@@ -268,14 +365,18 @@ def print_significance(rows: list[Row], config, examples: list[Example]) -> None
             p = "" if result.p_value is None else f"  p = {result.p_value:.4f}"
             if row is not rows[0] and row.hypotheses == rows[0].hypotheses:
                 p = "  the same outputs"  # sacreBLEU would call that significant
-            print(f"  {name:7} {row.name:20} {result.score:6.2f}  mean {result.mean:6.2f} "
-                  f"± {result.ci:.2f}{p}")
+            print(
+                f"  {name:7} {row.name:20} {result.score:6.2f}  mean {result.mean:6.2f} "
+                f"± {result.ci:.2f}{p}"
+            )
+
 
 def what_is_lost(tokenizer, examples: list[Example], config) -> list[str]:
     """What a tokenizer cannot read or write, as lines for the user. A space may change its kind."""
     data, unknown = encode(tokenizer, examples), tokenizer.token_to_id(UNK)
-    unknowns = [100 * np.mean(np.concatenate(column) == unknown)
-                for column in (data.source, data.target)]
+    unknowns = [
+        100 * np.mean(np.concatenate(column) == unknown) for column in (data.source, data.target)
+    ]
     shares = "<unk> is {:.1f} % of source tokens, {:.1f} % of target tokens".format(*unknowns)
     targets = [one_line(example.target) for example in examples]
     texts = to_text(tokenizer, [row.tolist() for row in data.target])
@@ -290,21 +391,29 @@ def what_is_lost(tokenizer, examples: list[Example], config) -> list[str]:
     characters = " ".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in commonest)
     best = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
     advice = ". Choose another --init" if len(pairs) > len(targets) / 2 else ""
-    return [f"this tokenizer cannot write {100 * len(pairs) / len(targets):.1f} % of the targets: "
-            f"a perfect model would score {best}. {shares}. Most often lost: {characters}{advice}"]
+    return [
+        f"this tokenizer cannot write {100 * len(pairs) / len(targets):.1f} % of the targets: "
+        f"a perfect model would score {best}. {shares}. Most often lost: {characters}{advice}"
+    ]
+
 
 # Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, bopomofo, Han
-NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u31ff\u3400-\u4dbf"
-             "\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
-             "\U00020000-\U0003ffff")
+NO_SPACES = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+
 
 class AnyScript:
     """A tokenizer for rouge-score: words of letters, marks and digits, in lower case.
 
     In a script without spaces each character is a word."""
+
     def tokenize(self, text: str) -> list[str]:
         text = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
         return re.sub(f"([{NO_SPACES}])", r" \1 ", text).split()
+
 
 def rouge_scorer(examples: list[Example]) -> tuple[RougeScorer, str]:
     """rouge-score, and what to say of it. Its own tokenizer keeps a-z and 0-9 alone.
@@ -317,14 +426,21 @@ def rouge_scorer(examples: list[Example]) -> tuple[RougeScorer, str]:
     if kept >= 0.95 * count and all(any(row) for row in letters if row):
         return RougeScorer(kinds, use_stemmer=True), f"{version}, its own words, Porter stemmer"
     return RougeScorer(kinds, tokenizer=AnyScript()), (
-        f"{version}, words of any script, characters where a script has no spaces, no stemmer")
+        f"{version}, words of any script, characters where a script has no spaces, no stemmer"
+    )
+
 
 def rouge_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """Mean F1 of ROUGE-1, -2 and -L, times 100."""
     scorer, _ = rouge_scorer(examples)
     scores = [scorer.score(example.target, y) for example, y in zip(examples, hypotheses)]
-    return {key.replace("rouge", "ROUGE-"):
-            100 * sum(score[key].fmeasure for score in scores) / len(scores) for key in scores[0]}
+    return {
+        key.replace("rouge", "ROUGE-"): 100
+        * sum(score[key].fmeasure for score in scores)
+        / len(scores)
+        for key in scores[0]
+    }
+
 
 def option_scores(config, examples: list[Example], hypotheses, warmups) -> dict[str, float]:
     """Accuracy and macro-F1 over the answers that occur, in percent. Other words are wrong."""
@@ -333,8 +449,14 @@ def option_scores(config, examples: list[Example], hypotheses, warmups) -> dict[
     f1 = [2 * hits[y] / (answers.count(y) + hypotheses.count(y)) for y in sorted(set(answers))]
     return {"acc": 100 * hits.total() / len(answers), "F1": 100 * sum(f1) / len(f1)}
 
-METRICS = {"translation": translation_scores, "pointers": pointer_scores,
-           "summaries": rouge_scores, "options": option_scores}
+
+METRICS = {
+    "translation": translation_scores,
+    "pointers": pointer_scores,
+    "summaries": rouge_scores,
+    "options": option_scores,
+}
+
 
 def signatures(config, examples: list[Example]) -> dict[str, str]:
     """How each metric was computed; sacreBLEU's own description of it."""
@@ -345,12 +467,15 @@ def signatures(config, examples: list[Example]) -> dict[str, str]:
         metric.corpus_score(targets, [targets])
     return {name: str(metric.get_signature()) for name, metric in metrics.items()}
 
+
 def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Example], device):
     """Print examples with what each stage writes, and the estimator at work."""
     torch.manual_seed(config.seed)
     data = encode_split(tokenizer, examples, config, "shown")
-    pages = [[f"\nsource              {example.source}", f"prompt              {example.prompt}"]
-             for example in examples]
+    pages = [
+        [f"\nsource              {example.source}", f"prompt              {example.prompt}"]
+        for example in examples
+    ]
     for page, example in zip(pages, examples):
         page += [f"reference           {example.target}"] if example.target else []
     for stage in stages:
@@ -364,6 +489,7 @@ def show(folder: Path, stages, config, tokenizer: Tokenizer, examples: list[Exam
                 scored = bool(examples[i].target)
                 page += samples_at_work(model, tokenizer, data, i, config, spec, scored)
     print("\n".join(itertools.chain(*pages)))
+
 
 def samples_at_work(model, tokenizer, data: Encoded, i: int, config, spec, scored) -> list[str]:
     """K sampled warmups of example i, as in a policy update. A line for each that differs:
@@ -384,17 +510,24 @@ def samples_at_work(model, tokenizer, data: Encoded, i: int, config, spec, score
         form += "{:14.3f}{:+9.3f}{:9.3f}"
     rows = torch.cat(columns).T.tolist()  # K rows
     outputs = decode_batch(model, tokenizer, copies, config, spec, c[0])
-    drawn = Counter(f"{form.format(*row)}  {output.warmup} -> {output.text}"
-                    for row, output in zip(rows, outputs))
-    return [f"{titles}  sampled c -> y",
-            *(f"{times:4} x{line}" for line, times in drawn.most_common())]
+    drawn = Counter(
+        f"{form.format(*row)}  {output.warmup} -> {output.text}"
+        for row, output in zip(rows, outputs)
+    )
+    return [
+        f"{titles}  sampled c -> y",
+        *(f"{times:4} x{line}" for line, times in drawn.most_common()),
+    ]
+
 
 PANELS = {  # title: kind of record, its number
     "validation NLL, nats per token": ("valid", "nll"),
     "swap gap, nats: how much y depends on c": ("valid", "swap_gap"),
     "spread of rewards within an example, nats": ("train", "spread"),
-    "entropy of the warmups, nats": ("train", "entropy")}
+    "entropy of the warmups, nats": ("train", "entropy"),
+}
 NO_METRICS = "kind stage step nll reward spread ess entropy distinct swap_gap over_empty".split()
+
 
 def plot(folder: Path, config, out: Path) -> None:
     """log.jsonl as a page of curves, a PNG. UserError without matplotlib."""
@@ -434,6 +567,7 @@ def plot(folder: Path, config, out: Path) -> None:
     figure.savefig(out, format="png")
     print(f"wrote {out}")
 
+
 def draw_curve(axis, x, y, kind: str, color: str, name: str) -> None:
     """Validations as dots. Updates thin, and over them their running mean."""
     if kind == "valid":
@@ -444,16 +578,20 @@ def draw_curve(axis, x, y, kind: str, color: str, name: str) -> None:
     smooth = [np.mean(y[max(0, i - reach) : i + reach + 1]) for i in range(len(y))]
     axis.plot(x, smooth, color=color, linewidth=1.8, label=name)
 
+
 def flag(default, help: str, low=None, high=None, choices=None):
     """A setting: its default, what it means and in which unit, its range or its choices."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
+
 def flag_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
 
 @dataclass(frozen=True)
 class Settings:
     """What data.py and this file need to know of a run. train.Config adds what training needs."""
+
     task: str = flag("wmt", "what to train on", choices=TASKS)
     pair: str = flag("de-en", "source-target language codes, for translation")
     data: str = flag("", "folder, or 'sample'; empty: data/TASK[/PAIR] if it exists, else sample")
@@ -463,12 +601,19 @@ class Settings:
     init: str = flag("", "Hugging Face folder or name of a T5, mT5, umT5, … to start from")
     seed: int = flag(0, "of weights, batches, dropout, warmups and sample", 0, 2**63 - 1)
     max_source_tokens: int = flag(128, "longer sources are cut; see the guide", 2, 10**5)
-    max_target_tokens: int = flag(128, "y ends here, if not at </s>; training pairs with a longer "
-                                  "target are left out", 2, 10**5)
+    max_target_tokens: int = flag(
+        128,
+        "y ends here, if not at </s>; training pairs with a longer target are left out",
+        2,
+        10**5,
+    )
     batch_tokens: int = flag(3000, "tokens of source, target, padding in a micro-batch", 16, 10**9)
     # warmups
-    estimator: str = flag("marginal", "see the README; baselines: frozen, pause, sft",
-                          choices=(*ESTIMATORS, "exact", "pause", "sft"))
+    estimator: str = flag(
+        "marginal",
+        "see the README; baselines: frozen, pause, sft",
+        choices=(*ESTIMATORS, "exact", "pause", "sft"),
+    )
     samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
     warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)
     warmup_min_len: int = flag(0, "tokens before <sep> may end a warmup; 0: all W", 0, 1024)
@@ -498,6 +643,7 @@ class Settings:
             return "--warmup-min-len must not exceed --warmup-len"
         return wrong_pair(self.pair) if TASKS[self.task].translates else ""
 
+
 def read_settings(folder: Path, kind=Settings):
     """The settings in a run's config.json. kind: Settings or train.Config. Else UserError."""
     path = folder / "config.json"
@@ -505,24 +651,32 @@ def read_settings(folder: Path, kind=Settings):
         known = sorted(str(config.parent) for config in folder.parent.glob("*/config.json"))
         known += sorted(str(config.parent) for config in folder.glob("*/config.json"))
         here = f": runs here are {', '.join(known[:8])}" if known else ""
-        raise UserError(f"no run in {folder}{here}. If one was killed there before its first "
-                        "checkpoint, start it again with --overwrite")
+        raise UserError(
+            f"no run in {folder}{here}. If one was killed there before its first "
+            "checkpoint, start it again with --overwrite"
+        )
     saved = read_json(path)
     if missing := [flag_name(f.name) for f in fields(kind) if f.name not in saved]:
-        raise UserError(f"{path} has no {missing[0]}: this run is of another version of the "
-                        "program. Train it again, with --overwrite")
+        raise UserError(
+            f"{path} has no {missing[0]}: this run is of another version of the "
+            "program. Train it again, with --overwrite"
+        )
     if saved["task"] not in TASKS:
         raise UserError(f"{path} names the task {saved['task']!r}, which data.TASKS lacks")
     if TASKS[saved["task"]].metrics not in METRICS:
-        raise UserError(f"eval.METRICS lacks {TASKS[saved['task']].metrics!r}, the metrics of task "
-                        f"{saved['task']}")
+        raise UserError(
+            f"eval.METRICS lacks {TASKS[saved['task']].metrics!r}, the metrics of task "
+            f"{saved['task']}"
+        )
     settings = kind(**{f.name: saved[f.name] for f in fields(kind)})
     if wrong := settings.problem():
         raise UserError(f"{path} is not what train.py wrote: {wrong}")
     return settings
 
+
 FORMAT = "warmup checkpoint 4"
 STATE = {"model", "model_config", "state", "optimizer", "batches", "random", "data", "log_bytes"}
+
 
 def load_checkpoint(path: Path, what: str = "stage") -> dict:
     """A file that train.py saved; `what` it must hold. Else UserError."""
@@ -546,6 +700,7 @@ def load_checkpoint(path: Path, what: str = "stage") -> dict:
         raise UserError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     return checkpoint
 
+
 def load_model(path: Path, tokenizer: Tokenizer, device, what: str = "stage") -> EncoderDecoder:
     """The model of a checkpoint. UserError if it is damaged or does not fit the tokenizer."""
     checkpoint = load_checkpoint(path, what)
@@ -556,6 +711,7 @@ def load_model(path: Path, tokenizer: Tokenizer, device, what: str = "stage") ->
     if model.config.vocab_size != tokenizer.get_vocab_size() or not tokenizer.token_to_id(SEP):
         raise UserError(f"{path} does not fit the tokenizer.json beside it: they are of two runs")
     return model.to(device).eval()
+
 
 def read_input(file: str, config, tokenizer: Tokenizer) -> list[Example]:
     """The lines of --input as examples without a target. An empty line has an empty source.
@@ -573,10 +729,13 @@ def read_input(file: str, config, tokenizer: Tokenizer) -> list[Example]:
             source, _, prompt = line.partition("\t")
             example = Example(source.strip(), prompt.strip(), "")
             if not prompt.split() or prompt.split()[0] not in tags:
-                raise UserError(f"line {number} of --input has no prompt: a line is the source, a "
-                                f"tab, and a prompt that begins with {' or '.join(tags)}")
+                raise UserError(
+                    f"line {number} of --input has no prompt: a line is the source, a "
+                    f"tab, and a prompt that begins with {' or '.join(tags)}"
+                )
         examples.append(example._replace(source=line and prefix + example.source))
     return examples
+
 
 def answer(folder: Path, stage: str, config, tokenizer, args, device) -> None:
     """--input: print y for each line, in order, and an empty line for an empty one."""
@@ -597,11 +756,16 @@ def answer(folder: Path, stage: str, config, tokenizer, args, device) -> None:
     if cut := cut_outputs(sum(not output.ended for output in outputs), len(outputs), config):
         print(f"note: {cut}", file=sys.stderr)
 
+
 def export(folder: Path, stage: str, config, out: Path, tokenizer: Tokenizer) -> None:
     """A stage as a folder that transformers and --init load, with its tokenizer."""
     model = load_model(folder / f"{stage}.pt", tokenizer, "cpu")
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PAD,
-             "unk_token": UNK}
+    names = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "unk_token": UNK,
+    }
     try:
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty: choose another folder")
@@ -612,6 +776,7 @@ def export(folder: Path, stage: str, config, out: Path, tokenizer: Tokenizer) ->
         raise UserError(f"cannot export to {out}, which may be incomplete: {error}") from None
     print(f"wrote {out}: {row_name(stage, config)}")
 
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     """The flags, and the run's settings with what they change. Exits with code 2 on bad usage."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -619,8 +784,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
     add("run", type=Path, help="a run folder that train.py made")
     add("--split", choices=("train", "valid", "test"), help="score this split; default: test")
     add("--input", metavar="FILE", help="write y for each line of a file (-: standard input)")
-    add("--show", type=int, metavar="N", help="N items of the split, or lines of --input: outputs, "
-        "sampled warmups, weights")
+    add(
+        "--show",
+        type=int,
+        metavar="N",
+        help="N items of the split, or lines of --input: outputs, sampled warmups, weights",
+    )
     add("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
     add("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
     add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: policy, else sft")
@@ -641,13 +810,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Settings]:
         parser.error("--plot takes the name of a .png file")
     if args.show_warmup and (args.input is None or args.show):
         parser.error("--show-warmup goes with --input alone")
-    changes = {name: value for name, value in vars(args).items()
-               if name in ("beams", "max_target_tokens", "batch_tokens", "data", "device",
-                           "threads") and value is not None}
+    changes = {
+        name: value
+        for name, value in vars(args).items()
+        if name in ("beams", "max_target_tokens", "batch_tokens", "data", "device", "threads")
+        and value is not None
+    }
     settings = replace(read_settings(args.run), **changes)
     if wrong := settings.problem():
         parser.error(wrong)
     return args, settings
+
 
 @program
 def main(argv: list[str]) -> None:
@@ -675,6 +848,7 @@ def main(argv: list[str]) -> None:
     else:
         score_split(args.run, stages, config, tokenizer, args, device)
 
+
 def score_split(folder: Path, stages: list[str], config, tokenizer, args, device) -> None:
     """The table, a file of hypotheses for each stage, and what differs significantly."""
     if not (folder / "results.json").exists():  # train.py's last file
@@ -697,6 +871,7 @@ def score_split(folder: Path, stages: list[str], config, tokenizer, args, device
     show(folder, stages, config, tokenizer, splits[split][:3], device)
     if len(rows) > 1 and translation_metrics(config):
         print_significance(rows, config, splits[split])
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,9 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 MASKED = -1e9  # added to a score to hide a key. Finite: a row that sees no key stays free of NaN
 
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture. Field names are ours; T5's are in parentheses where they differ."""
+
     vocab_size: int = 8000
     width: int = 256  # E (d_model)
     heads: int = 4  # H
@@ -48,8 +50,14 @@ class ModelConfig:
 
     def __post_init__(self):
         """ValueError for a size that no model has: some configs are read from files."""
-        least = {"encoder_layers": 0, "decoder_layers": 0, "pad_id": 0, "eos_id": 0, "buckets": 4,
-                 "max_distance": self.buckets}
+        least = {
+            "encoder_layers": 0,
+            "decoder_layers": 0,
+            "pad_id": 0,
+            "eos_id": 0,
+            "buckets": 4,
+            "max_distance": self.buckets,
+        }
         for f in fields(self):
             value, most = getattr(self, f.name), 1000 if "layers" in f.name else 2**20
             if f.type is int and not (type(value) is int and least.get(f.name, 1) <= value <= most):
@@ -64,9 +72,18 @@ class ModelConfig:
         """1 for T5, which does not divide by sqrt(D): its query weights are smaller instead."""
         return self.head_size**-0.5 if self.scaled else 1.0
 
+
 SIZES = {
-    "toy": dict(width=64, heads=4, head_size=16, ff=256, encoder_layers=0, decoder_layers=1,
-                tied=False, absolute=False),
+    "toy": dict(
+        width=64,
+        heads=4,
+        head_size=16,
+        ff=256,
+        encoder_layers=0,
+        decoder_layers=1,
+        tied=False,
+        absolute=False,
+    ),
     "puzzle": dict(width=64, head_size=16, ff=256, encoder_layers=3, decoder_layers=1, tied=False),
     "nano": dict(width=64, heads=2, head_size=32, ff=256, encoder_layers=2, decoder_layers=2),
     "tiny": dict(width=192, heads=6, head_size=32, ff=512, encoder_layers=3, decoder_layers=3),
@@ -74,6 +91,7 @@ SIZES = {
     "t5-small": dict(width=512, heads=8, ff=2048, encoder_layers=6, decoder_layers=6),
     "t5-base": dict(width=768, heads=12, ff=3072, encoder_layers=12, decoder_layers=12),
 }
+
 
 # ----------------------------------------------------------------------------- building blocks
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
@@ -85,18 +103,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0)
         return plain_attention(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
     """The same in plain algebra. Tests hold `attention` to it, forward and backward."""
     scores = scale * (q @ k.transpose(-1, -2)) + bias  # (B,H,L,S)
     return scores.softmax(-1).to(v.dtype) @ v
 
+
 def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
     """(N,L,parts·H·D) -> (parts,N,H,L,D)."""
     return x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4)
 
+
 def rms_norm(config: ModelConfig) -> nn.RMSNorm:
     """x / sqrt(mean(x²) + 1e-6) * weight: T5's layer norm subtracts no mean and adds no bias."""
     return nn.RMSNorm(config.width, eps=1e-6)
+
 
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
@@ -112,11 +134,13 @@ class SelfAttention(nn.Module):
         mixed = attention(q, k, v, bias, self.scale)  # (N,H,L,D)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (N,L,E)
 
+
 class CrossAttention(nn.Module):
     """The decoder's look at the source. Keys and values are projected once per example.
 
     Cross-attention has no causal structure, so an example's K warmups may stand side by side on
     the query axis: queries (B,H,K·L,D) against ONE copy of keys (B,H,S,D). Nothing is repeated."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.scale = config.heads, config.attention_scale
@@ -135,6 +159,7 @@ class CrossAttention(nn.Module):
         mixed = attention(q, *kv, bias, self.scale)  # (B,H,K·L,D)
         return self.out(mixed.transpose(1, 2).reshape(N, L, -1))  # (N,L,E)
 
+
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -149,8 +174,10 @@ class FeedForward(nn.Module):
         gate, x = self.up(x).chunk(2, dim=-1)
         return self.down(self.dropout(F.gelu(gate, approximate="tanh") * x))
 
+
 class Block(nn.Module):
     """Self-attention, cross-attention (decoder), feed-forward; each x + dropout(f(norm(x)))."""
+
     def __init__(self, config: ModelConfig, decoder: bool):
         super().__init__()
         self.self_attention, self.self_norm = SelfAttention(config), rms_norm(config)
@@ -166,11 +193,13 @@ class Block(nn.Module):
             x = x + self.dropout(seen)
         return x + self.dropout(self.feed_forward(self.ff_norm(x)))
 
+
 class PositionBias(nn.Module):
     """T5's only notion of position: a learned number per head and distance (Raffel et al. §2.1).
 
     Half of the buckets hold one distance each; the others grow logarithmically to max_distance.
     The encoder looks both ways and splits its buckets by sign. The decoder looks back only."""
+
     def __init__(self, config: ModelConfig, bidirectional: bool):
         super().__init__()
         self.bidirectional = bidirectional
@@ -207,6 +236,7 @@ class PositionBias(nn.Module):
         # contiguous: CUDA's fused kernels ask for such a mask
         return bias.permute(2, 0, 1).unsqueeze(0).contiguous()  # (1,H,L,L)
 
+
 @lru_cache(maxsize=8)  # a long decoding asks for one length after the other
 def sinusoids(length: int, width: int, device) -> Tensor:
     """(length,width): sin, cos of positions at wavelengths 2π to 20,000π (Vaswani et al. §3.5)."""
@@ -214,8 +244,10 @@ def sinusoids(length: int, width: int, device) -> Tensor:
     angle = torch.arange(length, device=device)[:, None] * rate  # (length,width/2)
     return torch.cat([angle.sin(), angle.cos()], -1)
 
+
 class Stack(nn.Module):
     """All blocks of the encoder or the decoder, with the biases they share and a final norm."""
+
     def __init__(self, config: ModelConfig, decoder: bool):
         super().__init__()
         layers = config.decoder_layers if decoder else config.encoder_layers
@@ -243,10 +275,12 @@ class Stack(nn.Module):
                 x = block(x, bias, memory, cache, layer)
         return self.dropout(self.norm(x))
 
+
 # ----------------------------------------------------------------------------- memory and cache
 @dataclass
 class Memory:
     """What the decoder sees of B sources."""
+
     kv: list[tuple[Tensor, Tensor]]  # per decoder layer: keys and values, (B,H,S,D) each
     bias: Tensor  # (B,1,1,S): 0 at a source token, MASKED at padding
 
@@ -255,10 +289,12 @@ class Memory:
         kv = [(k.index_select(0, examples), v.index_select(0, examples)) for k, v in self.kv]
         return Memory(kv, self.bias[examples])
 
+
 class Cache:
     """Self-attention keys and values of what N decoder rows have read: at most `room` tokens.
 
     Its places double when they are used up: most rows end long before the limit."""
+
     def __init__(self, model: "EncoderDecoder", room: int):
         self.decoder = model.decoder
         self.kv = [None] * len(model.decoder.blocks)  # (N,2,H,places,D) each, made on first use
@@ -295,9 +331,11 @@ class Cache:
             torch.index_select(kv[:, :, :, : self.length], 0, rows, out=used)
             self.kv[layer], self.other[layer] = other, kv
 
+
 # ----------------------------------------------------------------------------- the model
 class EncoderDecoder(nn.Module):
     """encode -> Memory; decode -> hidden states; token_logprobs or logits on those."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -383,8 +421,15 @@ class EncoderDecoder(nn.Module):
         logits = F.linear(*self.output_layer(hidden))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def token_logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0,
-                       forbidden: Tensor | None = None, chunk: int = 0) -> Tensor:
+    def token_logprobs(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        forbidden: Tensor | None = None,
+        chunk: int = 0,
+    ) -> Tensor:
         """log softmax(logits / temperature)[targets]: (tokens,E), (tokens,) -> (tokens,), float32.
 
         forbidden: ids of probability 0. chunk: tokens whose logits are held at once; 0: 256 MiB's.
@@ -400,6 +445,7 @@ class EncoderDecoder(nn.Module):
         chunk = chunk or max(1, 2**26 // len(weight))
         return _TokenLogProbs.apply(hidden, weight, targets, forbidden, chunk)
 
+
 # ----------------------------------------------------------------------------- decoding
 def read_prefix(model, memory: Memory, prefix: Tensor, room: int, copies: int):
     """Read prefix (B,P) once per example, then copy the rows: cache, hidden (B·copies,E)."""
@@ -408,6 +454,7 @@ def read_prefix(model, memory: Memory, prefix: Tensor, room: int, copies: int):
     rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)  # (N,)
     cache.select(rows)
     return cache, hidden[rows]
+
 
 def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
     """probs (N,V), not normalised -> a token of each row and the row's sum, (N,1) both.
@@ -424,10 +471,21 @@ def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
     token = torch.searchsorted(cdf, u * total, right=True)
     return token.clamp(max=probs.size(1) - 1), total  # clamp: if the sum is nan, none is found
 
+
 @torch.no_grad()
-def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *,
-           samples: int = 1, temperature: float = 1.0, forbidden: Tensor | None = None,
-           stop: int | None = None, fill: int = 0, min_length: int = 0) -> tuple[Tensor, Tensor]:
+def sample(
+    model: EncoderDecoder,
+    memory: Memory,
+    prefix: Tensor,
+    length: int,
+    *,
+    samples: int = 1,
+    temperature: float = 1.0,
+    forbidden: Tensor | None = None,
+    stop: int | None = None,
+    fill: int = 0,
+    min_length: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Write `length` tokens after prefix (B,P): tokens and their log-probs, (B,K,length) both.
 
     K = samples independent draws per example. temperature 0 is greedy. No top-k or top-p: a policy
@@ -460,14 +518,23 @@ def sample(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *
             hidden = model.decode(tokens[:, t : t + 1], memory, cache)[:, -1]
     return tokens.view(-1, samples, length), log_probs.view(-1, samples, length)
 
+
 def take(rows: Tensor, index: Tensor) -> Tensor:
     """rows (B,n,L), index (B,m) -> (B,m,L): the rows of each example in the order of its index."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.size(2)))
 
+
 @torch.no_grad()
-def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: int, *,
-                beams: int = 4, length_penalty: float = 1.0, forbidden: Tensor | None = None
-                ) -> tuple[Tensor, Tensor]:
+def beam_search(
+    model: EncoderDecoder,
+    memory: Memory,
+    prefix: Tensor,
+    length: int,
+    *,
+    beams: int = 4,
+    length_penalty: float = 1.0,
+    forbidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The n = beams best continuations of prefix (B,P): tokens (B,n,length), scores (B,n).
 
     score = sum of log-probs / (tokens written, </s> included) ** length_penalty, best first. Each
@@ -514,12 +581,14 @@ def beam_search(model: EncoderDecoder, memory: Memory, prefix: Tensor, length: i
         hidden = model.decode(tokens[:, :, t].reshape(-1, 1), memory, cache)[:, -1]
     return ended, ended_scores
 
+
 # ===== plumbing: two fast paths; errors, device, precision, compile; T5 checkpoints in and out
 class Dropout(nn.Module):
     """Zero each element with probability p and scale the rest by 1/(1-p), in training only.
 
     On a CPU torch draws a random float per element. A random byte decides as well; it rounds p to
     1/256. With torch's dropout an SFT step (size small) takes 1.12 to 1.22 times as long."""
+
     def __init__(self, p: float):
         super().__init__()
         self.p = p
@@ -532,6 +601,7 @@ class Dropout(nn.Module):
         drawn = draws.view(torch.uint8)[: x.numel()].view(x.shape)  # eight bytes from each draw
         return x * drawn.to(x.dtype).ge_(dropped).mul_(256 / (256 - dropped))
 
+
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden weightᵀ)[targets], holding at most `chunk` x V numbers at a time.
 
@@ -539,6 +609,7 @@ class _TokenLogProbs(torch.autograd.Function):
     buffer is overwritten: logits, then exp(logits - max), then their gradient. One chunk is kept
     for the backward pass; of several, each is computed again there. With the plain form a warmup
     step (size small) takes 1.6 times as long, and the loss at mT5's V 15 times the memory."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, forbidden, chunk):
         ctx.save_for_backward(hidden, weight, targets, forbidden)
@@ -575,6 +646,7 @@ class _TokenLogProbs(torch.autograd.Function):
             del exps, d  # before the next chunk is made
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
+
 def _chunk(hidden, weight, targets, forbidden):
     """n tokens: log-probs (n,), exp(logits - max) (n,V), and its row sums (n,1)."""
     logits = (hidden @ weight.T).float()  # (n,V)
@@ -586,6 +658,7 @@ def _chunk(hidden, weight, targets, forbidden):
     total = exps.sum(-1, keepdim=True)
     return (picked - top - total.log()).squeeze(1), exps, total
 
+
 def plain_token_logprobs(hidden, weight, targets, forbidden=None) -> Tensor:
     """What `_TokenLogProbs` computes, with all tokens x V logits. Tests hold it to these lines."""
     logits = hidden @ weight.T  # (tokens,V)
@@ -593,9 +666,11 @@ def plain_token_logprobs(hidden, weight, targets, forbidden=None) -> Tensor:
         logits = logits.index_fill(1, forbidden, -torch.inf)
     return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)  # (tokens,)
 
+
 def one_line(text: str) -> str:
     """Line ends and runs of spaces become one space."""
     return " ".join(text.split())
+
 
 def shell_word(path: str | Path) -> str:
     """A path as one word of a command line, for the commands that the program prints."""
@@ -603,11 +678,14 @@ def shell_word(path: str | Path) -> str:
         return shlex.quote(str(path))
     return f'"{path}"' if re.search(r"[^\w.:/\\-]", str(path)) else str(path)
 
+
 class UserError(Exception):
     """Something that the user can mend. Printed as one line, exit code 1, no traceback."""
 
+
 class Parser(argparse.ArgumentParser):
     """Says in two lines what is wrong with the usage: the error, and what may have been meant."""
+
     def error(self, message: str) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
@@ -615,8 +693,10 @@ class Parser(argparse.ArgumentParser):
         hint = f"did you mean {near[0]}?" if near else f"--help lists all flags of {self.prog}"
         self.exit(2, f"error: {message}\n{hint}\n")
 
+
 def program(run):
     """Decorator of a script's main(argv): 0, or 1 after one line that says what is wrong."""
+
     @wraps(run)
     def main(argv: list[str] | None = None) -> int:
         try:
@@ -636,11 +716,15 @@ def program(run):
         except RuntimeError as error:  # torch has no type for the memory of a CPU
             if not isinstance(error, torch.OutOfMemoryError) and "allocate mem" not in str(error):
                 raise
-            said = ("error: out of memory. Lower --batch-tokens, --policy-batch-tokens, --beams or "
-                    "--max-target-tokens, or train with --recompute")
+            said = (
+                "error: out of memory. Lower --batch-tokens, --policy-batch-tokens, --beams or "
+                "--max-target-tokens, or train with --recompute"
+            )
         print(said, file=sys.stderr)
         return 1
+
     return main
+
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else the CPU. Apple's mps, where nothing was ever run, only by its name.
@@ -650,8 +734,11 @@ def pick_device(name: str) -> torch.device:
     # cuDNN's attention plans anew for each shape, and no two batches are alike
     torch.backends.cuda.enable_cudnn_sdp(False)
     number = os.environ.get("LOCAL_RANK")  # set by torchrun. Processes cannot meet on mps
-    here = {"cuda": torch.cuda.device_count() > int(number or 0),
-            "mps": torch.backends.mps.is_available() and number is None, "cpu": True}
+    here = {
+        "cuda": torch.cuda.device_count() > int(number or 0),
+        "mps": torch.backends.mps.is_available() and number is None,
+        "cpu": True,
+    }
     if name == "auto":
         name = "cuda" if here["cuda"] else "cpu"
     if not here[name]:
@@ -660,11 +747,13 @@ def pick_device(name: str) -> torch.device:
         torch.cuda.set_device(int(number or 0))
     return torch.device(name)
 
+
 def precision(dtype: str, device: torch.device) -> torch.autocast:
     """Matrix products in bfloat16 if so named (auto: on CUDA). Weights stay float32."""
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     # no cache of cast weights: sampling would fill it without gradients, and scoring would use it
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)
+
 
 @contextmanager
 def decoding():
@@ -678,9 +767,11 @@ def decoding():
         torch.set_autocast_cache_enabled(before)
         torch.clear_autocast_cache()
 
+
 def all_true(done: Tensor, step: int) -> bool:
     """Whether decoding may stop. To look makes the host wait for a GPU: only at each 8th step."""
     return (step % 8 == 7 or not done.is_cuda) and bool(done.all())
+
 
 def compile_stacks(model: EncoderDecoder, **how) -> None:
     """torch.compile of encoder and decoder, with dynamic shapes: no two batches are alike."""
@@ -689,6 +780,7 @@ def compile_stacks(model: EncoderDecoder, **how) -> None:
     model.encoder.compile(dynamic=True, **how)
     model.decoder.compile(dynamic=True, **how)
 
+
 def build(config: ModelConfig, weights: dict[str, Tensor]) -> EncoderDecoder:
     """A model with these weights. RuntimeError if they are not those of the config."""
     with torch.device("meta"):  # shapes without memory: the weights become the parameters
@@ -696,12 +788,21 @@ def build(config: ModelConfig, weights: dict[str, Tensor]) -> EncoderDecoder:
     model.load_state_dict(weights, assign=True)
     return model
 
+
 T5_FIELDS = {  # in config.json: our name. Where T5's files are silent, its default is ours, too
-    "vocab_size": "vocab_size", "d_model": "width", "num_heads": "heads", "d_kv": "head_size",
-    "d_ff": "ff", "num_layers": "encoder_layers", "num_decoder_layers": "decoder_layers",
-    "relative_attention_num_buckets": "buckets", "relative_attention_max_distance": "max_distance",
-    "dropout_rate": "dropout"}
+    "vocab_size": "vocab_size",
+    "d_model": "width",
+    "num_heads": "heads",
+    "d_kv": "head_size",
+    "d_ff": "ff",
+    "num_layers": "encoder_layers",
+    "num_decoder_layers": "decoder_layers",
+    "relative_attention_num_buckets": "buckets",
+    "relative_attention_max_distance": "max_distance",
+    "dropout_rate": "dropout",
+}
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # of all T5s
+
 
 def t5_config(settings: dict) -> ModelConfig:
     """Hugging Face's config.json of a T5 v1.0, v1.1, Flan-T5, mT5, umT5 or byT5. Else UserError."""
@@ -714,29 +815,48 @@ def t5_config(settings: dict) -> ModelConfig:
     ours["decoder_layers"] = ours.get("decoder_layers") or ours["encoder_layers"]
     gated = "gated-gelu" if get("is_gated_act") else get("dense_act_fn")
     act = get("feed_forward_proj") or gated or "relu"
-    usual = {"feed_forward_proj": act if act in ("relu", "gated-gelu") else "relu",
-             "layer_norm_epsilon": 1e-6, **IDS}
+    usual = {
+        "feed_forward_proj": act if act in ("relu", "gated-gelu") else "relu",
+        "layer_norm_epsilon": 1e-6,
+        **IDS,
+    }
     for name, value in usual.items():
         if get(name, value) != value:
             raise UserError(f"{name} = {get(name)!r} in config.json: a T5 has {value!r} there")
     # transformers 5 writes tie_word_embeddings = true for all, and the truth under another name
     tied = family != "mt5" and get("scale_decoder_outputs", get("tie_word_embeddings", True))
     try:
-        return ModelConfig(**ours, gated=act == "gated-gelu", tied=tied, scaled=False,
-                           absolute=False, shared_bias=family != "umt5")
+        return ModelConfig(
+            **ours,
+            gated=act == "gated-gelu",
+            tied=tied,
+            scaled=False,
+            absolute=False,
+            shared_bias=family != "umt5",
+        )
     except (TypeError, ValueError) as error:
         raise UserError(f"config.json has {error}, which no T5 has") from None
 
+
 def t5_names(config: ModelConfig) -> dict[str, list[str]]:
     """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0."""
-    own = {"self_attention.qkv": "SelfAttention.q SelfAttention.k SelfAttention.v",
-           "self_attention.out": "SelfAttention.o", "self_norm": "layer_norm"}
-    cross = {"cross_attention.q": "EncDecAttention.q", "cross_norm": "layer_norm",
-             "cross_attention.kv": "EncDecAttention.k EncDecAttention.v",
-             "cross_attention.out": "EncDecAttention.o"}
+    own = {
+        "self_attention.qkv": "SelfAttention.q SelfAttention.k SelfAttention.v",
+        "self_attention.out": "SelfAttention.o",
+        "self_norm": "layer_norm",
+    }
+    cross = {
+        "cross_attention.q": "EncDecAttention.q",
+        "cross_norm": "layer_norm",
+        "cross_attention.kv": "EncDecAttention.k EncDecAttention.v",
+        "cross_attention.out": "EncDecAttention.o",
+    }
     up = "DenseReluDense.wi_0 DenseReluDense.wi_1" if config.gated else "DenseReluDense.wi"
-    feed = {"feed_forward.up": up,  # wi_0 is the gate
-            "feed_forward.down": "DenseReluDense.wo", "ff_norm": "layer_norm"}
+    feed = {
+        "feed_forward.up": up,  # wi_0 is the gate
+        "feed_forward.down": "DenseReluDense.wo",
+        "ff_norm": "layer_norm",
+    }
     names = {"embedding.weight": ["shared.weight"]}
     names |= {} if config.tied else {"output.weight": ["lm_head.weight"]}
     for stack, parts in (("encoder", [own, feed]), ("decoder", [own, cross, feed])):
@@ -745,17 +865,20 @@ def t5_names(config: ModelConfig) -> dict[str, list[str]]:
             for number, part in enumerate(parts):  # T5 numbers the parts of a block
                 for ours, theirs in part.items():
                     names[f"{stack}.blocks.{i}.{ours}.weight"] = [
-                        f"{stack}.block.{i}.layer.{number}.{x}.weight" for x in theirs.split()]
+                        f"{stack}.block.{i}.layer.{number}.{x}.weight" for x in theirs.split()
+                    ]
             if i == 0 or not config.shared_bias:
                 bias = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
                 names[f"{stack}.biases.{i}.weight"] = [bias]
     return names
+
 
 def pretrained_folder(source: str | Path) -> Path:
     """The folder itself, or where the hub's files of that name lie once they are downloaded."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download  # comes with tokenizers
+
     try:
         kinds = ["model*.safetensors"] if find_spec("safetensors") else []
         for weights in (*kinds, "pytorch_model*.bin"):
@@ -767,6 +890,7 @@ def pretrained_folder(source: str | Path) -> Path:
         name = type(error).__name__
         raise UserError(f"{source}: no folder here, and the hub did not give it ({name})") from None
 
+
 def read_json(path: Path) -> dict:
     """A JSON object. UserError if there is none."""
     try:
@@ -774,12 +898,15 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
 
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of model*.safetensors, else of pytorch_model*.bin: one file, or shards."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise UserError(f"{folder} holds no pytorch_model.bin and no model.safetensors. The latter "
-                        "is downloaded only after: pip install safetensors")
+        raise UserError(
+            f"{folder} holds no pytorch_model.bin and no model.safetensors. The latter "
+            "is downloaded only after: pip install safetensors"
+        )
     tensors = {}
     for path in files:
         try:
@@ -787,12 +914,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 tensors |= torch.load(path, map_location="cpu", weights_only=True)
             else:
                 from safetensors.torch import load_file
+
                 tensors |= load_file(path)
         except ImportError:
             raise UserError(f"to read {path.name}: pip install safetensors") from None
         except Exception as error:  # torch and safetensors raise a zoo of types
             raise UserError(f"{path} is damaged ({type(error).__name__})") from None
     return tensors
+
 
 def untangle(tensors: dict[str, Tensor], config: ModelConfig, settings: dict) -> ModelConfig:
     """Remove copies and leftovers from tensors; say whether the output layer is really tied."""
@@ -812,6 +941,7 @@ def untangle(tensors: dict[str, Tensor], config: ModelConfig, settings: dict) ->
         # transformers 5 ties a v1.1 or mT5 that it makes new, without scaling
         tensors.setdefault("lm_head.weight", tensors["shared.weight"])
     return config
+
 
 def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
     """A T5 in float32 from a Hugging Face folder or hub name.
@@ -834,6 +964,7 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
         wrong = f"it lacks {error}" if isinstance(error, KeyError) else one_line(str(error))[:250]
         raise UserError(f"{folder} is not what its config.json says: {wrong}") from None
 
+
 def save_pretrained(model: EncoderDecoder, folder: str | Path) -> None:
     """Write config.json and pytorch_model.bin that transformers loads, to the same logits."""
     config, folder = model.config, Path(folder)
@@ -852,10 +983,13 @@ def save_pretrained(model: EncoderDecoder, folder: str | Path) -> None:
         tensors |= zip(theirs, parts)
     kind, architecture = ("t5", "T5") if config.shared_bias else ("umt5", "UMT5")
     settings = {theirs: getattr(config, ours) for theirs, ours in T5_FIELDS.items()} | {
-        "model_type": kind, "architectures": [f"{architecture}ForConditionalGeneration"],
-        "is_encoder_decoder": True, **IDS,
+        "model_type": kind,
+        "architectures": [f"{architecture}ForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        **IDS,
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
-        "tie_word_embeddings": config.tied or not config.shared_bias}
+        "tie_word_embeddings": config.tied or not config.shared_bias,
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     torch.save(tensors, folder / "pytorch_model.bin")

@@ -22,24 +22,73 @@ from tokenizers import Tokenizer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
-from data import (READERS, SAMPLES, TASKS, Batches, Encoded, Example, Task, encode_split, load,
-                  load_tokenizer, pretrained_tokenizer, prompt_tags, special_ids, train_tokenizer)
-from eval import (BASELINES, FORMAT, METRICS, STAGES, Settings, averages, ceiling,
-                  decode_and_score, flag, flag_name, load_checkpoint, load_model, print_table,
-                  read_settings, resume_command, score_run, show, signatures, training_cost,
-                  translation_metrics, validate, warmup_spec, what_is_lost)
-from model import (SIZES, EncoderDecoder, ModelConfig, Parser, UserError, compile_stacks,
-                   load_pretrained, one_line, pick_device, precision, pretrained_folder, program,
-                   shell_word)
+from data import (
+    READERS,
+    SAMPLES,
+    TASKS,
+    Batches,
+    Encoded,
+    Example,
+    Task,
+    encode_split,
+    load,
+    load_tokenizer,
+    pretrained_tokenizer,
+    prompt_tags,
+    special_ids,
+    train_tokenizer,
+)
+from eval import (
+    BASELINES,
+    FORMAT,
+    METRICS,
+    STAGES,
+    Settings,
+    averages,
+    ceiling,
+    decode_and_score,
+    flag,
+    flag_name,
+    load_checkpoint,
+    load_model,
+    print_table,
+    read_settings,
+    resume_command,
+    score_run,
+    show,
+    signatures,
+    training_cost,
+    translation_metrics,
+    validate,
+    warmup_spec,
+    what_is_lost,
+)
+from model import (
+    SIZES,
+    EncoderDecoder,
+    ModelConfig,
+    Parser,
+    UserError,
+    compile_stacks,
+    load_pretrained,
+    one_line,
+    pick_device,
+    precision,
+    pretrained_folder,
+    program,
+    shell_word,
+)
 from warmup import Batch, sft_loss, target_tokens, warmup_loss
 
 MOVABLE = ("device", "threads", "data")  # the settings that may change when a run moves
+
 
 @dataclass(frozen=True)
 class Config(Settings):
     """Every setting of a run, beside eval.Settings: what scoring reads, too. Saved as JSON.
 
     Each field is a flag (--sft-steps for sft_steps)."""
+
     out: str = flag("", "run folder; default: runs/TASK")
     overwrite: bool = flag(False, "replace an earlier run in the same folder")
     # model
@@ -82,9 +131,17 @@ class Config(Settings):
         later = ["policy", "control"] if self.control else ["policy"]
         return ["sft", *later] if self.policy_steps else ["sft"]
 
+
 # ----------------------------------------------------------------------------- equal compute
-def update_flops(model: ModelConfig, batch: Batch, computed: torch.Tensor | None = None,
-                 W: int = 0, *, drawn: int = 0, scored=False) -> int:
+def update_flops(
+    model: ModelConfig,
+    batch: Batch,
+    computed: torch.Tensor | None = None,
+    W: int = 0,
+    *,
+    drawn: int = 0,
+    scored=False,
+) -> int:
     """FLOPs of the matrix products of one update on a batch, padding included.
 
     A product of sizes (i,j) and (j,k) takes 2·i·j·k. A backward pass costs two forward passes.
@@ -116,19 +173,29 @@ def update_flops(model: ModelConfig, batch: Batch, computed: torch.Tensor | None
         flops += head * B * drawn * W
     return round(flops)
 
+
 # ----------------------------------------------------------------------------- training
 @dataclass
 class State:
     """Where a run stands. What its updates cost is in log.jsonl."""
+
     stage: str = "sft"
     step: int = 0  # updates done in this stage
     total: int = 0  # updates this stage will do
     best: float = math.inf  # lowest validation NLL of this stage
 
+
 class Run:
     """Model, data and state of one training run."""
-    def __init__(self, config: Config, examples: dict[str, list[Example]],
-                 data: dict[str, Encoded], tokenizer: Tokenizer, model: EncoderDecoder):
+
+    def __init__(
+        self,
+        config: Config,
+        examples: dict[str, list[Example]],
+        data: dict[str, Encoded],
+        tokenizer: Tokenizer,
+        model: EncoderDecoder,
+    ):
         self.config, self.data, self.examples, self.tokenizer = config, data, examples, tokenizer
         self.folder = config.folder
         self.checksum = checksum(examples, data)
@@ -147,8 +214,14 @@ class Run:
         config, stages = self.config, self.config.stages
         begun = stages.index(self.state.stage)
         updates = [config.sft_steps, config.policy_steps, 2 * config.policy_steps]  # last: a guess
-        with tqdm(total=sum(updates[: len(stages)]), initial=sum(updates[:begun]) + self.state.step,
-                  unit="update", mininterval=1, dynamic_ncols=True, disable=rank() > 0) as bar:
+        with tqdm(
+            total=sum(updates[: len(stages)]),
+            initial=sum(updates[:begun]) + self.state.step,
+            unit="update",
+            mininterval=1,
+            dynamic_ncols=True,
+            disable=rank() > 0,
+        ) as bar:
             for number, stage in enumerate(stages[begun:], begun):
                 if stage != self.state.stage:
                     self.start_stage(stage)
@@ -202,11 +275,18 @@ class Run:
         # pause: a constant c, so there is nothing to sample, to compare or to improve
         estimator, K = ("frozen", 1) if spec.pause else (config.estimator, config.samples)
         bonus = config.entropy_bonus * (1 - state.step / state.total)
-        loss, numbers = warmup_loss(model, here, spec, estimator, K, alpha=config.alpha,
-                                    entropy_bonus=bonus)
+        loss, numbers = warmup_loss(
+            model, here, spec, estimator, K, alpha=config.alpha, entropy_bonus=bonus
+        )
         drawn = 0 if spec.pause or estimator == "exact" else K
-        numbers["flops"] = update_flops(model.config, batch, numbers.pop("computed"), spec.length,
-                                        drawn=drawn, scored=not spec.pause)
+        numbers["flops"] = update_flops(
+            model.config,
+            batch,
+            numbers.pop("computed"),
+            spec.length,
+            drawn=drawn,
+            scored=not spec.pause,
+        )
         return loss, numbers
 
     def train_stage(self, bar: tqdm) -> None:
@@ -241,20 +321,27 @@ class Run:
             if not math.isfinite(norm):  # the weights are spoilt, but last.pt is not
                 rate = "--lr" if state.stage == "sft" else "--policy-lr"
                 raise UserError(f"the gradient became {norm}: start again, lower {rate}")
-            record = {"flops": sums.pop("flops"), "grad_norm": norm, "lr": self.learning_rate(),
-                      "seconds": time.perf_counter() - started}
+            record = {
+                "flops": sums.pop("flops"),
+                "grad_norm": norm,
+                "lr": self.learning_rate(),
+                "seconds": time.perf_counter() - started,
+            }
             record |= averages(sums, sums.pop("examples"), tokens)
             state.step += 1
             log(self, "train", record)
             shown = ("nll", "spread", "swap_gap") if self.spec else ("loss",)
-            bar.set_postfix({name: f"{self.latest[name]:.2f}" for name in shown
-                             if name in self.latest}, refresh=False)
+            bar.set_postfix(
+                {name: f"{self.latest[name]:.2f}" for name in shown if name in self.latest},
+                refresh=False,
+            )
             bar.update()
             if state.step % config.eval_every == 0 or state.step == state.total:
                 validate_and_save(self)
             if any(gather(self.stop)):
                 save_state(self)
                 raise KeyboardInterrupt(f"go on with: {resume_command(self.folder)}")
+
 
 # ===== plumbing: checkpoints and files, optimizer, processes, the program
 def validate_and_save(run: Run) -> None:
@@ -270,11 +357,17 @@ def validate_and_save(run: Run) -> None:
         log(run, "valid", numbers)
         if numbers["nll"] < state.best:
             state.best = numbers["nll"]
-            write_checkpoint(run.folder / f"{state.stage}.pt", "stage", best_step=state.step,
-                             valid_nll=state.best, model=run.model.state_dict(),
-                             model_config=asdict(run.model.config))
+            write_checkpoint(
+                run.folder / f"{state.stage}.pt",
+                "stage",
+                best_step=state.step,
+                valid_nll=state.best,
+                model=run.model.state_dict(),
+                model_config=asdict(run.model.config),
+            )
     state.best = gather(state.best)[0]  # the others wait here
     save_state(run)
+
 
 def save_state(run: Run) -> None:
     """last.pt: everything that the next update depends on. By rank 0."""
@@ -282,10 +375,18 @@ def save_state(run: Run) -> None:
         return
     log_file = run.folder / "log.jsonl"
     write_checkpoint(
-        run.folder / "last.pt", "state", state=asdict(run.state), model=run.model.state_dict(),
-        model_config=asdict(run.model.config), optimizer=run.optimizer.state_dict(),
-        batches=(run.batches.epoch, run.batches.position), random=torch.get_rng_state(),
-        data=run.checksum, log_bytes=log_file.stat().st_size if log_file.exists() else 0)
+        run.folder / "last.pt",
+        "state",
+        state=asdict(run.state),
+        model=run.model.state_dict(),
+        model_config=asdict(run.model.config),
+        optimizer=run.optimizer.state_dict(),
+        batches=(run.batches.epoch, run.batches.position),
+        random=torch.get_rng_state(),
+        data=run.checksum,
+        log_bytes=log_file.stat().st_size if log_file.exists() else 0,
+    )
+
 
 def checksum(examples: dict[str, list[Example]], data: dict[str, Encoded]) -> int:
     """A number that changes with any text or token id that training or validation reads."""
@@ -296,6 +397,7 @@ def checksum(examples: dict[str, list[Example]], data: dict[str, Encoded]) -> in
         for column in columns:
             crc = zlib.crc32(np.concatenate(column), crc)
     return crc
+
 
 def restore(run: Run) -> None:
     """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
@@ -321,6 +423,7 @@ def restore(run: Run) -> None:
     if rank():
         torch.manual_seed(hash((run.config.seed, rank(), run.state.step)))
 
+
 def write_file(path: Path, save: Callable[[Path], None]) -> None:
     """save(temporary path), then rename: `path` holds the old or the new, whole, whatever comes."""
     temporary = path.with_name(path.name + ".tmp")
@@ -333,13 +436,16 @@ def write_file(path: Path, save: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error}. Mend it, then go on by --resume") from None
 
+
 def write_checkpoint(path: Path, what: str, **content) -> None:
     content |= {"format": FORMAT, "what": what}
     write_file(path, lambda temporary: torch.save(content, temporary))
 
+
 def write_json(path: Path, content: dict) -> None:
     text = json.dumps(content, indent=1)
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
 
 def log(run: Run, kind: str, numbers: dict) -> None:
     """Append a line to log.jsonl. By rank 0."""
@@ -354,6 +460,7 @@ def log(run: Run, kind: str, numbers: dict) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from None
 
+
 def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.AdamW:
     """AdamW. Matrices are decayed; gains and position biases are not."""
     named = list(model.named_parameters())
@@ -362,17 +469,21 @@ def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.Ad
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
+
 # ----------------------------------------------------------------------------- processes
 # Under torchrun N processes run this program, each on its share of the batches. They meet in
 # `gather` and `add_up`, which all must call in the same order. Rank 0 validates, decodes and
 # writes while the others wait.
 
+
 def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
 
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
 
 def meet(collective: Callable, *arguments) -> None:
     """Call a collective. A RuntimeError from it means that a process died."""
@@ -383,16 +494,19 @@ def meet(collective: Callable, *arguments) -> None:
             said = one_line(str(error))[:150]
             raise UserError(f"a process of this job died: go on by --resume ({said})") from None
 
+
 def gather(thing) -> list:
     """The `thing` of every process, by rank."""
     everyone = [thing] * processes()
     meet(dist.all_gather_object, everyone, thing)
     return everyone
 
+
 def add_up(x: torch.Tensor) -> torch.Tensor:
     """x, summed over the processes in place."""
     meet(dist.all_reduce, x)
     return x
+
 
 def gather_sums(sums: dict) -> dict[str, float]:
     """Named numbers, summed over the processes. Tensors come in one transfer from a GPU."""
@@ -401,11 +515,13 @@ def gather_sums(sums: dict) -> dict[str, float]:
     everyone = gather(sums | dict(zip(names, values)))
     return {name: sum(one[name] for one in everyone) for name in sums}
 
+
 def sum_gradients(model: EncoderDecoder) -> None:
     """Every gradient, summed over the processes, in one message. DDP sends while it computes."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if processes() > 1:
         vector_to_parameters(add_up(parameters_to_vector(gradients)), gradients)
+
 
 def join_processes() -> None:
     """Under torchrun: meet the others, by NCCL between GPUs and by gloo else. Rank 0 prints."""
@@ -415,6 +531,7 @@ def join_processes() -> None:
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
 
 # ----------------------------------------------------------------------------- the program
 def parse(argv: list[str]) -> tuple[Config, bool]:
@@ -430,10 +547,17 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         settings = dict(TASKS[known.task].settings)
     if known.init:  # T5's weights are large and need no big steps
         settings |= {"lr": 3e-4, "policy_lr": 1e-4}
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder, by its own "
-                        f"settings; only --{', --'.join(MOVABLE)} may change")
+    parser = Parser(
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with this run folder, by its own "
+        f"settings; only --{', --'.join(MOVABLE)} may change",
+    )
     for f in fields(Config):
         text, low, high, choices = f.metadata.values()
         text += f" [{low} to {high}]" if low is not None else ""
@@ -454,6 +578,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         parser.error(wrong)
     return config, resume
 
+
 def check_task(name: str) -> None:
     """UserError for a row of data.TASKS that names what does not exist. Called before all else."""
     task, known = TASKS[name], {f.name: f.type for f in fields(Config)}
@@ -466,22 +591,36 @@ def check_task(name: str) -> None:
             raise UserError(f"task {name}: its settings have {key!r}, which is no setting{hint}")
         types = (int, float) if known[key] is float else (known[key],)
         if type(value) not in types:
-            raise UserError(f"task {name}: its settings have {key} = {value!r}, which must be of "
-                            f"type {known[key].__name__}")
-    tables = {"metrics": ("eval.METRICS", METRICS), "sample": ("data.SAMPLES", SAMPLES),
-              "reader": ("data.READERS", READERS)}
+            raise UserError(
+                f"task {name}: its settings have {key} = {value!r}, which must be of "
+                f"type {known[key].__name__}"
+            )
+    tables = {
+        "metrics": ("eval.METRICS", METRICS),
+        "sample": ("data.SAMPLES", SAMPLES),
+        "reader": ("data.READERS", READERS),
+    }
     for column, (where, table) in tables.items():
         entry = getattr(task, column)
         if entry not in table and (entry or column == "metrics"):
-            raise UserError(f"task {name}: its {column} {entry!r} is no key of {where}, which has "
-                            f"{', '.join(table)}")
+            raise UserError(
+                f"task {name}: its {column} {entry!r} is no key of {where}, which has "
+                f"{', '.join(table)}"
+            )
+
 
 def new_folder(folder: Path, overwrite: bool) -> None:
     """Make the run folder. An earlier run in it is refused or, with overwrite, removed."""
     names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
     for stage in STAGES:
-        names += [f"{stage}.pt", *(f"{split}.{stage}{kind}.txt" for kind in ("", ".warmups")
-                                   for split in ("train", "valid", "test"))]
+        names += [
+            f"{stage}.pt",
+            *(
+                f"{split}.{stage}{kind}.txt"
+                for kind in ("", ".warmups")
+                for split in ("train", "valid", "test")
+            ),
+        ]
     ours = [folder / name for name in names if (folder / name).exists()]
     if ours and not overwrite:
         whole = (folder / "config.json").exists() and (folder / "last.pt").exists()
@@ -491,6 +630,7 @@ def new_folder(folder: Path, overwrite: bool) -> None:
         path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
 
+
 def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, Tokenizer]:
     """Pretrained, or from scratch with a tokenizer of its own."""
     if config.init:
@@ -499,12 +639,16 @@ def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, 
         tokenizer = pretrained_tokenizer(folder, prompt_tags(examples), model.config.vocab_size)
     else:
         tokenizer = train_tokenizer(examples, config.vocab_size)
-        model = EncoderDecoder(ModelConfig(vocab_size=tokenizer.get_vocab_size(),
-                                           dropout=config.dropout, **SIZES[config.size]))
+        model = EncoderDecoder(
+            ModelConfig(
+                vocab_size=tokenizer.get_vocab_size(), dropout=config.dropout, **SIZES[config.size]
+            )
+        )
     tokens = tokenizer.get_vocab_size() - len(special_ids(tokenizer))
     if config.estimator == "exact" and config.policy_steps and tokens**config.warmup_len > 1024:
         raise UserError(f"--estimator exact is for at most 1024 warmups, not {tokens}**W")
     return model, tokenizer
+
 
 def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]]:
     """A run that is ready to train (resume: from where it stopped), and all splits as text."""
@@ -518,11 +662,14 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
         model = load_model(config.folder / "last.pt", tokenizer, "cpu", "state")
     else:
         model, tokenizer = new_model(config, splits["train"])
-    data = {split: encode_split(tokenizer, splits[split], config, split, scored=split != "train")
-            for split in ("train", "valid")}
+    data = {
+        split: encode_split(tokenizer, splits[split], config, split, scored=split != "train")
+        for split in ("train", "valid")
+    }
     if not data["train"].source:
-        raise UserError("all training pairs are too long: raise --max-source-tokens or "
-                        "--max-target-tokens")
+        raise UserError(
+            "all training pairs are too long: raise --max-source-tokens or --max-target-tokens"
+        )
     if rank() == 0:
         scored = splits.get("test", splits["valid"])
         ceiling(tokenizer, scored[:8], config)  # a metric that fails should fail now
@@ -539,9 +686,12 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
     if rank() == 0:  # only now: what --resume changed is known to be good
         write_json(config.folder / "config.json", asdict(config))
     parameters = sum(p.numel() for p in run.model.parameters())
-    print(f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, vocabulary "
-          f"{model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs")
+    print(
+        f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, vocabulary "
+        f"{model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs"
+    )
     return run, splits
+
 
 def report(run: Run, splits: dict[str, list[Example]]) -> None:
     """Decode the test split with each stage's best checkpoint: the table, and results.json."""
@@ -552,16 +702,28 @@ def report(run: Run, splits: dict[str, list[Example]]) -> None:
     texts = ("hypotheses", "warmups")  # eval.py writes them
     packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
     versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-    write_json(config.folder / "results.json", {
-        "task": config.task, "pair": config.pair, "data": config.data, "split": split,
-        "rows": [{k: v for k, v in vars(row).items() if k not in texts} for row in rows],
-        "ceiling": best, "signature": signatures(config, splits[split]), "config": asdict(config),
-        "data_checksum": run.checksum, "device": str(run.device), "processes": processes(),
-        "versions": versions})
+    write_json(
+        config.folder / "results.json",
+        {
+            "task": config.task,
+            "pair": config.pair,
+            "data": config.data,
+            "split": split,
+            "rows": [{k: v for k, v in vars(row).items() if k not in texts} for row in rows],
+            "ceiling": best,
+            "signature": signatures(config, splits[split]),
+            "config": asdict(config),
+            "data_checksum": run.checksum,
+            "device": str(run.device),
+            "processes": processes(),
+            "versions": versions,
+        },
+    )
     print_table(rows, best, config, splits[split], split)
     show(config.folder, stages, config, run.tokenizer, splits[split][:3], run.device)
     again = f"python eval.py {shell_word(config.folder)}"
     print(f"\nsaved {config.folder / 'results.json'}. Score again: {again}")
+
 
 @program
 def main(argv: list[str]) -> None:
@@ -581,6 +743,7 @@ def main(argv: list[str]) -> None:
     gather(None)
     if dist.is_initialized():
         dist.destroy_process_group()
+
 
 if __name__ == "__main__":
     sys.exit(main())

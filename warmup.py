@@ -23,9 +23,11 @@ from torch import Tensor
 
 from model import EncoderDecoder, Memory, beam_search, decoding, sample
 
+
 @dataclass(frozen=True)
 class WarmupSpec:
     """What a warmup may look like. Sampling and scoring share it, so they agree."""
+
     sep_id: int  # stands between warmup and target
     forbidden: tuple[int, ...]  # never in a warmup: pad, </s>, tags. <sep> is one; see min_length
     length: int  # W
@@ -44,13 +46,16 @@ class WarmupSpec:
         ids = tuple(i for i in self.forbidden if i != self.sep_id or not may_stop)
         return tensor_of(ids, device)
 
+
 @lru_cache  # made once: to send it to a GPU takes longer than to use it
 def tensor_of(ids: tuple[int, ...], device) -> Tensor:
     return torch.tensor(ids, dtype=torch.long, device=device)  # long: an empty list would be float
 
+
 @dataclass
 class Batch:
     """B examples. Rows are padded on the right. The prompts of one batch have one length P."""
+
     source: Tensor  # (B,S)
     prompt: Tensor  # (B,P) what the decoder reads first, never scored: a language tag, a question
     target: Tensor  # (B,T), each row ends in </s>
@@ -58,14 +63,17 @@ class Batch:
     def to(self, device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
+
 def target_tokens(model: EncoderDecoder, batch: Batch) -> Tensor:
     """How many target tokens a batch has, </s> included, as a () tensor."""
     return (batch.target != model.config.pad_id).sum()
+
 
 def with_start(model: EncoderDecoder, prompt: Tensor) -> Tensor:
     """(N,P) -> (N,1+P): the start token, T5's pad id, in front of the prompt."""
     start = prompt.new_full((len(prompt), 1), model.config.pad_id)  # (N,1)
     return torch.cat([start, prompt], 1)
+
 
 def sum_logprobs(model: EncoderDecoder, hidden: Tensor, target: Tensor) -> Tensor:
     """hidden (N,T,E), target (N,T) -> (N,): the sum of each row's target log-probs.
@@ -75,6 +83,7 @@ def sum_logprobs(model: EncoderDecoder, hidden: Tensor, target: Tensor) -> Tenso
     log_probs = model.token_logprobs(hidden[row, at], target[row, at])  # (tokens,)
     return log_probs.new_zeros(len(target)).index_add(0, row, log_probs)
 
+
 # ----------------------------------------------------------------------------- stage 1: SFT
 def direct_logprobs(model: EncoderDecoder, memory: Memory, batch: Batch) -> Tensor:
     """log P(y|x), no warmup: the decoder reads [start] prompt y. -> (B,) sums over tokens."""
@@ -82,14 +91,22 @@ def direct_logprobs(model: EncoderDecoder, memory: Memory, batch: Batch) -> Tens
     hidden = model.decode(torch.cat([prefix, batch.target[:, :-1]], 1), memory)  # (B,P+T,E)
     return sum_logprobs(model, hidden[:, batch.prompt.size(1) :], batch.target)
 
+
 def sft_loss(model: EncoderDecoder, batch: Batch) -> Tensor:
     """Supervised fine-tuning: -Σ log P(y|x), a sum over tokens, which train.py divides."""
     return -direct_logprobs(model, model.encode(batch.source), batch).sum()
 
+
 # ----------------------------------------------------------------------------- stage 2: warmups
 @decoding()
-def sample_warmups(model: EncoderDecoder, memory: Memory, prompt: Tensor, spec: WarmupSpec,
-                   samples: int, temperature: float | None = None) -> tuple[Tensor, Tensor]:
+def sample_warmups(
+    model: EncoderDecoder,
+    memory: Memory,
+    prompt: Tensor,
+    spec: WarmupSpec,
+    samples: int,
+    temperature: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draw K = samples warmups per example from P(c|x): c (B,K,W), log P(c|x) (B,K). No autograd.
 
     A warmup that stops early is filled up with <sep>: y starts at the same place in every row. The
@@ -101,14 +118,28 @@ def sample_warmups(model: EncoderDecoder, memory: Memory, prompt: Tensor, spec: 
         temperature = spec.temperature
     may_stop = spec.min_length < spec.length
     c, log_probs = sample(
-        model, memory, with_start(model, prompt), spec.length, samples=samples,
-        temperature=temperature, forbidden=spec.forbidden_ids(prompt.device, may_stop),
-        stop=spec.sep_id if may_stop else None, fill=spec.sep_id, min_length=spec.min_length,
+        model,
+        memory,
+        with_start(model, prompt),
+        spec.length,
+        samples=samples,
+        temperature=temperature,
+        forbidden=spec.forbidden_ids(prompt.device, may_stop),
+        stop=spec.sep_id if may_stop else None,
+        fill=spec.sep_id,
+        min_length=spec.min_length,
     )  # (B,K,W) both
     return c, log_probs.sum(-1)
 
-def score(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor, target: Tensor,
-          spec: WarmupSpec) -> tuple[Tensor, Tensor]:
+
+def score(
+    model: EncoderDecoder,
+    memory: Memory,
+    prompt: Tensor,
+    c: Tensor,
+    target: Tensor,
+    spec: WarmupSpec,
+) -> tuple[Tensor, Tensor]:
     """One teacher-forced pass over [start] prompt c <sep> y: log P(c|x), log P(y|x,c), (B,K) both.
 
     c (B,K,W), target (B,T). Both are sums over tokens. An example's K rows share its memory."""
@@ -125,16 +156,21 @@ def score(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor, targ
     log_p = sum_logprobs(model, hidden[:, P + W + 1 :], y)  # (N,)
     return log_pi.view(B, K), log_p.view(B, K)
 
+
 def warmup_logprobs(model: EncoderDecoder, hidden: Tensor, c: Tensor, spec: WarmupSpec) -> Tensor:
     """log P(c|x) of c (N,W) from hidden (N,W,E): (N,), under the masks that sampling uses."""
     if spec.pause:
         return hidden.new_zeros(len(c))
+
     def part(start: int, end: int, may_stop: bool) -> Tensor:
         log_probs = model.token_logprobs(
-            hidden[:, start:end].flatten(0, 1), c[:, start:end].flatten(),
-            temperature=spec.temperature, forbidden=spec.forbidden_ids(c.device, may_stop),
+            hidden[:, start:end].flatten(0, 1),
+            c[:, start:end].flatten(),
+            temperature=spec.temperature,
+            forbidden=spec.forbidden_ids(c.device, may_stop),
         )
         return log_probs.view(len(c), end - start)  # (N,end-start)
+
     log_probs = part(0, spec.min_length, may_stop=False)
     if spec.min_length < spec.length:
         rest = part(spec.min_length, spec.length, may_stop=True)
@@ -143,8 +179,15 @@ def warmup_logprobs(model: EncoderDecoder, hidden: Tensor, c: Tensor, spec: Warm
     seps_before = is_sep.cumsum(1) - is_sep  # (N,W): after an earlier <sep> a token was forced
     return log_probs.masked_fill(seps_before > 0, 0.0).sum(1)
 
-def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Tensor,
-                   target: Tensor, spec: WarmupSpec) -> tuple[Tensor, Tensor, Tensor]:
+
+def score_distinct(
+    model: EncoderDecoder,
+    memory: Memory,
+    prompt: Tensor,
+    c: Tensor,
+    target: Tensor,
+    spec: WarmupSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The fast path of `score`: of the equal warmups of an example only one is computed.
 
     Each distinct warmup is a row with a memory of its own, and the rows' log-probs are handed back
@@ -159,10 +202,12 @@ def score_distinct(model: EncoderDecoder, memory: Memory, prompt: Tensor, c: Ten
     example, k = (x.to(c.device, non_blocking=True) for x in (example, k))
     rows = c[example, k][:, None]  # (n,1,W)
     log_pi, log_p = score(
-        model, memory.select(example), prompt[example], rows, target[example], spec)  # (n,1) both
+        model, memory.select(example), prompt[example], rows, target[example], spec
+    )  # (n,1) both
     number = first.flatten().cumsum(0).view(B, K) - 1  # the row's number, where `first`
     number = number.gather(1, earliest)  # (B,K)
     return log_pi[number, 0], log_p[number, 0], computed
+
 
 def all_warmups(spec: WarmupSpec, vocab_size: int) -> Tensor:
     """Every warmup that can be sampled, (all,W), for `exact` and tests. About V^W: toys only."""
@@ -173,9 +218,11 @@ def all_warmups(spec: WarmupSpec, vocab_size: int) -> Tensor:
         rows += [[*c, *filling] for c in itertools.product(tokens, repeat=n)]
     return torch.tensor(rows)
 
+
 # ----------------------------------------------------------------------------- the estimators
 # Each is a choice of two weights for the surrogate (2): a_k moves the warmup, b_k moves the target.
 # R (B,K) -> a, b (B,K). R_k = log p_k is the sum of the target's log-probs after warmup c_k.
+
 
 def num_samples(R: Tensor) -> int:
     """K. ValueError for K = 1, where a sample cannot be compared with the others."""
@@ -183,9 +230,11 @@ def num_samples(R: Tensor) -> int:
         raise ValueError("this estimator compares warmups: it needs --samples 2 or more")
     return R.size(-1)
 
+
 def mean_of_others(x: Tensor) -> Tensor:
     """(B,K) -> (B,K): mean_{j≠k} x_j, to subtract from x_k. It does not depend on sample k."""
     return (x.sum(-1, keepdim=True) - x) / (num_samples(x) - 1)
+
 
 def marginal(R: Tensor) -> tuple[Tensor, Tensor]:
     """a = w - 1/K, b = w, w = softmax(R): our reading of the paper. Eq. (1):
@@ -199,10 +248,12 @@ def marginal(R: Tensor) -> tuple[Tensor, Tensor]:
     w = R.softmax(-1)
     return w - 1 / K, w
 
+
 def jensen(R: Tensor) -> tuple[Tensor, Tensor]:
     """a = (R_k - mean_{j≠k} R_j)/K, b = 1/K: exact for E_c[log p] <= log P(y|x) (LaTRO, JEPO)."""
     K = num_samples(R)
     return (R - mean_of_others(R)) / K, torch.full_like(R, 1 / K)
+
 
 def iwae(R: Tensor) -> tuple[Tensor, Tensor]:
     """a = log mean_j p_j - log mean_{j≠k} p_j, b = w: exact for E[log mean_K p] (VIMCO, JEPO)."""
@@ -213,6 +264,7 @@ def iwae(R: Tensor) -> tuple[Tensor, Tensor]:
     log_mean_of_others = others.logsumexp(-1) - math.log(K - 1)  # (B,K)
     return log_mean - log_mean_of_others, R.softmax(-1)
 
+
 def prob(R: Tensor) -> tuple[Tensor, Tensor]:
     """a = (p_k - mean_{j≠k} p_j)/K, b = p_k/K: exact for P(y|x) itself (VeriFree).
 
@@ -221,16 +273,19 @@ def prob(R: Tensor) -> tuple[Tensor, Tensor]:
     p = R.exp()
     return (p - mean_of_others(p)) / K, p / K
 
+
 def grpo(R: Tensor) -> tuple[Tensor, Tensor]:
     """a = (R_k - mean R)/(std R + 1e-4)/K, b = 1/K: the exact gradient of nothing (GRPO)."""
     K = num_samples(R)
     centred = R - R.mean(-1, keepdim=True)
     return centred / (R.std(-1, keepdim=True) + 1e-4) / K, torch.full_like(R, 1 / K)
 
+
 def best(R: Tensor) -> tuple[Tensor, Tensor]:
     """a = b = 1 for the best sample, 0 for the others: hard EM. The exact gradient of nothing."""
     top = F.one_hot(R.argmax(-1), R.size(-1)).to(R.dtype)
     return top, top
+
 
 def truncated(R: Tensor, log_pi: Tensor) -> tuple[Tensor, Tensor]:
     """a = b = softmax(log pi + R): exact for log Σ pi p over a set of DISTINCT warmups (RAG).
@@ -241,11 +296,14 @@ def truncated(R: Tensor, log_pi: Tensor) -> tuple[Tensor, Tensor]:
     posterior = (log_pi + R).softmax(-1)
     return posterior, posterior
 
+
 def frozen(R: Tensor) -> tuple[Tensor, Tensor]:
     """a = 0, b = 1/K: the baseline without policy gradient. y learns to read c."""
     return torch.zeros_like(R), torch.full_like(R, 1 / R.size(-1))
 
+
 ESTIMATORS = {f.__name__: f for f in (marginal, jensen, iwae, prob, grpo, best, truncated, frozen)}
+
 
 def weights(estimator: str, R: Tensor, log_pi: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """a, b (B,K) by the estimator's name. For `exact`, c (B,K,W) must be all_warmups."""
@@ -255,20 +313,24 @@ def weights(estimator: str, R: Tensor, log_pi: Tensor, c: Tensor) -> tuple[Tenso
         return truncated(R, log_pi.masked_fill(~first_occurrence(c), -torch.inf))
     return ESTIMATORS[estimator](R)
 
+
 def earliest_equal(c: Tensor) -> Tensor:
     """c (B,K,W) -> (B,K): the first place where the same example has an equal warmup."""
     same = (c[:, :, None] == c[:, None]).all(-1)  # (B,K,K)
     return same.int().argmax(-1)  # of equals, argmax takes the first
 
+
 def first_occurrence(c: Tensor) -> Tensor:
     """c (B,K,W) -> (B,K): False where an earlier warmup of the same example is equal."""
     return earliest_equal(c) == torch.arange(c.size(1), device=c.device)
+
 
 def entropy_gradient(log_pi: Tensor) -> Tensor:
     """(B,K) -> (B,K): what to add to a, to follow the gradient of the entropy H = -E[log pi].
 
     ∇H = -E[log pi ∇ log pi], so a_k = -(log pi_k - mean_{j≠k} log pi_j)/K."""
     return -(log_pi - mean_of_others(log_pi)) / num_samples(log_pi)
+
 
 def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
     """loss = -Σ_k [ sg(a_k) log P(c_k|x) + sg(b_k) log P(y|x,c_k) ]  (2), summed over the batch.
@@ -278,9 +340,17 @@ def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
     without it the target half of (1) would vanish in silence."""
     return -(a.detach() * log_pi + b.detach() * log_p).sum()
 
-def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
-                estimator: str = "marginal", samples: int = 4, *, alpha: float = 1.0,
-                entropy_bonus: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+
+def warmup_loss(
+    model: EncoderDecoder,
+    batch: Batch,
+    spec: WarmupSpec,
+    estimator: str = "marginal",
+    samples: int = 4,
+    *,
+    alpha: float = 1.0,
+    entropy_bonus: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one policy update, and its diagnostics: sums over the batch, as sft_loss.
 
     `computed` beside them is score_distinct's (B,): what an update costs depends on it.
@@ -297,7 +367,8 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
     else:
         c, _ = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W)
     log_pi, log_p, computed = score_distinct(
-        model, memory, batch.prompt, c, batch.target, spec)  # (B,K), (B,K), (B,)
+        model, memory, batch.prompt, c, batch.target, spec
+    )  # (B,K), (B,K), (B,)
     R = log_p.detach()
     a, b = weights(estimator, alpha * R, log_pi.detach(), c)  # (B,K) both
     if entropy_bonus:
@@ -306,9 +377,11 @@ def warmup_loss(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
     numbers = diagnostics(R, log_pi.detach(), c, alpha, exact=estimator == "exact")
     return loss, numbers | {"computed": computed}
 
+
 # ----------------------------------------------------------------------------- is it working?
-def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, alpha: float = 1.0,
-                exact: bool = False) -> dict[str, Tensor]:
+def diagnostics(
+    R: Tensor, log_pi: Tensor, c: Tensor, alpha: float = 1.0, exact: bool = False
+) -> dict[str, Tensor]:
     """What to watch instead of the surrogate loss. R, log_pi (B,K), c (B,K,W) -> batch sums.
 
     Means are over an example's K sampled warmups. exact: over all of them, weighted by P(c|x).
@@ -337,9 +410,11 @@ def diagnostics(R: Tensor, log_pi: Tensor, c: Tensor, alpha: float = 1.0,
         "distinct": distinct.sum(),
     }
 
+
 @torch.no_grad()
-def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
-                     samples: int, alpha: float = 1.0) -> dict[str, Tensor]:
+def evaluate_warmups(
+    model: EncoderDecoder, batch: Batch, spec: WarmupSpec, samples: int, alpha: float = 1.0
+) -> dict[str, Tensor]:
     """`diagnostics` on held-out data, and numbers that need more passes. All are batch sums, nats.
 
     swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example). 0: y ignores c
@@ -357,11 +432,20 @@ def evaluate_warmups(model: EncoderDecoder, batch: Batch, spec: WarmupSpec,
         "over_empty": (log_p.mean(1) - direct).sum(),
     }
 
+
 # ----------------------------------------------------------------------------- test time
 @decoding()
-def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, length: int, *,
-             beams: int = 1, length_penalty: float = 1.0, forbidden: tuple[int, ...] = (),
-             c: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+def generate(
+    model: EncoderDecoder,
+    batch: Batch,
+    spec: WarmupSpec | None,
+    length: int,
+    *,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    forbidden: tuple[int, ...] = (),
+    c: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor]:
     """Write a greedy warmup, then the target: c (B,W) or None, y (B,length), padded after </s>.
 
     spec None: no warmup, as after SFT. c: a warmup to write y after, in place of the greedy one.
@@ -379,9 +463,24 @@ def generate(model: EncoderDecoder, batch: Batch, spec: WarmupSpec | None, lengt
         never.add(spec.sep_id)
     never = tensor_of(tuple(sorted(never - {config.eos_id})), prefix.device)  # (ids,)
     if beams > 1:
-        y, _ = beam_search(model, memory, prefix, length, beams=beams,
-                           length_penalty=length_penalty, forbidden=never)
+        y, _ = beam_search(
+            model,
+            memory,
+            prefix,
+            length,
+            beams=beams,
+            length_penalty=length_penalty,
+            forbidden=never,
+        )
     else:
-        y, _ = sample(model, memory, prefix, length, temperature=0.0, forbidden=never,
-                      stop=config.eos_id, fill=config.pad_id)
+        y, _ = sample(
+            model,
+            memory,
+            prefix,
+            length,
+            temperature=0.0,
+            forbidden=never,
+            stop=config.eos_id,
+            fill=config.pad_id,
+        )
     return c, y[:, 0]  # (B,W), (B,length): the best beam

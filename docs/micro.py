@@ -25,6 +25,7 @@ from torch import Tensor, nn
 V, E, H = 16, 64, 4
 K = 8  # warmups sampled for each question
 
+
 def questions(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pairs (B,V), as ids i·V + f(i); the question (B,2), its kind and start; y, f(start) (B,)."""
     f = torch.rand(count, V).argsort(1)  # (B,V): a permutation a row
@@ -34,17 +35,21 @@ def questions(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.where(kind == V, once, f.gather(1, once))  # (B,1)
     return torch.arange(V) * V + f, torch.cat([kind, start], 1), y[:, 0], once[:, 0]
 
+
 def matrix(rows: int, columns: int) -> nn.Parameter:
     """Of variance 1/fan-in: what goes in with variance 1 comes out so."""
     return nn.Parameter(torch.randn(rows, columns) * columns**-0.5)
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v with H heads: (B,L,E), (B,S,E) twice -> (B,L,E)."""
     q, k, v = (x.unflatten(2, (H, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
+
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (E,))
+
 
 class Decoder(nn.Module):
     """One layer: it looks at what stands before, then at the pairs, then thinks."""
@@ -71,9 +76,11 @@ class Decoder(nn.Module):
         x = x + F.relu(norm(x) @ self.up.T) @ self.down.T
         return (norm(x) @ self.letters.T).log_softmax(-1)
 
+
 def sft_loss(model: Decoder, pairs: Tensor, question: Tensor, y: Tensor) -> Tensor:
     """Supervised fine-tuning: -log P(y|x), y directly after the question."""
     return F.nll_loss(model(pairs, question)[:, -1], y)
+
 
 def warmup_loss(model: Decoder, pairs: Tensor, question: Tensor, y: Tensor) -> Tensor:
     """Sample K warmups a question, reward each, push the good ones: the policy gradient."""
@@ -85,6 +92,7 @@ def warmup_loss(model: Decoder, pairs: Tensor, question: Tensor, y: Tensor) -> T
     log_p = log_probs[:, 2].gather(1, y[:, None]).view(-1, K)  # (B,K): log P(y|x,c)
     return marginal_loss(log_pi, log_p)
 
+
 def marginal_loss(log_pi: Tensor, log_p: Tensor) -> Tensor:
     """Its gradient is the paper's, ∇ log P(y|x) = E[ r(c) (∇ log P(c|x) + ∇ log P(y|x,c)) ].
 
@@ -94,6 +102,7 @@ def marginal_loss(log_pi: Tensor, log_p: Tensor) -> Tensor:
     """
     w = log_p.detach().softmax(1)  # (B,K)
     return -((w - 1 / K) * log_pi + w * log_p).sum(1).mean()
+
 
 @torch.no_grad()
 def report(model: Decoder, title: str, warmup: bool) -> tuple[float, float, float]:
@@ -111,6 +120,7 @@ def report(model: Decoder, title: str, warmup: bool) -> tuple[float, float, floa
     print(f"{title:16} one hop {one_hop:.2f}   two hops {two_hops:.2f}{found}")
     return one_hop.item(), two_hops.item(), hit.item()
 
+
 def train(model: Decoder, loss, updates: int, batch: int, rate: float, name: str) -> None:
     """Adam, the learning rate falling to 0."""
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98))
@@ -122,6 +132,7 @@ def train(model: Decoder, loss, updates: int, batch: int, rate: float, name: str
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
             report(model, f"{name} {step + 1}", loss is warmup_loss)
+
 
 def main(argv: list[str] | None = None) -> tuple[float, float, float]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -136,6 +147,7 @@ def main(argv: list[str] | None = None) -> tuple[float, float, float]:
     scores = report(model, "at the end", warmup=True)
     print(f"{time.perf_counter() - started:.0f} seconds")
     return scores
+
 
 if __name__ == "__main__":
     main()

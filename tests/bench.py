@@ -35,11 +35,27 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from model import (SIZES, EncoderDecoder, ModelConfig, beam_search,  # noqa: E402
-                   compile_stacks, decoding, plain_token_logprobs, sample, save_pretrained)
+from model import (
+    SIZES,
+    EncoderDecoder,
+    ModelConfig,
+    beam_search,  # noqa: E402
+    compile_stacks,
+    decoding,
+    plain_token_logprobs,
+    sample,
+    save_pretrained,
+)
 from train import make_optimizer  # noqa: E402
-from warmup import (Batch, WarmupSpec, marginal, sample_warmups, score,  # noqa: E402
-                    sft_loss, warmup_loss)
+from warmup import (
+    Batch,
+    WarmupSpec,
+    marginal,
+    sample_warmups,
+    score,  # noqa: E402
+    sft_loss,
+    warmup_loss,
+)
 
 SAMPLES, LENGTH, BEAMS, WRITTEN = 4, 8, 4, 24
 SEP, FORBIDDEN = 2, (0, 1, 2)  # pad, </s>, <sep>: on both sides, so that both write every token
@@ -60,13 +76,21 @@ ROWS = {
     "beam": f"beam {BEAMS}, {WRITTEN} tokens",  # the encoder included
     "loss": "loss of 4,096 tokens",  # token_logprobs and its gradients, against plain_token_logprobs
 }
-TARGETS = {"sft": "share 78%", "warmup": "share 82%", "half": 2.5, "sample": "share 68%", "beam": "share 60%"}
+TARGETS = {
+    "sft": "share 78%",
+    "warmup": "share 82%",
+    "half": 2.5,
+    "sample": "share 68%",
+    "beam": "share 60%",
+}
 
 
 # ----------------------------------------------------------------------------- the floor
 
 
-def work(c: ModelConfig, B: int, S: int, T: int, K: int = SAMPLES, W: int = LENGTH) -> dict[str, tuple[int, int]]:
+def work(
+    c: ModelConfig, B: int, S: int, T: int, K: int = SAMPLES, W: int = LENGTH
+) -> dict[str, tuple[int, int]]:
     """Row -> (FLOPs of its matrix products, bytes it moves at least).
 
     2·M·N·K per product; a backward pass is twice its forward. Bytes, 4 a weight: an update reads weight, gradient and
@@ -74,7 +98,9 @@ def work(c: ModelConfig, B: int, S: int, T: int, K: int = SAMPLES, W: int = LENG
     Activations and caches are left out: the floor may be too low, never too high.
     """
     E, A, ff, V = c.width, c.heads * c.head_size, c.ff * (3 if c.gated else 2), c.vocab_size
-    source = c.encoder_layers * E * (4 * A + ff) + c.decoder_layers * E * 2 * A  # weights: encoder, cross keys, values
+    source = (
+        c.encoder_layers * E * (4 * A + ff) + c.decoder_layers * E * 2 * A
+    )  # weights: encoder, cross keys, values
     target = c.decoder_layers * E * (6 * A + ff)  # weights: the rest of the decoder
     encode = 2 * B * S * (source + c.encoder_layers * 2 * A * S)
 
@@ -92,10 +118,16 @@ def work(c: ModelConfig, B: int, S: int, T: int, K: int = SAMPLES, W: int = LENG
         scored = encode + decode(rows, W + 1 + T, W + 1 + T) + 2 * rows * (W + T) * E * V
         return write(K, W) + 3 * scored, update + W * read
 
-    return {"sft": (3 * sft, update), "warmup": warmup(K), "half": warmup(K // 2), "quarter": warmup(K // 4),
-            "recompute": warmup(K),  # to compute twice is no need
-            "sample": (encode + write(K, W), W * read), "beam": (encode + write(BEAMS, WRITTEN), WRITTEN * read),
-            "loss": (6 * B * E * V, 8 * V * E)}  # B tokens
+    return {
+        "sft": (3 * sft, update),
+        "warmup": warmup(K),
+        "half": warmup(K // 2),
+        "quarter": warmup(K // 4),
+        "recompute": warmup(K),  # to compute twice is no need
+        "sample": (encode + write(K, W), W * read),
+        "beam": (encode + write(BEAMS, WRITTEN), WRITTEN * read),
+        "loss": (6 * B * E * V, 8 * V * E),
+    }  # B tokens
 
 
 def seconds(call) -> float:
@@ -108,7 +140,10 @@ def seconds(call) -> float:
 
 def rates(device: str, *shape: int) -> tuple[float, float, float]:
     """FLOP/s of a large square product, of one of `shape` (M,K,N), and bytes/s of a copy. The best of 6 each."""
-    side, dtype = 8192 if device == "cuda" else 2048, torch.bfloat16 if Ours.bfloat16 else torch.float32
+    side, dtype = (
+        8192 if device == "cuda" else 2048,
+        torch.bfloat16 if Ours.bfloat16 else torch.float32,
+    )
     found = []
     for m, k, n in ((side, side, side), shape):
         a, b = (torch.randn(size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
@@ -129,7 +164,9 @@ class Ours:
 
     def low(self):  # ours without a cache of cast weights, as in train.py
         device = next(self.model.parameters()).device.type
-        return torch.autocast(device, torch.bfloat16, enabled=Ours.bfloat16, cache_enabled=isinstance(self, Theirs))
+        return torch.autocast(
+            device, torch.bfloat16, enabled=Ours.bfloat16, cache_enabled=isinstance(self, Theirs)
+        )
 
     def step(self, loss):
         loss.backward()
@@ -150,6 +187,7 @@ class Ours:
 
     def half(self, batch, distinct=SAMPLES // 2):
         """A warmup step in which the samples of an example are copies of so many."""
+
         def repeat(*args):
             c, log_pi = sample_warmups(*args)  # (B,K,W), (B,K)
             copies = [k % distinct for k in range(SAMPLES)]
@@ -182,7 +220,9 @@ class Ours:
 
     def loss(self, batch, log_probs=EncoderDecoder.token_logprobs):
         with self.low():
-            loss = log_probs(self.model, batch.source.detach().requires_grad_(), batch.target).mean()
+            loss = log_probs(
+                self.model, batch.source.detach().requires_grad_(), batch.target
+            ).mean()
         loss.backward()
         self.model.zero_grad(set_to_none=True)
 
@@ -192,7 +232,9 @@ class Theirs(Ours):
 
     def sft(self, batch):
         with self.low():
-            loss = self.model.train()(input_ids=batch.source, labels=batch.target, use_cache=False).loss
+            loss = self.model.train()(
+                input_ids=batch.source, labels=batch.target, use_cache=False
+            ).loss
         self.step(loss)
 
     def warmup(self, batch):
@@ -220,14 +262,23 @@ class Theirs(Ours):
     def write(self, batch, length, samples=1, beams=1):
         with self.low():
             tokens = self.model.eval().generate(
-                input_ids=batch.source, attention_mask=torch.ones_like(batch.source), max_new_tokens=length,
-                do_sample=beams == 1, top_k=0, num_beams=beams, num_return_sequences=samples,
-                suppress_tokens=list(FORBIDDEN))[:, 1:]
+                input_ids=batch.source,
+                attention_mask=torch.ones_like(batch.source),
+                max_new_tokens=length,
+                do_sample=beams == 1,
+                top_k=0,
+                num_beams=beams,
+                num_return_sequences=samples,
+                suppress_tokens=list(FORBIDDEN),
+            )[:, 1:]
         assert tokens.size(1) == length
         return tokens
 
     def loss(self, batch):
-        super().loss(batch, lambda model, *args: plain_token_logprobs(args[0], model.embedding.weight, args[1]))
+        super().loss(
+            batch,
+            lambda model, *args: plain_token_logprobs(args[0], model.embedding.weight, args[1]),
+        )
 
 
 def inputs(shape: str, device: str) -> tuple[ModelConfig, Batch]:
@@ -250,7 +301,9 @@ def both(shape: str, c: ModelConfig, device: str, compiled: bool) -> list[Ours]:
     ours = EncoderDecoder(c)
     if shape in LOSSES:
         return [side(ours.to(device)) for side in (Ours, Theirs)]
-    need = 36 * sum(p.numel() for p in ours.parameters())  # bytes: weights and moments twice, gradients, some more
+    need = 36 * sum(
+        p.numel() for p in ours.parameters()
+    )  # bytes: weights and moments twice, gradients, some more
     if device == "cpu" and need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise SystemExit(f"two models with AdamW need about {need / 1e9:.0f} GB of memory")
     try:
@@ -259,7 +312,9 @@ def both(shape: str, c: ModelConfig, device: str, compiled: bool) -> list[Ours]:
         return [Ours(ours.to(device))]
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(ours, folder)
-        theirs = AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="sdpa").to(device)
+        theirs = AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="sdpa").to(
+            device
+        )
     ours.to(device)
     if compiled:
         compile_stacks(ours)
@@ -274,12 +329,17 @@ def check(ours: Ours, theirs: Theirs, batch: Batch) -> str:
     model, c = ours.model.eval(), ours.sample(batch)
     loss = theirs.model.eval()(input_ids=batch.source, labels=batch.target).loss
     scores = score(model, model.encode(batch.source), batch.prompt, c, batch.target, spec)
-    pairs = [(sft_loss(model, batch) / batch.target.numel(), loss), *zip(scores, theirs.score(batch, c))]
+    pairs = [
+        (sft_loss(model, batch) / batch.target.numel(), loss),
+        *zip(scores, theirs.score(batch, c)),
+    ]
     apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     if not apart < 1e-4:
         raise SystemExit(f"the two sides are {apart:.0e} apart: they do not do the same work")
-    return (f" SFT loss {pairs[0][0]:.4f} and {loss:.4f}; this and the scores of warmups at most {apart:.0e} apart; "
-            f"theirs with {theirs.model.config._attn_implementation} attention.")
+    return (
+        f" SFT loss {pairs[0][0]:.4f} and {loss:.4f}; this and the scores of warmups at most {apart:.0e} apart; "
+        f"theirs with {theirs.model.config._attn_implementation} attention."
+    )
 
 
 # ----------------------------------------------------------------------------- measuring, in processes of their own
@@ -297,7 +357,9 @@ def peak(call, device: str) -> float:
     import resource
 
     ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the highest resident size so far is forgotten
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # Linux: the highest resident size so far is forgotten
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -325,11 +387,22 @@ def child(shape: str, rows: list[str], what: str, mode: str, device: str, repeat
 
 def ask(args, *question: str) -> dict:
     """What `child` gives back; {} and a line on stderr if it failed (for want of memory, say)."""
-    command = [sys.executable, __file__, f"--threads={args.threads}", f"--repeats={args.repeats}", "--child", *question]
+    command = [
+        sys.executable,
+        __file__,
+        f"--threads={args.threads}",
+        f"--repeats={args.repeats}",
+        "--child",
+        *question,
+    ]
     command += ["--gpu"] * args.gpu + ["--bfloat16"] * args.bfloat16
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        print(*question, *(done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]), file=sys.stderr)
+        print(
+            *question,
+            *(done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]),
+            file=sys.stderr,
+        )
         return {}
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -340,27 +413,46 @@ def table(shape: str, rows: list[str], mode: str, args) -> str:
     if not out:
         return f"{shape}: not measured, see above."
     c, batch = inputs(shape, "cpu")
-    counts, (square, similar, copy), ours = work(c, *batch.source.shape, batch.target.size(-1)), out["rates"], {}
+    counts, (square, similar, copy), ours = (
+        work(c, *batch.source.shape, batch.target.size(-1)),
+        out["rates"],
+        {},
+    )
     for row, rounds in out["times"].items():
         ours[row], *theirs = [statistics.median(column) for column in zip(*rounds)]
-        peaks = [ask(args, shape, row, str(i), mode).get("peak", 0) / 1e6 for i in range(len(rounds[0]))]
-        floor, bound = max((counts[row][0] / max(square, similar), "FLOPs"), (counts[row][1] / copy, "bytes"))
-        cells = [f"{shape}{', compiled' * (mode == 'compiled')}: {ROWS[row]}", f"{ours[row] * 1e3:,.0f} ms", "–", "–",
-                 TARGETS.get(row, ""), f"{floor * 1e3:,.1f} ms ({bound})", f"{floor / ours[row]:.0%}",
-                 " / ".join(f"{p:,.0f}" for p in peaks)]
+        peaks = [
+            ask(args, shape, row, str(i), mode).get("peak", 0) / 1e6 for i in range(len(rounds[0]))
+        ]
+        floor, bound = max(
+            (counts[row][0] / max(square, similar), "FLOPs"), (counts[row][1] / copy, "bytes")
+        )
+        cells = [
+            f"{shape}{', compiled' * (mode == 'compiled')}: {ROWS[row]}",
+            f"{ours[row] * 1e3:,.0f} ms",
+            "–",
+            "–",
+            TARGETS.get(row, ""),
+            f"{floor * 1e3:,.1f} ms ({bound})",
+            f"{floor / ours[row]:.0%}",
+            " / ".join(f"{p:,.0f}" for p in peaks),
+        ]
         if theirs:
             ratios = sorted(b / a for a, b in rounds)
             cells[2] = f"{theirs[0] * 1e3:,.0f} ms"
             cells[3] = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             cells[7] += f" ({peaks[0] / peaks[1]:.2f})" if all(peaks) else ""
         print("|", " | ".join(map(str, cells)), "|", flush=True)
-    note = (f"{shape}: E = {c.width}, V = {c.vocab_size:,}, source {tuple(batch.source.shape)}, target "
-            f"{tuple(batch.target.shape)}.{out['note']} Matmul rate {square / 1e9:,.0f} GFLOP/s, in this shape's sizes "
-            f"{similar / 1e9:,.0f}; copy rate {copy / 1e9:.1f} GB/s.")
+    note = (
+        f"{shape}: E = {c.width}, V = {c.vocab_size:,}, source {tuple(batch.source.shape)}, target "
+        f"{tuple(batch.target.shape)}.{out['note']} Matmul rate {square / 1e9:,.0f} GFLOP/s, in this shape's sizes "
+        f"{similar / 1e9:,.0f}; copy rate {copy / 1e9:.1f} GB/s."
+    )
     if {"sft", "warmup"} <= ours.keys():
         measured, counted = ours["warmup"] / ours["sft"], counts["warmup"][0] / counts["sft"][0]
-        note += (f" Warmup step / SFT step: {measured:.2f}, in FLOPs {counted:.2f}: {measured / counted:.2f} times "
-                 "as much (target: at most 1.25).")
+        note += (
+            f" Warmup step / SFT step: {measured:.2f}, in FLOPs {counted:.2f}: {measured / counted:.2f} times "
+            "as much (target: at most 1.25)."
+        )
     return note
 
 
@@ -374,9 +466,11 @@ def picture(path: Path, device: str, repeats: int, machine: str) -> None:
     except ImportError:
         raise SystemExit("the picture needs matplotlib: pip install matplotlib") from None
     sizes = ("nano", "tiny", "small", "t5-small", "t5-base")
-    panels = {"K, warmups per example (W = 8)": [(k, "small", k, 8) for k in (1, 2, 4, 8, 16, 32)],
-              "W, tokens per warmup (K = 4)": [(w, "small", 4, w) for w in (1, 2, 4, 8, 16, 32, 64)],
-              "size, million parameters (K = 4, W = 8)": [(None, size, 4, 8) for size in sizes]}
+    panels = {
+        "K, warmups per example (W = 8)": [(k, "small", k, 8) for k in (1, 2, 4, 8, 16, 32)],
+        "W, tokens per warmup (K = 4)": [(w, "small", 4, w) for w in (1, 2, 4, 8, 16, 32, 64)],
+        "size, million parameters (K = 4, W = 8)": [(None, size, 4, 8) for size in sizes],
+    }
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), sharey=True, layout="constrained")
     matmul = max(rates(device, 16 * 20 * 4, 256, 1024)[:2])
     for axis, (title, points) in zip(axes, panels.items()):
@@ -385,7 +479,9 @@ def picture(path: Path, device: str, repeats: int, machine: str) -> None:
             c, batch = inputs("small", device)
             c, batch = ModelConfig(**vars(c) | SIZES[size]), head(batch, 16)
             side = Ours(EncoderDecoder(c).to(device))
-            times = [seconds(lambda: side.warmup(batch, K, W, "best")) for _ in range(repeats + 1)]  # best: K may be 1
+            times = [
+                seconds(lambda: side.warmup(batch, K, W, "best")) for _ in range(repeats + 1)
+            ]  # best: K may be 1
             xs.append(x or sum(p.numel() for p in side.model.parameters()) / 1e6)
             measured.append(statistics.median(times[1:]))
             floor.append(work(c, 16, 20, 20, K, W)["warmup"][0] / matmul)
@@ -398,18 +494,28 @@ def picture(path: Path, device: str, repeats: int, machine: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("seconds per warmup step")
     axes[0].legend(frameon=False)
-    figure.suptitle(f"small (E = 256, 4+4 layers, V = 8,000), 16 examples, S = T = 20. {machine}", fontsize=9)
+    figure.suptitle(
+        f"small (E = 256, 4+4 layers, V = 8,000), 16 examples, S = T = 20. {machine}", fontsize=9
+    )
     figure.savefig(path, dpi=100)
     print(f"wrote {path}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "t5-small"])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16, on both sides")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="matrix products in bfloat16, on both sides"
+    )
     parser.add_argument("--gpu", action="store_true", help="CUDA, in bfloat16; implies --compiled")
-    parser.add_argument("--compiled", action="store_true", help="the SFT step also compiled, as by train.py --compile")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="the SFT step also compiled, as by train.py --compile",
+    )
     parser.add_argument("--repeats", type=int, default=9, help="rounds that count (default: 9)")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--picture", type=Path, help="draw this PNG instead of the table")
@@ -425,7 +531,11 @@ def main() -> None:
         return print(json.dumps(child(shape, rows.split(","), what, mode, device, args.repeats)))
     if args.gpu and not torch.cuda.is_available():
         raise SystemExit("--gpu needs a CUDA device, and torch sees none")
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")) if sys.platform == "linux" else None
+    cpu = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        if sys.platform == "linux"
+        else None
+    )
     cpu = cpu[1] if cpu else platform.processor()
     machine = torch.cuda.get_device_name() if args.gpu else f"{cpu}, {args.threads} threads"
     if args.picture:
@@ -434,12 +544,16 @@ def main() -> None:
         theirs = f"transformers {metadata.version('transformers')}"
     except metadata.PackageNotFoundError:
         theirs = "without Hugging Face: pip install transformers"
-    print(f"{machine}, {'bfloat16' if Ours.bfloat16 else 'float32'}, torch {torch.__version__}, {theirs}, "
-          f"load {os.getloadavg()[0]:.1f} at the start, {args.repeats} rounds\n\n"
-          "| | ours | theirs | ratio | target | floor | share | peak MB |\n|---|---|---|---|---|---|---|---|")
+    print(
+        f"{machine}, {'bfloat16' if Ours.bfloat16 else 'float32'}, torch {torch.__version__}, {theirs}, "
+        f"load {os.getloadavg()[0]:.1f} at the start, {args.repeats} rounds\n\n"
+        "| | ours | theirs | ratio | target | floor | share | peak MB |\n|---|---|---|---|---|---|---|---|"
+    )
     layers, notes = [row for row in args.rows if row != "loss"], []
     for mode in ("eager", "compiled") if args.gpu or args.compiled else ("eager",):
-        if mode == "compiled":  # cached decoding has another shape at each step: torch would compile for minutes
+        if (
+            mode == "compiled"
+        ):  # cached decoding has another shape at each step: torch would compile for minutes
             layers = [row for row in layers if row == "sft"]
         notes += [table(shape, layers, mode, args) for shape in args.shapes if layers]
         if "loss" in args.rows and mode == "eager":

@@ -24,7 +24,6 @@ from train import parse  # noqa: E402
 from warmup import ESTIMATORS  # noqa: E402
 
 
-
 def train(job: tuple[str, int], args, flags: list[str]) -> str:
     """One run, from the start or from where it stopped.
 
@@ -37,11 +36,26 @@ def train(job: tuple[str, int], args, flags: list[str]) -> str:
     if (folder / "last.pt").exists():
         command = ["--resume", folder]
     else:
-        command = ["--task", args.task, "--estimator", estimator, "--seed", seed,
-                   "--threads", 1, "--out", folder, *flags]
+        command = [
+            "--task",
+            args.task,
+            "--estimator",
+            estimator,
+            "--seed",
+            seed,
+            "--threads",
+            1,
+            "--out",
+            folder,
+            *flags,
+        ]
         command += [] if estimator == args.estimators[0] else ["--no-control"]
-    done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, command)],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     if done.returncode:
         raise SystemExit(f"{folder}: {first_error(done.stderr)}")
     if args.metric not in results(folder)[0]["metrics"]:
@@ -75,18 +89,30 @@ def table(args) -> str:
                 else:
                     title = row["name"] if estimator in BASELINES else f"`{estimator}`"
                     rows.setdefault(title, []).append(row)
-    names = list(dict.fromkeys(
-        name for group in rows.values() for row in group for name in row["metrics"]))
-    lines = [f"| | {' | '.join(names)} | {args.metric}, each seed | NLL per token | updates "
-             "| TFLOP | seconds |", "|---" * (len(names) + 6) + "|"]
+    names = list(
+        dict.fromkeys(name for group in rows.values() for row in group for name in row["metrics"])
+    )
+    lines = [
+        f"| | {' | '.join(names)} | {args.metric}, each seed | NLL per token | updates "
+        "| TFLOP | seconds |",
+        "|---" * (len(names) + 6) + "|",
+    ]
     for title, group in rows.items():
-        updates, flops, seconds = (statistics.mean(row[name] for row in group)
-                                   for name in ("updates", "flops", "seconds"))
-        cells = [spread([row["metrics"][name] for row in group])
-                 if name in group[0]["metrics"] else "–" for name in names]
+        updates, flops, seconds = (
+            statistics.mean(row[name] for row in group) for name in ("updates", "flops", "seconds")
+        )
+        cells = [
+            spread([row["metrics"][name] for row in group]) if name in group[0]["metrics"] else "–"
+            for name in names
+        ]
         each = " ".join(f"{row['metrics'][args.metric]:.2f}" for row in group)
-        cells += [each, spread([row["nll"] for row in group]), f"{updates:,.0f}",
-                  f"{flops / 1e12:,.2f}", f"{seconds:.0f}"]
+        cells += [
+            each,
+            spread([row["nll"] for row in group]),
+            f"{updates:,.0f}",
+            f"{flops / 1e12:,.2f}",
+            f"{seconds:.0f}",
+        ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -108,9 +134,16 @@ def draw(args) -> None:
         for estimator in group:
             curves = []
             for seed in range(args.seeds):
-                log = (args.out / f"{estimator}-{seed}" / "log.jsonl").read_text(encoding="utf-8").splitlines()
-                lines = [line for line in map(json.loads, log)
-                         if (line["kind"], line["stage"]) == ("valid", "policy")]
+                log = (
+                    (args.out / f"{estimator}-{seed}" / "log.jsonl")
+                    .read_text(encoding="utf-8")
+                    .splitlines()
+                )
+                lines = [
+                    line
+                    for line in map(json.loads, log)
+                    if (line["kind"], line["stage"]) == ("valid", "policy")
+                ]
                 curves.append([line[args.metric] for line in lines])
             steps = [line["step"] for line in lines]
             middle = [statistics.mean(at) for at in zip(*curves)]
@@ -123,8 +156,11 @@ def draw(args) -> None:
             axis.legend(frameon=False, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"{args.metric}, validation")
-    figure.suptitle(f"{args.task}: mean of {args.seeds} seeds, band from the worst to the best; "
-                    "dashed: baselines", fontsize=10)
+    figure.suptitle(
+        f"{args.task}: mean of {args.seeds} seeds, band from the worst to the best; "
+        "dashed: baselines",
+        fontsize=10,
+    )
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.picture, dpi=110)
     print(f"wrote {args.picture}")
@@ -132,19 +168,27 @@ def draw(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add, picture = parser.add_argument, Path("runs/compare/compare.png")
     add("--task", default="toy", help="default: toy")
-    add("--estimators", nargs="+", default=["all"],
-        choices=("all", *ESTIMATORS, "exact", "pause", "sft"))
+    add(
+        "--estimators",
+        nargs="+",
+        default=["all"],
+        choices=("all", *ESTIMATORS, "exact", "pause", "sft"),
+    )
     add("--seeds", type=int, default=5, help="seeds 0 to this less one (default: 5)")
     add("--metric", default="2 hops", help="in the picture and for each seed (default: 2 hops)")
     add("--out", type=Path, default=Path("runs/compare"), help="default: runs/compare")
     add("--picture", type=Path, default=picture, help=f"default: {picture}")
     args, flags = parser.parse_known_args()
     flags = [word for flag in flags for word in flag.split("=", 1)]
-    if own := {"--estimator", "--seed", "--threads", "--out", "--control", "--no-control"} & {*flags}:
+    if own := {"--estimator", "--seed", "--threads", "--out", "--control", "--no-control"} & {
+        *flags
+    }:
         parser.error(f"{', '.join(sorted(own))} is set for each run: see --estimators and --seeds")
     try:  # a flag that train.py lacks should fail before a folder is made
         parse(["--task", args.task, *flags])
@@ -154,8 +198,10 @@ def main() -> None:
         every = [*ESTIMATORS, "pause", "sft"]
         args.estimators = every + [e for e in args.estimators if e not in ("all", *every)]
     if args.task != "toy" and "--eval-decode" not in flags:
-        parser.error("the picture needs --eval-decode N: so many validation examples are scored as "
-                     "training goes")
+        parser.error(
+            "the picture needs --eval-decode N: so many validation examples are scored as "
+            "training goes"
+        )
     try:
         import matplotlib  # noqa: F401
     except ImportError:

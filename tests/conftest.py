@@ -12,10 +12,38 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from any folder
 import train  # noqa: E402
 
-TINY = ["--size", "nano", "--sample-size", "300", "--vocab-size", "500", "--sft-steps", "4",
-        "--policy-steps", "3", "--eval-every", "2", "--batch-tokens", "800",
-        "--policy-batch-tokens", "400", "--beams", "2", "--threads", "1", "--warmup-len", "2",
-        "--samples", "2", "--eval-samples", "2", "--max-source-tokens", "40", "--max-target-tokens", "40"]
+TINY = [
+    "--size",
+    "nano",
+    "--sample-size",
+    "300",
+    "--vocab-size",
+    "500",
+    "--sft-steps",
+    "4",
+    "--policy-steps",
+    "3",
+    "--eval-every",
+    "2",
+    "--batch-tokens",
+    "800",
+    "--policy-batch-tokens",
+    "400",
+    "--beams",
+    "2",
+    "--threads",
+    "1",
+    "--warmup-len",
+    "2",
+    "--samples",
+    "2",
+    "--eval-samples",
+    "2",
+    "--max-source-tokens",
+    "40",
+    "--max-target-tokens",
+    "40",
+]
 
 
 @contextmanager
@@ -46,5 +74,8 @@ def finished_run(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mine", action="store_true",
-                     help="tests/exercises: check exercises.py instead of solutions.py")
+    parser.addoption(
+        "--mine",
+        action="store_true",
+        help="tests/exercises: check exercises.py instead of solutions.py",
+    )

@@ -37,6 +37,7 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 class Backend:
     """What torch asks of a device module."""
+
     is_available = is_initialized = lambda self: True
     current_device = lambda self: 0
     device_count = lambda self: 1
@@ -50,6 +51,7 @@ class Backend:
 
 class Elsewhere(torch.Tensor):
     """A tensor of the pretended device. `here` holds its numbers, on the CPU."""
+
     __torch_function__ = torch._C._disabled_torch_function_impl
     is_cuda = property(lambda self: True)  # the program's own branches for CUDA are taken
 
@@ -67,6 +69,7 @@ class Elsewhere(torch.Tensor):
 
 class Pretend(TorchDispatchMode):
     """Sees what makes a tensor on the device from nothing, too, such as torch.arange."""
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return compute(function, args, kwargs or {})
 
@@ -84,8 +87,13 @@ def waited(why):
 def elsewhere(real):
     """A CPU tensor as one of the device."""
     tensor = torch.Tensor._make_wrapper_subclass(
-        Elsewhere, real.shape, strides=real.stride(), storage_offset=real.storage_offset(),
-        dtype=real.dtype, device=torch.device("pretend:0"))
+        Elsewhere,
+        real.shape,
+        strides=real.stride(),
+        storage_offset=real.storage_offset(),
+        dtype=real.dtype,
+        device=torch.device("pretend:0"),
+    )
     tensor.here = real
     return tensor
 
@@ -157,6 +165,7 @@ def register():
     """Make the device known to torch, or exit: an experimental interface may fail in any way."""
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
         _setup_privateuseone_for_python_backend("pretend", backend_module=Backend())
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -197,8 +206,13 @@ def run(main, argv):
             code = "raised"
     printed.seek(0)
     said.seek(0)
-    return {"code": code, "printed": printed.read(), "said": said.read()[-2000:],
-            "waits": dict(WAITS), "steps": list(STEPS)}
+    return {
+        "code": code,
+        "printed": printed.read(),
+        "said": said.read()[-2000:],
+        "waits": dict(WAITS),
+        "steps": list(STEPS),
+    }
 
 
 if __name__ == "__main__":
@@ -208,6 +222,7 @@ if __name__ == "__main__":
     import eval as evaluation
     import model
     import train
+
     for module in (model, train, evaluation):
         module.pick_device = lambda name: torch.device("cpu" if name == "cpu" else "pretend:0")
     may_stop = model.all_true

@@ -19,14 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import data, eval as evaluation, train
 
-TINY = ("--size nano --sample-size 300 --vocab-size 500 --max-source-tokens 40 --max-target-tokens 40 --batch-tokens 800 --beams "
-        "2 --policy-batch-tokens 400 --warmup-len 2 --samples 2 --eval-samples 2 --eval-decode 0 "
-        "--threads 1 --eval-every 2 --sft-steps 4 --policy-steps 4").split()
+TINY = (
+    "--size nano --sample-size 300 --vocab-size 500 --max-source-tokens 40 --max-target-tokens 40 --batch-tokens 800 --beams "
+    "2 --policy-batch-tokens 400 --warmup-len 2 --samples 2 --eval-samples 2 --eval-decode 0 "
+    "--threads 1 --eval-every 2 --sft-steps 4 --policy-steps 4"
+).split()
 TOY = ["--task", "toy", *TINY, *"--sft-steps 12 --policy-steps 12 --eval-every 4".split()]
 WMT = ["--task", "wmt", "--data", "text", *TINY]
 GOOD = {0: "code 0", 1: "code 1, one line", 2: "code 2, usage"}
 FINE = ("killed", "resumed", "equal bit for bit", *GOOD.values())  # all else goes to --out
 FILES = ("open", "os.rename", "os.truncate", "os.remove", "os.mkdir")
+
 
 def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> dict:
     """program(argv) in a fork, in folder home. SIGKILL: after seconds, or at an operation."""
@@ -69,9 +72,13 @@ def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> d
     lines = [line for line in shown.split("\n") if line.strip()]
     killed = status == signal.SIGKILL and (after or at < math.inf)
     died = "killed" if killed else "timeout" if text.startswith("Timeout") else "DIED"
-    told = {"seconds": time.monotonic() - started, "stderr": " | ".join(lines)[-300:],
-            "where": re.findall(rf'File "{ROOT}/(\w+\.py)", line (\d+)', text), "last": text[-200:],
-            **json.loads(report.read_text(encoding="utf-8") or f'{{"outcome": "{died}"}}')}
+    told = {
+        "seconds": time.monotonic() - started,
+        "stderr": " | ".join(lines)[-300:],
+        "where": re.findall(rf'File "{ROOT}/(\w+\.py)", line (\d+)', text),
+        "last": text[-200:],
+        **json.loads(report.read_text(encoding="utf-8") or f'{{"outcome": "{died}"}}'),
+    }
     if "outcome" not in told:
         code, ours = told["code"], len(lines) == 1 and lines[0].startswith("error: ")
         notes = all(line.startswith(("note: ", "data: ")) for line in lines)  # beside --input's
@@ -79,10 +86,12 @@ def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> d
         told["outcome"] = GOOD[code] if fine else f"code {code}, {len(lines)} lines"
     return told
 
+
 def content(run: Path) -> list[bytes]:
     """What must be equal: the stages' checkpoints, log and results, without seconds."""
     names = ["log.jsonl", "results.json", *(f"{stage}.pt" for stage in train.STAGES)]
     return [re.sub(rb'"seconds": [-+.\de]+', b"", (run / name).read_bytes()) for name in names]
+
 
 def kills(home: Path, r: random.Random, left: int, note):
     """Runs until `left` kills are used up, at most 10 of each. note: writes down an outcome."""
@@ -93,8 +102,16 @@ def kills(home: Path, r: random.Random, left: int, note):
         expected, allowed, history = content(home / "run"), min(left, 10), []
         shutil.rmtree(home / "run")
         while words:
-            how = r.choice([{"after": r.uniform(0, whole["seconds"] / 2)},
-                            {"at": r.randint(0, whole["operations"] // 2)}]) if allowed else {}
+            how = (
+                r.choice(
+                    [
+                        {"after": r.uniform(0, whole["seconds"] / 2)},
+                        {"at": r.randint(0, whole["operations"] // 2)},
+                    ]
+                )
+                if allowed
+                else {}
+            )
             told = fork(home, train.main, words, **how)
             outcome, resuming, words = told["outcome"], words[0] == "--resume", []
             if resuming and outcome in ("killed", "code 0"):
@@ -110,50 +127,85 @@ def kills(home: Path, r: random.Random, left: int, note):
             note(outcome, argv=argv, history=history, told=told)
         shutil.rmtree(home)
 
+
 # ----------------------------------------------------------------------------- broken input
-JSON = [*r"""null true -1 0 1 3 2147483648 1099511627776 1e30 -0.5 1e-40 1e308 1e999 NaN "" "1" "x"
+JSON = [
+    *r"""null true -1 0 1 3 2147483648 1099511627776 1e30 -0.5 1e-40 1e308 1e999 NaN "" "1" "x"
         "tüx" "\u0000" "\ud800" "text" "de-en" "zh-ja" [] [1] ["x"] {} {"a":1}""".split(),
-        "1" + "0" * 400, "9" * 5000, "[" * 9999]
-ODD = [*(f"-1 0 2000000000 {2**40} {2**70} 1e-40 1e400 nan -inf wmt wmt/config.json text . tüx☃ "
-         f"a/b x-y zh-ja b\udcff {'x' * 300}").split(), "", " "]
-USUAL = {int: "1 2 3 5".split(), float: "0.01 0.5 1 3".split(), bool: [],
-         str: "text sample new de-en en-de wmt - fr-en".split()}
-TRAIN = {train.flag_name(f.name): list(f.metadata["choices"] or USUAL[f.type])
-         for f in dataclasses.fields(train.Config) if f.name != "compile"}
+    "1" + "0" * 400,
+    "9" * 5000,
+    "[" * 9999,
+]
+ODD = [
+    *(
+        f"-1 0 2000000000 {2**40} {2**70} 1e-40 1e400 nan -inf wmt wmt/config.json text . tüx☃ "
+        f"a/b x-y zh-ja b\udcff {'x' * 300}"
+    ).split(),
+    "",
+    " ",
+]
+USUAL = {
+    int: "1 2 3 5".split(),
+    float: "0.01 0.5 1 3".split(),
+    bool: [],
+    str: "text sample new de-en en-de wmt - fr-en".split(),
+}
+TRAIN = {
+    train.flag_name(f.name): list(f.metadata["choices"] or USUAL[f.type])
+    for f in dataclasses.fields(train.Config)
+    if f.name != "compile"
+}
 TRAIN["--size"] = ["nano", "tiny", "toy", "puzzle"]  # the others take too long
 EVAL = dict.fromkeys(("--input", "--export", "--data"), USUAL[str]) | {
-    "--split": list(data.SPLITS), "--stage": list(train.STAGES), "--show-warmup": [],
-    "--beams": USUAL[int], "--threads": USUAL[int], "--device": ["cpu", "cuda"]}
+    "--split": list(data.SPLITS),
+    "--stage": list(train.STAGES),
+    "--show-warmup": [],
+    "--beams": USUAL[int],
+    "--threads": USUAL[int],
+    "--device": ["cpu", "cuda"],
+}
+
 
 def flags(r: random.Random, table: dict) -> list[str]:
     """Some of a program's flags, a third of the values odd."""
     names = r.sample(list(table), min(len(table), r.choice([0, 1, 1, 2, 4])))
-    return [f"{name}={r.choice(r.choice([ODD, table[name], table[name]]))}" if table[name] else name
-            for name in names]
+    return [
+        f"{name}={r.choice(r.choice([ODD, table[name], table[name]]))}" if table[name] else name
+        for name in names
+    ]
+
 
 def change(r: random.Random, path: Path) -> str:
     """Change one file. Returns how."""
     raw, count = path.read_bytes(), r.choice([1, 1, 2, 8, 200])
     at = int(r.random() * r.choice([min(4000, len(raw)), len(raw)]))  # weights are not first
-    values = [match.span() for match in re.finditer(rb'(?<=": )("[^"]*"|[-\w.]+)', raw[:10**5])]
+    values = [match.span() for match in re.finditer(rb'(?<=": )("[^"]*"|[-\w.]+)', raw[: 10**5])]
     new = r.choice([r.randbytes(count), b"\n", b"\0", b"\xff", b'"', b"-", b"\xe2\x80\xa8", b" "])
     flipped = bytes(byte ^ 1 << r.randrange(8) for byte in raw[at : at + count])
-    edits = {"flip": (at, at + count, flipped), "remove": (at, at + count, b""),
-             "cut": (at, len(raw), b""), "insert": (at, at, new),
-             "value": (*r.choice(values or [(at, at)]), r.choice(JSON).encode()),
-             "empty": (0, len(raw), b""), "folder": (0, len(raw), b"")}
+    edits = {
+        "flip": (at, at + count, flipped),
+        "remove": (at, at + count, b""),
+        "cut": (at, len(raw), b""),
+        "insert": (at, at, new),
+        "value": (*r.choice(values or [(at, at)]), r.choice(JSON).encode()),
+        "empty": (0, len(raw), b""),
+        "folder": (0, len(raw), b""),
+    }
     how = "value" if path.suffix.startswith(".json") and r.random() < 0.6 else r.choice(list(edits))
     start, end, new = edits[how]
     path.write_bytes(raw[:start] + new + raw[end:])
     _ = how == "folder" and (path.unlink(), path.mkdir())
     return f"{path.parent.name}/{path.name}: {how}, bytes {start} to {end} become {new[:30]!r}"
 
+
 def inputs(home: Path, numbers, seed: int, note):
     """Each input meets a fresh copy of two finished runs, a killed one, and their text."""
     pages, template = [b"", b"<html>", gzip.compress(b"a\tb\n"), b"\x1f\x8b"], home.with_name("t")
     (home / "text").mkdir(parents=True)
     for name in (f"{split}.{end}" for split in data.SPLITS for end in ("de", "en")):
-        (home / "text" / name).write_text("".join(f"{name} {i}, ä {i**3}.\n" for i in range(40)), encoding="utf-8")
+        (home / "text" / name).write_text(
+            "".join(f"{name} {i}, ä {i**3}.\n" for i in range(40)), encoding="utf-8"
+        )
     fork(home, train.main, [*TOY, "--out", "toy"])
     told = fork(home, train.main, [*WMT, "--out", "wmt"])
     fork(home, train.main, [*WMT, "--out", "half"], at=told["operations"] // 2)
@@ -162,13 +214,18 @@ def inputs(home: Path, numbers, seed: int, note):
         r, edits, _ = random.Random(f"{seed} {number}"), [], shutil.copytree(template, home)
         run, page = home / r.choice(["toy", "half", "half", "wmt"]), r.choice(pages)
         new = ["--out", "new", *r.choice([TOY, WMT, ["--task", "xsum", *TINY]])]
-        program, argv = r.choice([(train, [*new, *flags(r, TRAIN)])] * 3 + [
-            (evaluation, [run.name, *flags(r, EVAL)])] * 2 + [
-            (data, [r.choice(list(data.CORPORA)), *flags(r, {"--pair": ODD, "--out": ["new"]})])])
+        program, argv = r.choice(
+            [(train, [*new, *flags(r, TRAIN)])] * 3
+            + [(evaluation, [run.name, *flags(r, EVAL)])] * 2
+            + [(data, [r.choice(list(data.CORPORA)), *flags(r, {"--pair": ODD, "--out": ["new"]})])]
+        )
         if r.random() < 0.65:
             folder = r.choice([run, run, run, home / "text"])
-            program, argv = r.choice([(train, ["--resume", run.name])] + [
-                (evaluation, [run.name])] + [(train, [*WMT, "--out", "new"])] * (folder != run))
+            program, argv = r.choice(
+                [(train, ["--resume", run.name])]
+                + [(evaluation, [run.name])]
+                + [(train, [*WMT, "--out", "new"])] * (folder != run)
+            )
             for _ in range(r.choice([1, 1, 1, 2])):
                 files = sorted(filter(Path.is_file, folder.iterdir()))
                 edits.append(change(r, r.choice([*files, *files[:1] * 4])))  # config.json is first
@@ -176,6 +233,7 @@ def inputs(home: Path, numbers, seed: int, note):
         told = fork(home, program.main, argv, limit=20, memory=8)
         note(told["outcome"], input=number, edits=edits, argv=[program.__name__, *argv], told=told)
         shutil.rmtree(home)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -191,11 +249,13 @@ def main():
         if outcome not in FINE or args.inputs == 1:
             with open(args.out, "a") as file:
                 print(json.dumps({"outcome": outcome, "seed": args.seed} | details), file=file)
+
     print(f"works in {work}, writes what is bad to {args.out}", flush=True)
     kills(work / "kills", random.Random(args.seed), args.kills, note)
     inputs(work / "home", range(args.first, args.first + args.inputs), args.seed, note)
     lines = [f"{count:6} {outcome}" for outcome, count in sorted(counts.items())]
     print(*lines, f"{time.monotonic() - started:.0f} s", sep="\n")
+
 
 if __name__ == "__main__":
     main()

@@ -26,9 +26,28 @@ from conftest import standard_input
 from data import Encoded, load, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--size", "nano", "--sample-size", "200", "--sft-steps", "2", "--policy-steps", "0",
-        "--vocab-size", "500", "--eval-every", "1", "--beams", "1", "--threads", "1",
-        "--max-source-tokens", "60", "--max-target-tokens", "60"]
+TINY = [
+    "--size",
+    "nano",
+    "--sample-size",
+    "200",
+    "--sft-steps",
+    "2",
+    "--policy-steps",
+    "0",
+    "--vocab-size",
+    "500",
+    "--eval-every",
+    "1",
+    "--beams",
+    "1",
+    "--threads",
+    "1",
+    "--max-source-tokens",
+    "60",
+    "--max-target-tokens",
+    "60",
+]
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell or SIGKILL")
@@ -122,50 +141,86 @@ def parallel(folder: Path, **files) -> Path:
 # ----------------------------------------------------------------------------- usage: exit code 2
 
 
-@pytest.mark.parametrize("flags, named", [
-    ("--no-such-flag", "--no-such-flag"), ("--sft-step 5", "--sft-step"), ("--task poems", "poems"),
-    ("--estimator magic", "magic"), ("--size huge", "huge"), ("--dtype float8", "float8"),
-    ("--samples two", "two"), ("--lr fast", "fast"), ("--samples", "expected one argument"),
-    ("--sft-steps 0", "--sft-steps"), ("--policy-steps -1", "--policy-steps"),
-    ("--batch-tokens 3", "--batch-tokens"), ("--beams 0", "--beams"),
-    ("--vocab-size 20", "--vocab-size"), ("--dropout 1", "--dropout"),
-    ("--dropout nan", "--dropout"), ("--temperature 0", "--temperature"),
-    ("--temperature nan", "--temperature"), ("--samples 1", "--samples"),
-    ("--estimator marginal --samples 1", "--samples"),
-    ("--warmup-min-len 5 --warmup-len 4", "--warmup-min-len"), ("--warmup-len 0", "--warmup-len"),
-    ("--seed -1", "--seed"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--clip -1", "--clip"),
-    ("--seed 99999999999999999999", "--seed"), ("--resume run --samples 8", "--samples"),
-    ("--resume run --seed 0", "--seed"), ("--seed 0 --resume run", "--seed"),
-    ("--resume", "--resume"), ("--resume run --device tpu", "tpu"),
-    ("--resume run --threads two", "two"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--no-such-flag", "--no-such-flag"),
+        ("--sft-step 5", "--sft-step"),
+        ("--task poems", "poems"),
+        ("--estimator magic", "magic"),
+        ("--size huge", "huge"),
+        ("--dtype float8", "float8"),
+        ("--samples two", "two"),
+        ("--lr fast", "fast"),
+        ("--samples", "expected one argument"),
+        ("--sft-steps 0", "--sft-steps"),
+        ("--policy-steps -1", "--policy-steps"),
+        ("--batch-tokens 3", "--batch-tokens"),
+        ("--beams 0", "--beams"),
+        ("--vocab-size 20", "--vocab-size"),
+        ("--dropout 1", "--dropout"),
+        ("--dropout nan", "--dropout"),
+        ("--temperature 0", "--temperature"),
+        ("--temperature nan", "--temperature"),
+        ("--samples 1", "--samples"),
+        ("--estimator marginal --samples 1", "--samples"),
+        ("--warmup-min-len 5 --warmup-len 4", "--warmup-min-len"),
+        ("--warmup-len 0", "--warmup-len"),
+        ("--seed -1", "--seed"),
+        ("--lr nan", "--lr"),
+        ("--lr inf", "--lr"),
+        ("--clip -1", "--clip"),
+        ("--seed 99999999999999999999", "--seed"),
+        ("--resume run --samples 8", "--samples"),
+        ("--resume run --seed 0", "--seed"),
+        ("--seed 0 --resume run", "--seed"),
+        ("--resume", "--resume"),
+        ("--resume run --device tpu", "tpu"),
+        ("--resume run --threads two", "two"),
+    ],
+)
 def test_training_refuses_bad_usage(flags, named, capsys, monkeypatch):
     for function in ("prepare", "read_settings"):
         monkeypatch.setattr(train, function, lambda *_: pytest.fail("accepted"))
     assert named in misuse(capsys, train, *flags.split())
 
 
-@pytest.mark.parametrize("flags, named", [
-    ("", "run"), ("run --no-such-flag", "--no-such-flag"), ("run --split dev", "dev"),
-    ("run --stage rl", "rl"), ("run --beams many", "many"), ("run --device tpu", "tpu"),
-    ("run --input", "--input"), ("run --show-warmup", "--show-warmup"),
-    ("run --pair de-en", "--pair"), ("run --input a --export b", "--export"),
-    ("run --split test --input a", "--input"), ("run --export a --split valid", "--split"),
-])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("", "run"),
+        ("run --no-such-flag", "--no-such-flag"),
+        ("run --split dev", "dev"),
+        ("run --stage rl", "rl"),
+        ("run --beams many", "many"),
+        ("run --device tpu", "tpu"),
+        ("run --input", "--input"),
+        ("run --show-warmup", "--show-warmup"),
+        ("run --pair de-en", "--pair"),
+        ("run --input a --export b", "--export"),
+        ("run --split test --input a", "--input"),
+        ("run --export a --split valid", "--split"),
+    ],
+)
 def test_scoring_refuses_bad_usage(flags, named, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "read_settings", lambda *_: pytest.fail("accepted"))
     assert named in misuse(capsys, evaluation, *flags.split())
 
 
-@pytest.mark.parametrize("flags", ["--beams -1", "--beams 0", "--beams 100000", "--threads -1",
-                                   f"--threads {2**40}"])
+@pytest.mark.parametrize(
+    "flags", ["--beams -1", "--beams 0", "--beams 100000", "--threads -1", f"--threads {2**40}"]
+)
 def test_scoring_holds_its_flags_to_the_ranges_of_training(flags, capsys, run):
     assert flags.split()[0] in misuse(capsys, evaluation, run, *flags.split())
 
 
 def test_one_sample_is_enough_where_samples_are_not_compared():
-    for flags in ("--estimator frozen --samples 1", "--policy-steps 0 --samples 1",
-                  "--estimator pause --samples 1", "--estimator best --samples 1"):
+    for flags in (
+        "--estimator frozen --samples 1",
+        "--policy-steps 0 --samples 1",
+        "--estimator pause --samples 1",
+        "--estimator best --samples 1",
+    ):
         assert train.parse(flags.split())[0].samples == 1
 
 
@@ -180,7 +235,9 @@ def test_data_folder_is_a_file(capsys, tmp_path):
     (tmp_path / "text").write_text("a dog\n", encoding="utf-8")
     said = complaint(capsys, train, *TINY, "--data", "text")
     assert f"no folder {tmp_path / 'text'}" in said
-    assert f"no folder {tmp_path / 'nofolder'}" in complaint(capsys, train, *TINY, "--data", "nofolder")
+    assert f"no folder {tmp_path / 'nofolder'}" in complaint(
+        capsys, train, *TINY, "--data", "nofolder"
+    )
 
 
 def test_data_folder_without_files_says_which_are_expected(capsys, tmp_path):
@@ -209,8 +266,10 @@ def test_empty_line_in_a_scored_split_is_named(split, capsys, tmp_path):
     assert "line 2" in said and f"{split}.en" in said and "empty" in said
 
 
-@pytest.mark.parametrize("files", [
-    dict(train_de=b"", train_en=b""), dict(train_de=b"\n\n"), dict(test_de=b"", test_en=b"")])
+@pytest.mark.parametrize(
+    "files",
+    [dict(train_de=b"", train_en=b""), dict(train_de=b"\n\n"), dict(test_de=b"", test_en=b"")],
+)
 def test_a_split_without_text(files, capsys, tmp_path):
     parallel(tmp_path / "text", **files)
     said = complaint(capsys, train, *TINY, "--data", "text")
@@ -242,8 +301,9 @@ def test_the_sample_has_two_languages_only(capsys):
     assert "fr-en" in said and "--data" in said
 
 
-@pytest.mark.parametrize("pair", ["german", "de-", "-en", "de_en", "de-en-fr", "d3-en", "de-de",
-                                  "de-en,en-de"])
+@pytest.mark.parametrize(
+    "pair", ["german", "de-", "-en", "de_en", "de-en-fr", "d3-en", "de-de", "de-en,en-de"]
+)
 def test_pair_is_not_two_codes(pair, capsys):
     assert "--pair takes two language codes" in misuse(capsys, train, *TINY, f"--pair={pair}")
 
@@ -271,8 +331,11 @@ def test_task_without_sample_and_without_data_says_where_to_put_it(capsys):
 
 
 def test_every_training_pair_too_long(capsys, tmp_path):
-    parallel(tmp_path / "text", train_de=b"Hund " * 50 + b"\nKatze\n",
-             train_en=b"dog\n" + b"cat " * 50 + b"\n")
+    parallel(
+        tmp_path / "text",
+        train_de=b"Hund " * 50 + b"\nKatze\n",
+        train_en=b"dog\n" + b"cat " * 50 + b"\n",
+    )
     flags = ["--data", "text", "--max-source-tokens", "9", "--max-target-tokens", "9"]
     said = complaint(capsys, train, *TINY, *flags)
     assert "raise --max-source-tokens or --max-target-tokens" in said
@@ -309,8 +372,11 @@ def test_overwriting_takes_every_file_of_a_run(tmp_path):
     """Of all stages and all splits: an old control.pt must not be scored beside a new sft.pt."""
     names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
     names += [f"{stage}.pt" for stage in ("sft", "policy", "control")]
-    names += [f"{split}.{stage}.txt" for split in ("train", "valid", "test")
-              for stage in ("sft", "policy", "control")]
+    names += [
+        f"{split}.{stage}.txt"
+        for split in ("train", "valid", "test")
+        for stage in ("sft", "policy", "control")
+    ]
     for name in names:
         (tmp_path / name).write_text("old", encoding="utf-8")
         with pytest.raises(train.UserError, match="--overwrite"):
@@ -338,24 +404,37 @@ def test_run_folder_cannot_be_made(capsys, tmp_path):
     assert "file/run" in complaint(capsys, train, *TINY, "--out", "file/run")
 
 
-@pytest.mark.parametrize("program, flags", [
-    (train, ["--resume", "nowhere"]), (evaluation, ["nowhere"])])
+@pytest.mark.parametrize(
+    "program, flags", [(train, ["--resume", "nowhere"]), (evaluation, ["nowhere"])]
+)
 def test_run_folder_is_missing(program, flags, capsys, tmp_path):
     assert "nowhere" in complaint(capsys, program, *flags)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["{not json", "[1, 2]", "7", "", "{}", '{"colour": "red"}',
-                                  '{"pair": 5}', b"\xff{}"])
+@pytest.mark.parametrize(
+    "text", ["{not json", "[1, 2]", "7", "", "{}", '{"colour": "red"}', '{"pair": 5}', b"\xff{}"]
+)
 def test_config_is_not_what_training_wrote(text, capsys, run):
     (run / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert "config.json" in complaint(capsys, train, "--resume", run)
     assert "config.json" in complaint(capsys, evaluation, run)
 
 
-@pytest.mark.parametrize("change", [dict(beams="four"), dict(task="poems"), dict(seed=None),
-                                    dict(device="tpu"), dict(pair="de"), dict(beams=-3),
-                                    dict(symbols=0), dict(hops=2.5), dict(pair=["de", "en"])])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(beams="four"),
+        dict(task="poems"),
+        dict(seed=None),
+        dict(device="tpu"),
+        dict(pair="de"),
+        dict(beams=-3),
+        dict(symbols=0),
+        dict(hops=2.5),
+        dict(pair=["de", "en"]),
+    ],
+)
 def test_one_wrong_setting_in_the_config(change, capsys, run):
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     (run / "config.json").write_text(json.dumps(settings | change), encoding="utf-8")
@@ -365,9 +444,18 @@ def test_one_wrong_setting_in_the_config(change, capsys, run):
         assert "config.json" in said and name in said
 
 
-@pytest.mark.parametrize("change", [dict(lr=-1.0), dict(control="no"), dict(estimator="magic"),
-                                    dict(samples=1, policy_steps=9), dict(clip=float("nan")),
-                                    dict(overwrite=3), dict(accumulate=True)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(lr=-1.0),
+        dict(control="no"),
+        dict(estimator="magic"),
+        dict(samples=1, policy_steps=9),
+        dict(clip=float("nan")),
+        dict(overwrite=3),
+        dict(accumulate=True),
+    ],
+)
 def test_resuming_holds_the_config_to_the_rules_of_the_flags(change, capsys, run):
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     (run / "config.json").write_text(json.dumps(settings | change), encoding="utf-8")
@@ -464,11 +552,14 @@ def test_tokenizer_of_another_run(capsys, run, half_run):
         assert "sft.pt does not fit the tokenizer.json" in said
 
 
-@pytest.mark.parametrize("old, new", [('"<sep>"', '"<sap>"'), ('"</s>"', '"<s>"'),
-                                      ('"<sep>":3', '"<sep>":2147483648')])
+@pytest.mark.parametrize(
+    "old, new", [('"<sep>"', '"<sap>"'), ('"</s>"', '"<s>"'), ('"<sep>":3', '"<sep>":2147483648')]
+)
 def test_a_tokenizer_with_one_wrong_word_or_number(old, new, capsys, run):
     path = run / "tokenizer.json"
-    compact = json.dumps(json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"), ensure_ascii=False)
+    compact = json.dumps(
+        json.loads(path.read_text(encoding="utf-8")), separators=(",", ":"), ensure_ascii=False
+    )
     assert old in compact
     path.write_text(compact.replace(old, new), encoding="utf-8")
     assert "tokenizer.json" in complaint(capsys, evaluation, run, bars=True)
@@ -476,8 +567,10 @@ def test_a_tokenizer_with_one_wrong_word_or_number(old, new, capsys, run):
 
 @pytest.mark.parametrize("field", ["model", "model_config", "optimizer", "random", "batches"])
 def test_a_checkpoint_without_one_of_its_fields(field, capsys, run):
-    for name, what, program, argv in (("last.pt", "state", train, ["--resume", run]),
-                                      ("sft.pt", "stage", evaluation, [run])):
+    for name, what, program, argv in (
+        ("last.pt", "state", train, ["--resume", run]),
+        ("sft.pt", "stage", evaluation, [run]),
+    ):
         saved = evaluation.load_checkpoint(run / name, what)
         if saved.pop(field, None) is not None:
             torch.save(saved, run / name)
@@ -485,9 +578,20 @@ def test_a_checkpoint_without_one_of_its_fields(field, capsys, run):
             assert f"{name} is damaged" in said and field in said
 
 
-@pytest.mark.parametrize("change", [dict(width=-1), dict(heads=0), dict(decoder_layers=1001),
-                                    dict(vocab_size=10**9), dict(ff="256"), dict(colour=1),
-                                    dict(buckets=1), dict(max_distance=2), dict(width=128)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(width=-1),
+        dict(heads=0),
+        dict(decoder_layers=1001),
+        dict(vocab_size=10**9),
+        dict(ff="256"),
+        dict(colour=1),
+        dict(buckets=1),
+        dict(max_distance=2),
+        dict(width=128),
+    ],
+)
 def test_a_checkpoint_of_an_impossible_model(change, capsys, run):
     saved = evaluation.load_checkpoint(run / "sft.pt")
     saved["model_config"] |= change
@@ -507,7 +611,9 @@ def test_one_flipped_bit_in_a_checkpoint(capsys, run):
     assert "sft.pt is damaged" in complaint(capsys, evaluation, run, bars=True)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "log.jsonl", "sft.pt", "last.pt"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "log.jsonl", "sft.pt", "last.pt"]
+)
 def test_a_folder_where_a_file_is_expected(name, capsys, run):
     (run / name).unlink()
     (run / name).mkdir()
@@ -531,8 +637,12 @@ def test_a_terminal_that_lacks_characters(encoding, capsys, run, monkeypatch):
     monkeypatch.setattr("sys.stdout", terminal)
     example = evaluation.Example("źródło", "", "猫")
     config = replace(evaluation.read_settings(run, train.Config), out=str(run))
-    runner = SimpleNamespace(config=config, tokenizer=load_tokenizer(run / "tokenizer.json"),
-                             device=torch.device("cpu"), checksum=1)
+    runner = SimpleNamespace(
+        config=config,
+        tokenizer=load_tokenizer(run / "tokenizer.json"),
+        device=torch.device("cpu"),
+        checksum=1,
+    )
 
     @train.program
     def main(argv):
@@ -545,13 +655,18 @@ def test_a_terminal_that_lacks_characters(encoding, capsys, run, monkeypatch):
 
 def test_results_are_saved_before_they_are_shown(run, monkeypatch):
     """A terminal may fail, or its reader leave."""
+
     def gone(*arguments):
         raise BrokenPipeError
 
     (run / "results.json").unlink()
     config = replace(evaluation.read_settings(run, train.Config), out=str(run))
-    runner = SimpleNamespace(config=config, tokenizer=load_tokenizer(run / "tokenizer.json"),
-                             device=torch.device("cpu"), checksum=1)
+    runner = SimpleNamespace(
+        config=config,
+        tokenizer=load_tokenizer(run / "tokenizer.json"),
+        device=torch.device("cpu"),
+        checksum=1,
+    )
     monkeypatch.setattr("builtins.print", gone)
     with pytest.raises(BrokenPipeError):
         train.report(runner, {"train": [], "test": [evaluation.Example("ein", "", "a")]})
@@ -602,7 +717,10 @@ def test_resuming_where_the_stage_file_is_of_another_model(capsys, tmp_path):
 @pytest.mark.parametrize("change", [dict(policy_steps=0), dict(control=False)])
 def test_a_stage_that_the_config_now_leaves_out(change, capsys):
     assert call(train, *TINY, "--policy-steps", "1", "--out", "whole") == 0
-    settings, log = json.loads(Path("whole/config.json").read_text(encoding="utf-8")), Path("whole/log.jsonl")
+    settings, log = (
+        json.loads(Path("whole/config.json").read_text(encoding="utf-8")),
+        Path("whole/log.jsonl"),
+    )
     before = log.read_bytes()
     Path("whole/config.json").write_text(json.dumps(settings | change), encoding="utf-8")
     assert "now leaves out" in complaint(capsys, train, "--resume", "whole")
@@ -621,9 +739,10 @@ def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch):
 # ----------------------------------------------------------------------------- text to translate
 
 
-@pytest.mark.parametrize("content, says", [
-    (None, "cannot read text"), (b"\xff\xfe\n", "it is not UTF-8"), (b"a\rb\r", "end in CR"),
-])
+@pytest.mark.parametrize(
+    "content, says",
+    [(None, "cannot read text"), (b"\xff\xfe\n", "it is not UTF-8"), (b"a\rb\r", "end in CR")],
+)
 def test_text_that_cannot_be_read(content, says, capsys, finished, tmp_path):
     """From a file and from standard input, which Python itself reads without complaint at times."""
     if content is not None:
@@ -634,8 +753,16 @@ def test_text_that_cannot_be_read(content, says, capsys, finished, tmp_path):
     assert says in complaint(capsys, evaluation, finished, "--input", "text")
 
 
-@pytest.mark.parametrize("content, lines", [
-    (b"", 0), (b"\n", 1), (b"ein Hund\n\nein Pferd\n", 3), (b"ein Hund\n   \n", 2), (b"\n\nHund", 3)])
+@pytest.mark.parametrize(
+    "content, lines",
+    [
+        (b"", 0),
+        (b"\n", 1),
+        (b"ein Hund\n\nein Pferd\n", 3),
+        (b"ein Hund\n   \n", 2),
+        (b"\n\nHund", 3),
+    ],
+)
 def test_an_empty_line_in_is_an_empty_line_out(content, lines, capsys, finished):
     capsys.readouterr()
     with standard_input(content):
@@ -666,7 +793,8 @@ def test_one_line_out_per_line_in(capsys, finished, tmp_path):
 
 
 needs_full_device = pytest.mark.skipif(
-    not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full")
+    not Path("/dev/full").exists(), reason="needs /dev/full, a device that is always full"
+)
 
 
 def whole_disk(content, path):
@@ -818,6 +946,7 @@ def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, 
             (tmp_path / f"{split}.{lang}").write_text("one line\n" * 8, encoding="utf-8")
     try:
         import MeCab  # noqa: F401
+
         pytest.skip("sacrebleu's Japanese tokenizer is installed here")
     except ImportError:
         pass
@@ -827,8 +956,9 @@ def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("damage", [lambda log: log.unlink(),
-                                    lambda log: os.truncate(log, log.stat().st_size - 1)])
+@pytest.mark.parametrize(
+    "damage", [lambda log: log.unlink(), lambda log: os.truncate(log, log.stat().st_size - 1)]
+)
 def test_a_log_that_was_shortened_is_not_filled_with_nothing(damage, capsys, half_run):
     damage(half_run / "log.jsonl")
     before = (half_run / "last.pt").read_bytes()
@@ -873,16 +1003,28 @@ def test_resuming_on_other_data_is_refused(name, change, capsys, tmp_path):
 
 def test_the_checksum_looks_at_all_texts():
     """By hand: each side, the prompt, the order, where an example ends, and both splits."""
+
     def of(*examples, valid="y"):
-        splits = {"train": [evaluation.Example(*example) for example in examples],
-                  "valid": [evaluation.Example("x", "<2de>", valid)], "test": []}
+        splits = {
+            "train": [evaluation.Example(*example) for example in examples],
+            "valid": [evaluation.Example("x", "<2de>", valid)],
+            "test": [],
+        }
         row = [np.array([1])]
         return train.checksum(splits, dict.fromkeys(("train", "valid"), Encoded(row, row, row)))
 
     one, two = ("a b", "<2de>", "c"), ("d", "<2de>", "e f")
-    sums = [of(one, two), of(two, one), of(one), of(("a", "<2de>", "c"), two), of(one, two, valid="z"),
-            of(("a b", "<2en>", "c"), two), of(("a b", "<2de>", "c d"), ("", "<2de>", "e f")),
-            of(("a b <2de>", "", "c"), two), of(("a", "b <2de>", "c"), two)]
+    sums = [
+        of(one, two),
+        of(two, one),
+        of(one),
+        of(("a", "<2de>", "c"), two),
+        of(one, two, valid="z"),
+        of(("a b", "<2en>", "c"), two),
+        of(("a b", "<2de>", "c d"), ("", "<2de>", "e f")),
+        of(("a b <2de>", "", "c"), two),
+        of(("a", "b <2de>", "c"), two),
+    ]
     assert len(set(sums)) == len(sums) and of(one, two) == sums[0]
 
 
@@ -901,7 +1043,8 @@ def test_a_run_of_another_version_is_refused_in_one_line(capsys, run):
         torch.save(saved | {"format": "warmup checkpoint 3"}, run / name)
     for program, *flags in ((evaluation, run), (train, "--resume", run)):
         assert "is of another version of this program" in complaint(
-            capsys, program, *flags, bars=True)
+            capsys, program, *flags, bars=True
+        )
 
 
 def test_refused_data_leaves_the_run_as_it_was(capsys, half_run, tmp_path):

@@ -16,8 +16,21 @@ from warmup import Batch, WarmupSpec, sample_warmups, sft_loss, warmup_loss
 def test_flops_are_what_torch_counts(monkeypatch, shape):
     """Every row, to the last operation. Torch does not count the CPU's fused attention, so the plain one stands in."""
     monkeypatch.setattr(model, "attention", model.plain_attention)
-    c = model.ModelConfig(vocab_size=50, width=24, heads=3, head_size=6, ff=40, encoder_layers=2, decoder_layers=3, **shape)
-    batch = Batch(torch.randint(3, 50, (2, 5)), torch.empty(2, 0, dtype=torch.long), torch.randint(3, 50, (2, 7)))
+    c = model.ModelConfig(
+        vocab_size=50,
+        width=24,
+        heads=3,
+        head_size=6,
+        ff=40,
+        encoder_layers=2,
+        decoder_layers=3,
+        **shape,
+    )
+    batch = Batch(
+        torch.randint(3, 50, (2, 5)),
+        torch.empty(2, 0, dtype=torch.long),
+        torch.randint(3, 50, (2, 7)),
+    )
     side, expected = bench.Ours(model.EncoderDecoder(c)), bench.work(c, 2, 5, 7)
     for row in ("sft", "warmup", "half", "quarter", "sample", "beam"):
         with FlopCounterMode(display=False) as counter:
@@ -35,7 +48,11 @@ def test_flops_and_bytes_of_the_loss_and_of_an_update():
         side.loss(Batch(torch.randn(9, 24), torch.empty(9, 0), torch.randint(50, (9,))))
     assert counter.get_total_flops() == bench.work(c, 9, 24, 9)["loss"][0]
     c = model.ModelConfig(**model.SIZES["small"])
-    matrices = [p for name, p in model.EncoderDecoder(c).named_parameters() if p.dim() == 2 and "biases" not in name]
+    matrices = [
+        p
+        for name, p in model.EncoderDecoder(c).named_parameters()
+        if p.dim() == 2 and "biases" not in name
+    ]
     assert bench.work(c, 1, 1, 1)["sft"][1] == 28 * sum(p.numel() for p in matrices)
 
 
@@ -44,8 +61,12 @@ def test_flops_and_bytes_of_the_loss_and_of_an_update():
 def test_the_flops_of_equal_compute_are_what_torch_counts(monkeypatch, shape, prompt):
     """train.update_flops, with padding and prompts: SFT, sampled and given warmups."""
     monkeypatch.setattr(model, "attention", model.plain_attention)
-    c = model.ModelConfig(**dict(vocab_size=50, width=24, heads=3, head_size=6, ff=40,
-                                 encoder_layers=2, decoder_layers=3) | shape)
+    c = model.ModelConfig(
+        **dict(
+            vocab_size=50, width=24, heads=3, head_size=6, ff=40, encoder_layers=2, decoder_layers=3
+        )
+        | shape
+    )
     batch = Batch(*(torch.randint(3, 50, (2, n)) for n in (5, prompt, 7)))
     batch.source[0, 4:] = batch.target[1, 3:] = 0
     net = model.EncoderDecoder(c).eval()
@@ -53,12 +74,15 @@ def test_the_flops_of_equal_compute_are_what_torch_counts(monkeypatch, shape, pr
     repeating = WarmupSpec(2, (0, 1, *range(2, 49)), 4, 4)  # one token is left
     updates = {  # loss: the arguments of update_flops
         lambda: sft_loss(net, batch): dict(),
-        lambda: warmup_loss(net, batch, sampled, "marginal", 3)[0]:
-            dict(computed=torch.tensor([3, 3]), drawn=3, W=4, scored=True),
-        lambda: warmup_loss(net, batch, pause, "frozen", 1)[0]:
-            dict(computed=torch.tensor([1, 1]), W=4),
-        lambda: warmup_loss(net, batch, repeating, "marginal", 3)[0]:
-            dict(computed=torch.tensor([1, 1]), drawn=3, W=4, scored=True),
+        lambda: warmup_loss(net, batch, sampled, "marginal", 3)[0]: dict(
+            computed=torch.tensor([3, 3]), drawn=3, W=4, scored=True
+        ),
+        lambda: warmup_loss(net, batch, pause, "frozen", 1)[0]: dict(
+            computed=torch.tensor([1, 1]), W=4
+        ),
+        lambda: warmup_loss(net, batch, repeating, "marginal", 3)[0]: dict(
+            computed=torch.tensor([1, 1]), drawn=3, W=4, scored=True
+        ),
     }
 
     def unequal(*args):

@@ -11,11 +11,38 @@ import pytest
 import torch
 from tokenizers import Tokenizer, processors
 
-from data import (EOS, PAD, PEOPLE, READERS, SAMPLES, SEP, TASKS, THINGS, UNK, VERBS, Batches,
-                  Encoded, Example, clause, encode, encode_split, find_file,
-                  generate_splits, in_order, load, load_tokenizer, noun_phrase, pointers,
-                  read_splits, sentence, special_ids, task_folder, train_tokenizer,
-                  translation_sample, wrong_pair)
+from data import (
+    EOS,
+    PAD,
+    PEOPLE,
+    READERS,
+    SAMPLES,
+    SEP,
+    TASKS,
+    THINGS,
+    UNK,
+    VERBS,
+    Batches,
+    Encoded,
+    Example,
+    clause,
+    encode,
+    encode_split,
+    find_file,
+    generate_splits,
+    in_order,
+    load,
+    load_tokenizer,
+    noun_phrase,
+    pointers,
+    read_splits,
+    sentence,
+    special_ids,
+    task_folder,
+    train_tokenizer,
+    translation_sample,
+    wrong_pair,
+)
 from model import UserError
 import train
 from train import Config
@@ -26,7 +53,10 @@ MULTI30K = Path(__file__).parents[2] / "shared/data/multi30k"
 
 
 def table(text: str) -> list[list[str]]:
-    return [[word.replace("_", " ") for word in row.split()] for row in text.replace("\n", ", ").split(", ")]
+    return [
+        [word.replace("_", " ") for word in row.split()]
+        for row in text.replace("\n", ", ").split(", ")
+    ]
 
 
 NOUNS = table("""man men Mann Männer Männern m, woman women Frau Frauen Frauen f, child children Kind Kinder Kindern n
@@ -38,15 +68,22 @@ door doors Tür Türen Türen f, window windows Fenster Fenster Fenstern n, tabl
 lamp lamps Lampe Lampen Lampen f, car cars Auto Autos Autos n, picture pictures Bild Bilder Bildern n
 key keys Schlüssel Schlüssel Schlüsseln m, bag bags Tasche Taschen Taschen f, coat coats Mantel Mäntel Mänteln m""")
 NOUN = {row[number]: (row, bool(number)) for row in NOUNS for number in (0, 1)}
-ADJECTIVE = dict(table("""young jung, friendly freundlich, old alt, small klein, big groß, new neu, beautiful schön
-strange seltsam, red rot, green grün, cheap billig, heavy schwer"""))
+ADJECTIVE = dict(
+    table("""young jung, friendly freundlich, old alt, small klein, big groß, new neu, beautiful schön
+strange seltsam, red rot, green grün, cheap billig, heavy schwer""")
+)
 NUMBER = dict(table("two zwei, three drei, four vier, five fünf, twelve zwölf"))
 DETERMINER = {  # article-ending of the adjective: m f n plural
-    ("the", "nom"): "der-e die-e das-e die-en", ("a", "nom"): "ein-er eine-e ein-es",
-    ("the", "acc"): "den-en die-e das-e die-en", ("a", "acc"): "einen-en eine-e ein-es",
-    ("the", "dat"): "dem-en der-en dem-en den-en", ("a", "dat"): "einem-en einer-en einem-en",
-    ("my", "nom"): "mein-er meine-e mein-es meine-en", ("my", "acc"): "meinen-en meine-e mein-es meine-en",
-    ("my", "dat"): "meinem-en meiner-en meinem-en meinen-en"}
+    ("the", "nom"): "der-e die-e das-e die-en",
+    ("a", "nom"): "ein-er eine-e ein-es",
+    ("the", "acc"): "den-en die-e das-e die-en",
+    ("a", "acc"): "einen-en eine-e ein-es",
+    ("the", "dat"): "dem-en der-en dem-en den-en",
+    ("a", "dat"): "einem-en einer-en einem-en",
+    ("my", "nom"): "mein-er meine-e mein-es meine-en",
+    ("my", "acc"): "meinen-en meine-e mein-es meine-en",
+    ("my", "dat"): "meinem-en meiner-en meinem-en meinen-en",
+}
 # English base, 3rd person, past; German singular, plural, prefix, participle, auxiliary
 VERB = table("""see sees saw sieht sehen - gesehen hat, look_at looks_at looked_at sieht sehen an angesehen hat
 find finds found findet finden - gefunden hat, look_for looks_for looked_for sucht suchen - gesucht hat
@@ -58,14 +95,18 @@ open opens opened macht machen auf aufgemacht hat, close closes closed macht mac
 sleep sleeps slept schläft schlafen - geschlafen hat, work works worked arbeitet arbeiten - gearbeitet hat
 stay stays stayed bleibt bleiben - geblieben ist, arrive arrives arrived kommt kommen an angekommen ist
 wake_up wakes_up woke_up wacht wachen auf aufgewacht ist, travel travels travelled reist reisen - gereist ist""")
-ADVERB = dict(table("""today heute, every_day jeden_Tag, on_Monday am_Montag, now jetzt, yesterday gestern
-last_week letzte_Woche, in_the_garden im_Garten, at_the_station am_Bahnhof, in_London in_London, at_home zu_Hause"""))
+ADVERB = dict(
+    table("""today heute, every_day jeden_Tag, on_Monday am_Montag, now jetzt, yesterday gestern
+last_week letzte_Woche, in_the_garden im_Garten, at_the_station am_Bahnhof, in_London in_London, at_home zu_Hause""")
+)
 JOIN = dict(table("because weil, although obwohl, if wenn"))
 SAY = dict(table("says sagt, say sagen, knows weiß, know wissen, hopes hofft, hope hoffen"))
 NAME = "Anna|Peter|Maria|Paul|Lena|Karl|Sophie|Jonas"
 
-NP = (rf"(?:{NAME}|(?:the|an?|my|\d\d|{'|'.join(NUMBER)}) (?:(?:{'|'.join(ADJECTIVE)}) )?"
-      rf"(?:{'|'.join(sorted(NOUN, reverse=True))})\b)")
+NP = (
+    rf"(?:{NAME}|(?:the|an?|my|\d\d|{'|'.join(NUMBER)}) (?:(?:{'|'.join(ADJECTIVE)}) )?"
+    rf"(?:{'|'.join(sorted(NOUN, reverse=True))})\b)"
+)
 TIME = r"today|every day|on Monday|now|yesterday|last week|in \d{4}"
 PLACE = "in the garden|at the station|in London|at home"
 CLAUSE = re.compile(
@@ -133,7 +174,11 @@ def translate_clause(en: str, order: str) -> str:
         assert m["verb"] == verb[2 if past else 0 if plural else 1], en
     assert not m["time"] or past == bool(re.match(r"yesterday|last week|in \d", m["time"])), en
     finite, end, last = verb_forms(verb, past, plural)
-    subject, o, no = german(m["s"], "nom"), german(m["o"], "acc") if m["o"] else "", "nicht" if m["do"] else ""
+    subject, o, no = (
+        german(m["s"], "nom"),
+        german(m["o"], "acc") if m["o"] else "",
+        "nicht" if m["do"] else "",
+    )
     if no and o.startswith("ein"):
         o, no = "k" + o, ""
     rest = (adverbial(m["time"]), o, no, adverbial(m["place"]))
@@ -189,8 +234,12 @@ def draws(count: int, seed: int = 1):
 def phrases():
     """Many noun phrases: {(case, English): German}."""
     r = random.Random(2)
-    return {(case, en): de for case in ("nom", "acc", "dat") for nouns in (PEOPLE, THINGS)
-            for en, de, _ in (noun_phrase(r, case, nouns) for _ in range(15000))}
+    return {
+        (case, en): de
+        for case in ("nom", "acc", "dat")
+        for nouns in (PEOPLE, THINGS)
+        for en, de, _ in (noun_phrase(r, case, nouns) for _ in range(15000))
+    }
 
 
 PHRASES = """nom the old man | der alte Mann, nom a new teacher | ein neuer Lehrer, nom my child | mein Kind
@@ -220,7 +269,12 @@ def test_negated_indefinite_is_kein_and_nothing_else_is():
 
 
 def test_english_says_an_before_a_vowel_only():
-    articles = [pair for en, _ in draws(5000) for pair in pairwise(en.lower().split()) if pair[0] in ("a", "an")]
+    articles = [
+        pair
+        for en, _ in draws(5000)
+        for pair in pairwise(en.lower().split())
+        if pair[0] in ("a", "an")
+    ]
     assert {article for article, _ in articles} == {"a", "an"}
     assert all((article == "an") == (word[0] in "aeiou") for article, word in articles)
 
@@ -249,22 +303,37 @@ def german_of(english: str, order: str, words: str) -> str:
     return next(de for en, de in (clause(r, order) for _ in range(30_000)) if en == english)
 
 
-@pytest.mark.parametrize("order, expected", [
-    ("main", "Anna macht heute die alte Tür auf"), ("sub", "Anna heute die alte Tür aufmacht"),
-    ("inv", "macht Anna heute die alte Tür auf")])
+@pytest.mark.parametrize(
+    "order, expected",
+    [
+        ("main", "Anna macht heute die alte Tür auf"),
+        ("sub", "Anna heute die alte Tür aufmacht"),
+        ("inv", "macht Anna heute die alte Tür auf"),
+    ],
+)
 def test_separable_verb_in_the_present(order, expected):
-    assert german_of("Anna opens the old door today", order, "open Anna the old door today") == expected
+    assert (
+        german_of("Anna opens the old door today", order, "open Anna the old door today")
+        == expected
+    )
 
 
 def test_verb_second_after_a_fronted_adverbial():
     assert german_of("today Anna opens the old door", "front", "open Anna the old door today") == (
-        "heute macht Anna die alte Tür auf")
+        "heute macht Anna die alte Tür auf"
+    )
 
 
 def test_perfect_with_haben():
     words = "fetch the a man dog yesterday"
-    assert german_of("the man fetched a dog yesterday", "sub", words) == "der Mann gestern einen Hund abgeholt hat"
-    assert german_of("yesterday the man fetched a dog", "front", words) == "gestern hat der Mann einen Hund abgeholt"
+    assert (
+        german_of("the man fetched a dog yesterday", "sub", words)
+        == "der Mann gestern einen Hund abgeholt hat"
+    )
+    assert (
+        german_of("yesterday the man fetched a dog", "front", words)
+        == "gestern hat der Mann einen Hund abgeholt"
+    )
 
 
 def test_perfect_with_sein_and_a_place():
@@ -274,10 +343,17 @@ def test_perfect_with_sein_and_a_place():
 
 
 def test_negation_by_kein_or_nicht():
-    assert german_of("Paul does not buy a coat", "main", "buy Paul a coat") == "Paul kauft keinen Mantel"
-    assert german_of("Paul does not buy the coat", "sub", "buy Paul the coat") == "Paul den Mantel nicht kauft"
-    assert german_of("Karl did not sleep with the children", "main", "sleep Karl the child with") == (
-        "Karl hat nicht mit den Kindern geschlafen")
+    assert (
+        german_of("Paul does not buy a coat", "main", "buy Paul a coat")
+        == "Paul kauft keinen Mantel"
+    )
+    assert (
+        german_of("Paul does not buy the coat", "sub", "buy Paul the coat")
+        == "Paul den Mantel nicht kauft"
+    )
+    assert german_of(
+        "Karl did not sleep with the children", "main", "sleep Karl the child with"
+    ) == ("Karl hat nicht mit den Kindern geschlafen")
 
 
 def test_english_and_german_determine_each_other():
@@ -288,7 +364,9 @@ def test_english_and_german_determine_each_other():
 def test_there_are_at_least_ten_million_pairs():
     """A lower bound: subject x object x the 14 verbs that take a thing x 2 tenses, all drawn independently."""
     r = random.Random(5)
-    subjects = {noun_phrase(r, "nom", PEOPLE)[:2] for _ in range(10000)}  # those seen: there are more
+    subjects = {
+        noun_phrase(r, "nom", PEOPLE)[:2] for _ in range(10000)
+    }  # those seen: there are more
     objects = {noun_phrase(r, "acc", THINGS)[:2] for _ in range(10000)}
     assert len(VERBS) == 20 and len({tuple(verb[:3]) for verb in VERBS[:14]}) == 14
     assert len(subjects) * len(objects) * 14 * 2 >= 10**7
@@ -314,15 +392,25 @@ def test_same_seed_same_pairs_and_another_seed_others(samples):
 
 
 def test_splits_have_the_asked_sizes_and_no_pair_twice(samples):
-    assert {split: len(set(rows)) for split, rows in samples[0].items()} == {"train": 3000, "valid": 500, "test": 500}
+    assert {split: len(set(rows)) for split, rows in samples[0].items()} == {
+        "train": 3000,
+        "valid": 500,
+        "test": 500,
+    }
     assert {split: len(rows) for split, rows in sample_splits("de-en", 40, 0).items()} == {
-        "train": 40, "valid": 10, "test": 10}
+        "train": 40,
+        "valid": 10,
+        "test": 10,
+    }
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_splits_are_disjoint_on_each_side_within_and_across_seeds(samples, side):
-    texts = {(seed, split): {getattr(row, side) for row in rows}
-             for seed, splits in samples.items() for split, rows in splits.items()}
+    texts = {
+        (seed, split): {getattr(row, side) for row in rows}
+        for seed, splits in samples.items()
+        for split, rows in splits.items()
+    }
     for seed in range(4):
         assert not texts[0, "test"] & (texts[seed, "train"] | texts[seed, "valid"])
         assert not texts[0, "valid"] & texts[seed, "train"]
@@ -346,7 +434,9 @@ def test_pointer_questions_follow_the_permutation():
         assert symbol == example.target
         seen.add(tag)
     assert seen == {"<1hops>", "<2hops>", "<3hops>"}
-    assert not {e.source for e in splits["train"]} & {e.source for e in splits["test"] + splits["valid"]}
+    assert not {e.source for e in splits["train"]} & {
+        e.source for e in splits["test"] + splits["valid"]
+    }
     copies = generate_splits(pointers, Config(task="toy", sample_size=20, hops=0))["train"]
     assert all(e.prompt == f"<0hops> {e.target}" for e in copies)
 
@@ -355,16 +445,31 @@ def test_each_pointer_and_each_symbol_is_one_token():
     """The toy goes through the same tokenizer as text; a symbol is the same token in question, answer and warmup."""
     rows = generate_splits(pointers, Config(task="toy", sample_size=2000))["train"]
     data = encode(tokenizer := train_tokenizer(rows, 4000), rows)
-    assert {len(ids) for ids in data.source} == {16} and {len(ids) for ids in data.prompt + data.target} == {2}
+    assert {len(ids) for ids in data.source} == {16} and {
+        len(ids) for ids in data.prompt + data.target
+    } == {2}
     assert {int(ids[1]) for ids in data.prompt} == {int(ids[0]) for ids in data.target}
-    assert not {int(ids[0]) for ids in data.target} & set(special_ids(tokenizer)) >= {int(ids[0]) for ids in data.prompt}
+    assert not {int(ids[0]) for ids in data.target} & set(special_ids(tokenizer)) >= {
+        int(ids[0]) for ids in data.prompt
+    }
 
 
 def test_letters_are_not_normalised():
     """Ligatures, wide letters, decomposed umlauts, spaces of all kinds come back as they were."""
     tokenizer = train_tokenizer([Example("fine Bücher", "", "12 A")], 300)
-    for text in ("\ufb01ne Bu\u0308cher\u00a0\u2460\uff12 \uff21", "½ ﬁ e\u0301", "a  b\tc ", " a", "▁a Ġ",
-                 "，？：《》", "สวัสดี", "नमस्ते", "👩\u200d👧", "</s> <pad>", "ein \u2028 Satz"):
+    for text in (
+        "\ufb01ne Bu\u0308cher\u00a0\u2460\uff12 \uff21",
+        "½ ﬁ e\u0301",
+        "a  b\tc ",
+        " a",
+        "▁a Ġ",
+        "，？：《》",
+        "สวัสดี",
+        "नमस्ते",
+        "👩\u200d👧",
+        "</s> <pad>",
+        "ein \u2028 Satz",
+    ):
         [target] = encode(tokenizer, [Example(text, "", text)]).target
         assert tokenizer.decode(target.tolist()) == text
         assert tokenizer.token_to_id(UNK) not in target
@@ -377,7 +482,10 @@ def write(folder: Path, **files: str) -> Path:
     """train__de="a b" becomes train.de; "_gz" at the end compresses; each word is a line."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, words in files.items():
-        path, content = folder / name.replace("__", "."), "".join(word + "\n" for word in words.split()).encode()
+        path, content = (
+            folder / name.replace("__", "."),
+            "".join(word + "\n" for word in words.split()).encode(),
+        )
         path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return folder
 
@@ -386,7 +494,9 @@ def texts(rows: list[Example]) -> list[tuple[str, str]]:
     return [(row.source, row.target) for row in rows]
 
 
-PLAIN = dict(train__de="a b", train__en="A B", valid__de="c", valid__en="C", test__de="d", test__en="D")
+PLAIN = dict(
+    train__de="a b", train__en="A B", valid__de="c", valid__en="C", test__de="d", test__en="D"
+)
 LAYOUTS = {
     "plain": PLAIN,
     "gz": {name + "__gz": words for name, words in PLAIN.items()},
@@ -404,7 +514,10 @@ def read(folder: Path, pair: str = "de-en") -> dict[str, list[Example]]:
 def test_reader_knows_the_usual_file_names(tmp_path, layout):
     splits = read(write(tmp_path, **LAYOUTS[layout]))
     assert {split: texts(rows) for split, rows in splits.items()} == {
-        "train": [("a", "A"), ("b", "B")], "valid": [("c", "C")], "test": [("d", "D")]}
+        "train": [("a", "A"), ("b", "B")],
+        "valid": [("c", "C")],
+        "test": [("d", "D")],
+    }
     assert {row.prompt for rows in splits.values() for row in rows} == {"<2en>"}
     assert texts(read(tmp_path, "en-de")["test"]) == [("D", "d")]
 
@@ -549,10 +662,15 @@ def test_a_split_without_examples_is_refused(tmp_path, split, content):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("name, content", [
-    ("train.de", b"\xff\xfe"), ("train.de.gz", b"plain text\n"),
-    ("train.de.gz", gzip.compress(b"a\nb\n")[:-4]),
-    ("train.de.gz", gzip.compress(b"a\nb\n")[:12] + b"\xff" * 20)])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("train.de", b"\xff\xfe"),
+        ("train.de.gz", b"plain text\n"),
+        ("train.de.gz", gzip.compress(b"a\nb\n")[:-4]),
+        ("train.de.gz", gzip.compress(b"a\nb\n")[:12] + b"\xff" * 20),
+    ],
+)
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
     write(tmp_path, **PLAIN)
     (tmp_path / "train.de").unlink()
@@ -564,9 +682,16 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
 @pytest.mark.skipif(not MULTI30K.is_dir(), reason=f"real data is not here: {MULTI30K}")
 def test_multi30k():
     splits, _ = load(Config(task="multi30k", pair="en-de", data=str(MULTI30K)))
-    assert {split: len(rows) for split, rows in splits.items()} == {"train": 29000, "valid": 1014, "test": 1000}
-    assert splits["test"][0] == ("A man in an orange hat starring at something.", "<2de>",
-                                 "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt.")
+    assert {split: len(rows) for split, rows in splits.items()} == {
+        "train": 29000,
+        "valid": 1014,
+        "test": 1000,
+    }
+    assert splits["test"][0] == (
+        "A man in an orange hat starring at something.",
+        "<2de>",
+        "Ein Mann mit einem orangefarbenen Hut, der etwas anstarrt.",
+    )
 
 
 # ------------------------------------------------------------------------------------------ tokenizer
@@ -580,7 +705,11 @@ def tokenizer(samples):
 def test_special_tokens_come_first_and_tags_follow(tokenizer):
     assert [tokenizer.id_to_token(i) for i in range(5)] == [PAD, EOS, UNK, SEP, "<2de>"]
     both = [Example("a b", "<2en>", "c"), Example("c", "<2de> <ask>", "a b")]
-    assert [train_tokenizer(both, 300).id_to_token(i) for i in range(4, 7)] == ["<2de>", "<2en>", "<ask>"]
+    assert [train_tokenizer(both, 300).id_to_token(i) for i in range(4, 7)] == [
+        "<2de>",
+        "<2en>",
+        "<ask>",
+    ]
     assert special_ids(tokenizer) == (0, 1, 2, 3, 4)
     assert tokenizer.get_vocab_size() == 600
 
@@ -622,8 +751,11 @@ def words():
     return train_tokenizer([Example(letters, "<2de>", letters)] * 3, 300)
 
 
-TEXTS = [Example("a b c", "<2de>", "a b c d"), Example("a b c d e f g h i", "<2de>", "a"),
-         Example("a b", "<2de>", "a b c d e f g h")]  # longest: source 9, target 9 with its </s>
+TEXTS = [
+    Example("a b c", "<2de>", "a b c d"),
+    Example("a b c d e f g h i", "<2de>", "a"),
+    Example("a b", "<2de>", "a b c d e f g h"),
+]  # longest: source 9, target 9 with its </s>
 
 
 def shortened(words, task: str, split: str, scored: bool, target: int = 7) -> list[tuple[str, int]]:
@@ -637,17 +769,24 @@ def shortened(words, task: str, split: str, scored: bool, target: int = 7) -> li
 def test_long_training_pairs_are_left_out_and_counted(words, capsys):
     assert shortened(words, "wmt", "train", scored=False) == [("a b c", 5)]
     source, target = capsys.readouterr().out.splitlines()
-    assert source == ("data: 1 of 3 train examples have a source over --max-source-tokens 5: "
-                      "left out")
-    assert target == ("data: 1 of 3 train examples have a target over --max-target-tokens 7: "
-                      "left out")
+    assert source == (
+        "data: 1 of 3 train examples have a source over --max-source-tokens 5: left out"
+    )
+    assert target == (
+        "data: 1 of 3 train examples have a target over --max-target-tokens 7: left out"
+    )
 
 
-@pytest.mark.parametrize("task, split, scored, end, kept", [
-    ("wmt", "valid", True, "end", "a b c d e"), ("xsum", "train", False, "end", "a b c d e"),
-    ("xsum", "test", True, "end", "a b c d e"),
-    ("logiqa", "train", False, "start", "e f g h i"),
-    ("logiqa", "test", True, "start", "e f g h i")])
+@pytest.mark.parametrize(
+    "task, split, scored, end, kept",
+    [
+        ("wmt", "valid", True, "end", "a b c d e"),
+        ("xsum", "train", False, "end", "a b c d e"),
+        ("xsum", "test", True, "end", "a b c d e"),
+        ("logiqa", "train", False, "start", "e f g h i"),
+        ("logiqa", "test", True, "start", "e f g h i"),
+    ],
+)
 def test_long_sources_are_cut(words, capsys, task, split, scored, end, kept):
     """Training pairs with a long target are left out; a reference stays whole."""
     expected = [("a b c", 5), (kept, 2), ("a b", 9)]
@@ -662,7 +801,9 @@ def test_long_sources_are_cut(words, capsys, task, split, scored, end, kept):
 def test_a_source_that_ends_in_eos_keeps_it(words):
     """T5's sources do. words with a post_processor stands for its tokenizer."""
     t5 = Tokenizer.from_str(words.to_str())
-    t5.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    t5.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     config = Config(task="wmt", max_source_tokens=5, max_target_tokens=9)
     data = encode_split(t5, TEXTS, config, "test")
     assert [row.tolist()[-1] for row in data.source] == [1, 1, 1]
@@ -699,8 +840,12 @@ def numbered(count: int = 300, longest: int = 30) -> Encoded:
     """Example i has source i+2, i+2, ... and a target of the same number, closed by 1: rows tell who they are."""
     rng = np.random.default_rng(6)
     lengths = rng.integers(1, longest, (2, count))
-    source, target = ([np.full(n, i + 2, dtype=np.int32) for i, n in enumerate(row)] for row in lengths)
-    return Encoded(source, [np.array([4], dtype=np.int32)] * count, [np.append(row, 1) for row in target])
+    source, target = (
+        [np.full(n, i + 2, dtype=np.int32) for i, n in enumerate(row)] for row in lengths
+    )
+    return Encoded(
+        source, [np.array([4], dtype=np.int32)] * count, [np.append(row, 1) for row in target]
+    )
 
 
 def epoch(batches: Batches) -> list[torch.Tensor]:
@@ -723,7 +868,10 @@ def test_batches_keep_the_token_limit_and_come_close_to_it():
     batches = Batches(data, 400, seed=0)
     made = [next(batches) for _ in range(len(batches.order))]
     sizes = [batch.source.numel() + batch.target.numel() for batch in made]
-    assert all(size <= 400 or len(batch.source) == 1 for size, batch in zip(sizes, made)) and max(sizes) > 400
+    assert (
+        all(size <= 400 or len(batch.source) == 1 for size, batch in zip(sizes, made))
+        and max(sizes) > 400
+    )
     assert len(made) < 2 * sum(len(row) for row in data.source + data.target) / 400
 
 
@@ -744,7 +892,10 @@ def test_rows_are_padded_on_the_right_and_unchanged():
         for source, target in zip(batch.source, batch.target):
             i = source[0].item() - 2
             for row, original in ((source, data.source[i]), (target, data.target[i])):
-                assert row[: len(original)].tolist() == original.tolist() and not row[len(original) :].any()
+                assert (
+                    row[: len(original)].tolist() == original.tolist()
+                    and not row[len(original) :].any()
+                )
         assert batch.source.dtype == torch.int64 and (batch.prompt == 4).all()
 
 
@@ -813,7 +964,9 @@ def test_special_tokens_in_text_are_text():
     """A corpus that spells </s> or <pad> must not end or hide its sentences."""
     tokenizer = train_tokenizer([Example("a </s> <pad> b", "<2en>", "a <sep> b")] * 3, 300)
     data = encode(tokenizer, [Example("a </s> <pad> b", "<2en>", "b <sep> a")])
-    assert not set(data.source[0].tolist()) & {0, 1, 3} and not set(data.target[0][:-1].tolist()) & {0, 1, 3}
+    assert not set(data.source[0].tolist()) & {0, 1, 3} and not set(
+        data.target[0][:-1].tolist()
+    ) & {0, 1, 3}
     assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2en>")] and data.target[0][-1] == 1
 
 

@@ -30,8 +30,13 @@ def in_processes(work, folder: Path, count: int = 2) -> list:
     """What work(rank) returns in each of `count` processes, forked: a test's patches hold there."""
 
     def child(number: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number,
-                                world_size=count, timeout=timedelta(minutes=10))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=number,
+            world_size=count,
+            timeout=timedelta(minutes=10),
+        )
         torch.save(work(number), folder / f"{number}.result")
 
     fork = multiprocessing.get_context("fork")
@@ -45,7 +50,9 @@ def in_processes(work, folder: Path, count: int = 2) -> list:
 
 
 def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 # ----------------------------------------------------------------------------- N processes are one
@@ -61,18 +68,36 @@ def drawn_from_the_source(model, memory, prompt, spec, samples, temperature=None
     return c, torch.zeros(c.shape[:2], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("settings", [[*TOY, "--estimator", "exact", "--warmup-len", "1",
-                                       "--sample-size", "24", "--policy-batch-tokens", "32",
-                                       "--policy-steps", "2"],
-                                      [*WMT, "--eval-decode", "9"]], ids=["exact", "marginal"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [
+            *TOY,
+            "--estimator",
+            "exact",
+            "--warmup-len",
+            "1",
+            "--sample-size",
+            "24",
+            "--policy-batch-tokens",
+            "32",
+            "--policy-steps",
+            "2",
+        ],
+        [*WMT, "--eval-decode", "9"],
+    ],
+    ids=["exact", "marginal"],
+)
 def test_two_processes_are_one_with_the_joined_batch(settings, tmp_path, monkeypatch):
     """One update of 2 processes = one of 1 with 2 micro-batches: losses, FLOPs, weights, scores."""
-    monkeypatch.setattr(train, "EncoderDecoder",
-                        lambda config: model.EncoderDecoder(config).double())
+    monkeypatch.setattr(
+        train, "EncoderDecoder", lambda config: model.EncoderDecoder(config).double()
+    )
     monkeypatch.setattr(evaluation, "EncoderDecoder", train.EncoderDecoder)
     monkeypatch.setattr(warmup, "sample_warmups", drawn_from_the_source)
-    monkeypatch.setattr(evaluation, "generate",
-                        lambda model, batch, spec, *_, **__: (batch.source, batch.source))
+    monkeypatch.setattr(
+        evaluation, "generate", lambda model, batch, spec, *_, **__: (batch.source, batch.source)
+    )
     settings = [*settings, "--dropout", "0"]
 
     def work(number):
@@ -87,11 +112,15 @@ def test_two_processes_are_one_with_the_joined_batch(settings, tmp_path, monkeyp
         assert a.get("flops") == b.get("flops")
         assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=1e-6, abs=1e-9)
     for stage in ("sft", "policy", "control"):
-        a, b = (evaluation.load_checkpoint(tmp_path / name / f"{stage}.pt")["model"]
-                for name in ("one", "two"))
+        a, b = (
+            evaluation.load_checkpoint(tmp_path / name / f"{stage}.pt")["model"]
+            for name in ("one", "two")
+        )
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    rows = [json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))["rows"]
-            for name in ("one", "two")]
+    rows = [
+        json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))["rows"]
+        for name in ("one", "two")
+    ]
     for name in ("metrics", "updates", "flops"):
         assert [row[name] for row in rows[0]] == [row[name] for row in rows[1]]
 
@@ -109,8 +138,10 @@ def test_rank_0_alone_validates_and_decodes(tmp_path, monkeypatch):
 
     def work(number):
         start_stage, best = train.Run.start_stage, []
-        train.Run.start_stage = lambda run, stage: (best.append(run.state.best),
-                                                    start_stage(run, stage))
+        train.Run.start_stage = lambda run, stage: (
+            best.append(run.state.best),
+            start_stage(run, stage),
+        )
         assert train.main([*WMT, "--eval-decode", "5", "--out", str(folder)]) == 0
         return calls, best
 
@@ -226,8 +257,13 @@ def test_a_killed_process_ends_the_job_and_one_alone_goes_on(tmp_path):
     script.write_text(DYING, encoding="utf-8")
     flags = [*WMT, "--policy-steps", "0", "--sft-steps", "12", "--eval-every", "4", "--out", run]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    job = subprocess.run([*command, script, *flags], cwd=tmp_path, text=True, capture_output=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"})
+    job = subprocess.run(
+        [*command, script, *flags],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert job.returncode != 0 and "--resume" in job.stderr
     assert job.stderr.count("error: a process of this job died") == 1
     assert job.stdout.count("model: nano") == 1  # rank 0 alone prints

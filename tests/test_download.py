@@ -32,8 +32,10 @@ def tar_gz(files: dict[str, str]) -> bytes:
 
 
 def article(i: int, body: str = "Email\nBody {i}.\n\nMore.") -> str:
-    return (f"[SN]URL[SN]\nhttp://x/{i}\n\n[SN]TITLE[SN]\nTitle\n\n[SN]FIRST-SENTENCE[SN]\n"
-            f"Summary {i} – ü.\n\n[SN]RESTBODY[SN]\n  Share this with \n{body.format(i=i)}\n")
+    return (
+        f"[SN]URL[SN]\nhttp://x/{i}\n\n[SN]TITLE[SN]\nTitle\n\n[SN]FIRST-SENTENCE[SN]\n"
+        f"Summary {i} – ü.\n\n[SN]RESTBODY[SN]\n  Share this with \n{body.format(i=i)}\n"
+    )
 
 
 def logiqa(i: int) -> dict:
@@ -47,22 +49,34 @@ def lines_of(rows) -> bytes:
 NEWS = "news-commentary-v18.{}.tsv.gz".format
 PAIRS = [f"Satz {i} über\u2028etwas.\tSentence {i}." for i in range(500)]
 NEWS_LINES = [*PAIRS[:2], "\t", "Nur links\t", "\tOnly right", *PAIRS[2:]]
-FLORES, XSUM, IDS = (file[0].rsplit("/", 1)[1]
-                     for file in (data.FLORES_FILE, data.XSUM_FILE, data.XSUM_IDS))
+FLORES, XSUM, IDS = (
+    file[0].rsplit("/", 1)[1] for file in (data.FLORES_FILE, data.XSUM_FILE, data.XSUM_IDS)
+)
 CODES = ["deu_Latn", "eng_Latn", "fra_Latn", "rus_Cyrl", "zho_Hans", "ace_Latn"]
 ARTICLES = {f"bbc-summary-data/{i}.summary": article(i) for i in range(6)}  # 3: in no split
 FILES = {
     NEWS("de-en"): gzip.compress("\n".join(NEWS_LINES).encode()),
     NEWS("en-zh"): gzip.compress("One.\t一。\nTwo.\t二。\n".encode()),
-    FLORES: tar_gz({f"./flores200_dataset/{split}/{code}.{split}":
-                    "".join(f"{code} {split} {i}\n" for i in range(1, count + 1))
-                    for split, count in (("dev", 2), ("devtest", 3)) for code in CODES}),
-    **{f"{split}.{lang}.gz": gzip.compress(f"{lang} {split} 1\n{lang} {split} 2\n".encode())
-       for split in ("train", "val", "test_2016_flickr") for lang in ("de", "en", "fr")},
+    FLORES: tar_gz(
+        {
+            f"./flores200_dataset/{split}/{code}.{split}": "".join(
+                f"{code} {split} {i}\n" for i in range(1, count + 1)
+            )
+            for split, count in (("dev", 2), ("devtest", 3))
+            for code in CODES
+        }
+    ),
+    **{
+        f"{split}.{lang}.gz": gzip.compress(f"{lang} {split} 1\n{lang} {split} 2\n".encode())
+        for split in ("train", "val", "test_2016_flickr")
+        for lang in ("de", "en", "fr")
+    },
     XSUM: tar_gz(ARTICLES | {"bbc-summary-data/8.summary": article(8, body=" ")}),
     IDS: json.dumps({"test": ["0"], "validation": ["1"], "train": ["2", "4", "5", "8"]}).encode(),
-    **{f"{split}.txt": lines_of(map(logiqa, range(n)))
-       for split, n in (("train", 5), ("dev", 2), ("test", 3))},
+    **{
+        f"{split}.txt": lines_of(map(logiqa, range(n)))
+        for split, n in (("train", 5), ("dev", 2), ("test", 3))
+    },
 }
 CHECKSUMS = {FLORES: data.FLORES_FILE[1], XSUM: data.XSUM_FILE[1], IDS: data.XSUM_IDS[1]}
 
@@ -101,11 +115,15 @@ def test_wmt_serves_both_directions(net, capsys):
     assert "next: python train.py --task wmt --pair de-en --data data/wmt/de-en\n" in out
     assert "wrote data/wmt/de-en/train.de: 500 lines\n" in out
     assert files("data/wmt/de-en") == [
-        f"{split}.{lang}" for split in ("test", "train", "valid") for lang in ("de", "en")]
+        f"{split}.{lang}" for split in ("test", "train", "valid") for lang in ("de", "en")
+    ]
     splits, origin = load("wmt", "en-de")
     assert origin == str(Path("data/wmt/de-en").resolve())
     assert {split: len(rows) for split, rows in splits.items()} == {
-        "train": 500, "valid": 2, "test": 3}  # rows with an empty side are gone on both sides
+        "train": 500,
+        "valid": 2,
+        "test": 3,
+    }  # rows with an empty side are gone on both sides
     assert splits["train"][3] == ("Sentence 3.", "<2de>", "Satz 3 über\u2028etwas.")
     assert splits["valid"][1] == ("eng_Latn dev 2", "<2de>", "deu_Latn dev 2")
     assert splits["test"][2] == ("eng_Latn devtest 3", "<2de>", "deu_Latn devtest 3")
@@ -117,19 +135,38 @@ def test_each_pair_has_a_folder_of_its_own(net):
     assert data.main(["wmt"]) == 0 and data.main(["wmt", "--pair", "zh-en"]) == 0
     assert net.asked == [NEWS("de-en"), FLORES, NEWS("en-zh"), FLORES]
     assert files("data/wmt") == ["de-en", "zh-en"]
-    assert load("wmt", "zh-en")[0]["train"] == [("一。", "<2en>", "One."), ("二。", "<2en>", "Two.")]
+    assert load("wmt", "zh-en")[0]["train"] == [
+        ("一。", "<2en>", "One."),
+        ("二。", "<2en>", "Two."),
+    ]
     assert load("wmt", "en-zh")[0]["test"][0].source == "eng_Latn devtest 1"
     assert data.main(["wmt", "--pair", "en-de"]) == 0  # the folder of a pair serves both directions
     assert files("data/wmt") == ["de-en", "zh-en"]
 
 
-@pytest.mark.parametrize("task, sizes, first, last", [
-    ("multi30k", (2, 2, 2), ("de train 1", "<2en>", "en train 1"),
-     ("de test_2016_flickr 2", "<2en>", "en test_2016_flickr 2")),
-    ("logiqa", (5, 2, 3), ("T0. Q? (A) a (B) b (C) c (D) d", "", "A"),
-     ("T2. Q? (A) a (B) b (C) c (D) d", "", "C")),
-    ("xsum", (3, 1, 1), ("Body 2. More.", "", "Summary 2 – ü."),  # no share buttons
-     ("Body 0. More.", "", "Summary 0 – ü."))])  # article 8 is empty
+@pytest.mark.parametrize(
+    "task, sizes, first, last",
+    [
+        (
+            "multi30k",
+            (2, 2, 2),
+            ("de train 1", "<2en>", "en train 1"),
+            ("de test_2016_flickr 2", "<2en>", "en test_2016_flickr 2"),
+        ),
+        (
+            "logiqa",
+            (5, 2, 3),
+            ("T0. Q? (A) a (B) b (C) c (D) d", "", "A"),
+            ("T2. Q? (A) a (B) b (C) c (D) d", "", "C"),
+        ),
+        (
+            "xsum",
+            (3, 1, 1),
+            ("Body 2. More.", "", "Summary 2 – ü."),  # no share buttons
+            ("Body 0. More.", "", "Summary 0 – ü."),
+        ),
+    ],
+)  # article 8 is empty
 def test_each_task_can_be_read_after_its_download(net, capsys, task, sizes, first, last):
     assert data.main([task]) == 0  # into the folder where train.py looks
     splits, origin = load(task)
@@ -140,7 +177,8 @@ def test_each_task_can_be_read_after_its_download(net, capsys, task, sizes, firs
     assert capsys.readouterr().out.endswith("--data my/data\n")
     endings = ["de", "en"] if task == "multi30k" else ["jsonl"]
     assert files("my/data") == [
-        f"{split}.{end}" for split in ("test", "train", "valid") for end in endings]
+        f"{split}.{end}" for split in ("test", "train", "valid") for end in endings
+    ]
     assert load(task, folder="my/data")[0] == splits
 
 
@@ -166,11 +204,18 @@ def failed(capsys, task="wmt") -> str:
 
 
 @pytest.mark.parametrize("name", [NEWS("de-en"), FLORES])
-@pytest.mark.parametrize("problem", [
-    URLError("no route"), HTTPError("http://x", 404, "Not Found", {}, None), TimeoutError("slow"),
-    ConnectionResetError("gone"), IncompleteRead(b"half"),
-    RuntimeError('invalid hash value (expected "b8b0", got "0000")')],
-    ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        URLError("no route"),
+        HTTPError("http://x", 404, "Not Found", {}, None),
+        TimeoutError("slow"),
+        ConnectionResetError("gone"),
+        IncompleteRead(b"half"),
+        RuntimeError('invalid hash value (expected "b8b0", got "0000")'),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_what_does_not_arrive_is_named(net, capsys, name, problem):
     net.files[name] = problem
     line = failed(capsys)
@@ -186,17 +231,30 @@ def test_an_interrupted_download_leaves_nothing(net, capsys):
     assert "stopped" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task, name, content", [
-    ("wmt", NEWS("de-en"), PAGE), ("wmt", NEWS("de-en"), FILES[NEWS("de-en")][:-20]),
-    ("wmt", FLORES, PAGE), ("wmt", FLORES, FILES[FLORES][: len(FILES[FLORES]) // 2]),
-    ("wmt", FLORES, FILES[FLORES][:40] + bytes(40) + FILES[FLORES][80:]),
-    ("multi30k", "val.en.gz", PAGE), ("multi30k", "val.en.gz", FILES["val.en.gz"][:-9]),
-    ("logiqa", "dev.txt", PAGE), ("logiqa", "dev.txt", b"{}"), ("logiqa", "dev.txt", b"[]"),
-    ("logiqa", "dev.txt", lines_of([logiqa(0) | {"text": None}])),
-    ("logiqa", "dev.txt", lines_of([logiqa(0)])[:-9]), ("logiqa", "dev.txt", b"\xff\xfe"),
-    ("xsum", IDS, PAGE), ("xsum", IDS, b"[]"), ("xsum", IDS, b'{"train": []}'),
-    ("xsum", XSUM, PAGE), ("xsum", XSUM, FILES[XSUM][: len(FILES[XSUM]) // 2]),
-    ("xsum", XSUM, tar_gz(ARTICLES | {"x/8.summary": "no sections"}))])
+@pytest.mark.parametrize(
+    "task, name, content",
+    [
+        ("wmt", NEWS("de-en"), PAGE),
+        ("wmt", NEWS("de-en"), FILES[NEWS("de-en")][:-20]),
+        ("wmt", FLORES, PAGE),
+        ("wmt", FLORES, FILES[FLORES][: len(FILES[FLORES]) // 2]),
+        ("wmt", FLORES, FILES[FLORES][:40] + bytes(40) + FILES[FLORES][80:]),
+        ("multi30k", "val.en.gz", PAGE),
+        ("multi30k", "val.en.gz", FILES["val.en.gz"][:-9]),
+        ("logiqa", "dev.txt", PAGE),
+        ("logiqa", "dev.txt", b"{}"),
+        ("logiqa", "dev.txt", b"[]"),
+        ("logiqa", "dev.txt", lines_of([logiqa(0) | {"text": None}])),
+        ("logiqa", "dev.txt", lines_of([logiqa(0)])[:-9]),
+        ("logiqa", "dev.txt", b"\xff\xfe"),
+        ("xsum", IDS, PAGE),
+        ("xsum", IDS, b"[]"),
+        ("xsum", IDS, b'{"train": []}'),
+        ("xsum", XSUM, PAGE),
+        ("xsum", XSUM, FILES[XSUM][: len(FILES[XSUM]) // 2]),
+        ("xsum", XSUM, tar_gz(ARTICLES | {"x/8.summary": "no sections"})),
+    ],
+)
 def test_other_content_never_becomes_data(net, capsys, task, name, content):
     """An error page, a cut or damaged file, an article without its sections."""
     net.files[name] = content
@@ -237,8 +295,17 @@ def test_what_is_there_already_stays(net, capsys):
 
 
 @pytest.mark.parametrize("out", [[], ["--out", "my"]], ids=["default folder", "--out"])
-@pytest.mark.parametrize("task, pair", [("wmt", "de"), ("wmt", "de-de"), ("wmt", "de-en-fr"),
-                                        ("wmt", "de-xx"), ("wmt", ""), ("multi30k", "de-zh")])
+@pytest.mark.parametrize(
+    "task, pair",
+    [
+        ("wmt", "de"),
+        ("wmt", "de-de"),
+        ("wmt", "de-en-fr"),
+        ("wmt", "de-xx"),
+        ("wmt", ""),
+        ("multi30k", "de-zh"),
+    ],
+)
 def test_a_pair_that_is_not_offered_is_refused_before_any_download(net, capsys, task, pair, out):
     with pytest.raises(SystemExit) as usage:
         data.main([task, "--pair", pair, *out])

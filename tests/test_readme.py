@@ -19,7 +19,9 @@ from conftest import TINY, standard_input
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
 PAGES = {"README.md": README} | PAGES
 SCRIPTS = ("warmup", "model", "data", "train", "eval")
 PROGRAMS = {"train.py": train, "eval.py": evaluation, "data.py": data}
@@ -98,7 +100,9 @@ def test_all_commands_run_in_the_order_printed(page, tmp_path, monkeypatch, caps
 
 def test_commands_in_running_text_are_accepted():
     """`python train.py …` between backticks: the flags exist."""
-    found = [text for page in PAGES.values() for text in re.findall(r"`(python train\.py [^`…]+)`", page)]
+    found = [
+        text for page in PAGES.values() for text in re.findall(r"`(python train\.py [^`…]+)`", page)
+    ]
     assert len(found) >= 4
     for text in found:
         words = shlex.split(text.replace(" S ", " 0 ").replace("TASK", "wmt"))[2:]
@@ -108,7 +112,9 @@ def test_commands_in_running_text_are_accepted():
 
 def test_adding_a_task_works_as_the_guide_says(tmp_path):
     """Its lines, at the end of data.py and eval.py, make two tasks, a metric and a reader that work."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGES["guide.md"].split("## Add a task")[1].split("\n## ")[0], re.S)
+    blocks = re.findall(
+        r"```python\n(.*?)```", PAGES["guide.md"].split("## Add a task")[1].split("\n## ")[0], re.S
+    )
     majority, metric, reader = blocks
     assert len(majority.strip().splitlines()) <= 10
     added = {"data": f"{majority}\n\n{reader}", "eval": metric}
@@ -122,11 +128,29 @@ def test_adding_a_task_works_as_the_guide_says(tmp_path):
     for split, count in (("train", 40), ("valid", 8), ("test", 8)):
         lines = "".join(f"{'ab' * (n % 5)} b {n}\t{'b' if n % 2 else 'a'}\n" for n in range(count))
         (tmp_path / f"{split}.tsv").write_text(lines, encoding="utf-8")
-    tiny = ["--threads", "1", "--sft-steps", "4", "--policy-steps", "2", "--eval-every", "2",
-            "--sample-size", "100"]
-    for command in (["train.py", "--task", "majority", *tiny], ["train.py", "--task", "mine", "--data", ".", *tiny], ["eval.py", "runs/mine"]):
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0 and re.search(r"^warmup +\d", done.stdout, re.M), done.stderr[-2000:]
+    tiny = [
+        "--threads",
+        "1",
+        "--sft-steps",
+        "4",
+        "--policy-steps",
+        "2",
+        "--eval-every",
+        "2",
+        "--sample-size",
+        "100",
+    ]
+    for command in (
+        ["train.py", "--task", "majority", *tiny],
+        ["train.py", "--task", "mine", "--data", ".", *tiny],
+        ["eval.py", "runs/mine"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and re.search(r"^warmup +\d", done.stdout, re.M), done.stderr[
+            -2000:
+        ]
     assert re.search(r"^ +right +in warmup +NLL/token", done.stdout, re.M)
 
 
@@ -134,7 +158,9 @@ def test_line_counts_are_those_of_the_files():
     for name in (*SCRIPTS, "docs/micro"):
         said = re.search(rf"\| `{name}.py` \| (\d+) \| (\d+) \|", README)
         lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
-        ruler = next((i for i, line in enumerate(lines) if line.startswith("# ===== plumbing")), len(lines))
+        ruler = next(
+            (i for i, line in enumerate(lines) if line.startswith("# ===== plumbing")), len(lines)
+        )
         assert (int(said[1]), int(said[2])) == (len(lines), ruler), name
 
 
@@ -142,8 +168,11 @@ def test_every_function_that_is_named_exists():
     modules = {"model": model, "warmup": warmup, "train": train, "eval": evaluation, "data": data}
     files = {"py", "jsonl", "json", "model", "tsv"}
     text = "\n".join(PAGES.values())
-    named = {found for found in re.findall(r"`(model|warmup|train|eval|data)\.([A-Za-z_.]+)", text)
-             if found[1] not in files and found[1] not in ("de", "en")}
+    named = {
+        found
+        for found in re.findall(r"`(model|warmup|train|eval|data)\.([A-Za-z_.]+)", text)
+        if found[1] not in files and found[1] not in ("de", "en")
+    }
     assert len(named) > 30
     for module, path in named:
         thing = modules[module]
@@ -182,8 +211,10 @@ def test_links_lead_somewhere():
                 path, _, anchor = link.partition("#")
                 assert (folder / path).exists(), f"{name}: {link}"
                 target = PAGES.get(Path(path).name, "") if path else page
-                headings = {re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-")
-                            for line in re.findall(r"^#+ (.*)$", target, re.M)}
+                headings = {
+                    re.sub(r"[^\w -]", "", line.lower()).strip().replace(" ", "-")
+                    for line in re.findall(r"^#+ (.*)$", target, re.M)
+                }
                 assert not anchor or anchor in headings, f"{name}: {link}"
 
 
@@ -195,7 +226,9 @@ def test_the_estimators_and_tasks_of_the_pages_are_those_of_the_code():
     rows = set(re.findall(r"^\| `(\w+)`", README, re.M)) | {"pause", "sft"}
     [estimator] = [f for f in dataclasses.fields(train.Config) if f.name == "estimator"]
     assert set(estimator.metadata["choices"]) <= rows
-    assert set(re.findall(r"^\| `(\w+)` \|", PAGES["guide.md"].split("## Your own text")[0], re.M)) == set(data.TASKS)
+    assert set(
+        re.findall(r"^\| `(\w+)` \|", PAGES["guide.md"].split("## Your own text")[0], re.M)
+    ) == set(data.TASKS)
 
 
 def test_no_placeholder_is_left():

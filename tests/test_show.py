@@ -31,7 +31,9 @@ def run(finished_run, tmp_path):
 
 def change(run, **settings):
     path = run / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8"
+    )
 
 
 # ----------------------------------------------------------------------------- --show
@@ -82,8 +84,9 @@ def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
         w = [x / sum(w) for x in w]
         for k, (_, _, *numbers, text) in enumerate(rows):
             expected = [log_pi[k], R[k], w[k] - 1 / 3, w[k]]
-            assert [float(x) for x in numbers] == pytest.approx(list(map(float, expected)),
-                                                                abs=6e-4)
+            assert [float(x) for x in numbers] == pytest.approx(
+                list(map(float, expected)), abs=6e-4
+            )
             assert numbers[2][0] in "+-"
             assert text == ("Frau a -> a Frau" if k == 1 else "in the -> the in")
 
@@ -91,8 +94,10 @@ def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
 def by_hand(run, tokenizer, example, c):
     """log P(c|x) and log P(y|x,c), (K,) each: the whole sequence through plain logits."""
     model = evaluation.load_model(run / "policy.pt", tokenizer, torch.device("cpu"))
-    ids = {name: tokenizer.encode(text, add_special_tokens=False).ids
-           for name, text in example._asdict().items()}
+    ids = {
+        name: tokenizer.encode(text, add_special_tokens=False).ids
+        for name, text in example._asdict().items()
+    }
     log_pi, R = [], []
     for row in c.tolist():
         y = [*ids["target"], 1]
@@ -108,8 +113,9 @@ def by_hand(run, tokenizer, example, c):
     return torch.stack(log_pi), torch.stack(R)
 
 
-@pytest.mark.parametrize("estimator, samples", [("pause", 2), ("sft", 2), ("exact", 2),
-                                                ("marginal", 1)])
+@pytest.mark.parametrize(
+    "estimator, samples", [("pause", 2), ("sft", 2), ("exact", 2), ("marginal", 1)]
+)
 def test_nothing_is_sampled_where_there_is_nothing_to_compare(estimator, samples, run, capsys):
     change(run, estimator=estimator, samples=samples)
     assert evaluation.main([str(run), "--show", "1"]) == 0
@@ -126,8 +132,9 @@ def test_show_is_the_same_every_time_and_for_each_stage(run, capsys):
         assert evaluation.main([str(run), "--show", "2", *flags]) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
-    assert shown[2] == "".join(line for line in shown[0].splitlines(keepends=True)
-                               if not line.startswith("sft"))
+    assert shown[2] == "".join(
+        line for line in shown[0].splitlines(keepends=True) if not line.startswith("sft")
+    )
     assert "sft" in shown[3] and "log P" not in shown[3] and "warmup" not in shown[3]
 
 
@@ -135,7 +142,7 @@ def test_training_and_scoring_end_with_what_show_prints(run, capsys):
     """The table of a run is followed by its first three examples."""
     assert evaluation.main([str(run), "--show", "3"]) == 0
     shown = capsys.readouterr().out
-    shown = shown[shown.index("\nsource "):]
+    shown = shown[shown.index("\nsource ") :]
     assert evaluation.main([str(run)]) == 0
     assert shown in capsys.readouterr().out
 
@@ -218,20 +225,33 @@ def test_plot_draws_the_log_against_flops(run, drawn, tmp_path, capsys):
     assert evaluation.main([str(run), "--plot", str(page)]) == 0
     assert capsys.readouterr().out == f"wrote {page}\n"
     assert drawn.page == page and drawn.title == "run" and len(drawn.axes) == 4
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
     def cost(stage, step):
-        return sum(r["flops"] for r in records if (r["kind"], r["stage"]) == ("train", stage)
-                   and r["step"] <= step) / 1e12
+        return (
+            sum(
+                r["flops"]
+                for r in records
+                if (r["kind"], r["stage"]) == ("train", stage) and r["step"] <= step
+            )
+            / 1e12
+        )
 
     names = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}
-    for axis, (kind, key) in zip(drawn.axes, [("valid", "nll"), ("valid", "swap_gap"),
-                                              ("train", "spread"), ("train", "entropy")]):
+    for axis, (kind, key) in zip(
+        drawn.axes,
+        [("valid", "nll"), ("valid", "swap_gap"), ("train", "spread"), ("train", "entropy")],
+    ):
         assert axis.title
         for stage, name in names.items():
             before = 0 if stage == "sft" else cost("sft", 99)
-            wanted = [(before + cost(stage, r["step"]), r[key]) for r in records
-                      if (r["kind"], r["stage"]) == (kind, stage) and key in r]
+            wanted = [
+                (before + cost(stage, r["step"]), r[key])
+                for r in records
+                if (r["kind"], r["stage"]) == (kind, stage) and key in r
+            ]
             assert bool(wanted) == (stage == "policy" or key == "nll")
             assert (name in axis.lines) == bool(wanted)
             x, y = axis.lines.get(name, ([], []))
@@ -252,9 +272,15 @@ def test_plot_has_a_panel_for_each_metric_that_was_logged(run, drawn, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert evaluation.main([str(run), "--plot", str(tmp_path / "curves.png")]) == 0
     assert [axis.title for axis in drawn.axes[4:]] == [
-        "1 hop, validation", "2 hops, validation", "hit rate, validation", ""]
+        "1 hop, validation",
+        "2 hops, validation",
+        "hit rate, validation",
+        "",
+    ]
     assert [axis.hidden for axis in drawn.axes] == [False] * 7 + [True]
-    wanted = [n / 50 for n, line in enumerate(lines) if line["kind"] == "valid" and line["stage"] == "sft"]
+    wanted = [
+        n / 50 for n, line in enumerate(lines) if line["kind"] == "valid" and line["stage"] == "sft"
+    ]
     assert drawn.axes[5].lines["sft"][1] == wanted
 
 
@@ -277,13 +303,16 @@ def test_show_takes_another_split_or_lines_of_ones_own(run, tmp_path, capsys):
     splits, _ = data.load(config)
     lines = show_lines(run, capsys, "--split", "valid")
     assert [line for line in lines if line.startswith("source")] == [
-        f"source              {example.source}" for example in splits["valid"][:2]]
+        f"source              {example.source}" for example in splits["valid"][:2]
+    ]
     assert sum("log P(y|x,c)" in line for line in lines) == 2
     text = tmp_path / "text"
     text.write_text("\nein Hund\nAnna schläft.\nzu viel\n", encoding="utf-8")
     lines = show_lines(run, capsys, "--input", str(text))
     assert [line for line in lines if line.startswith("source")] == [
-        "source              ein Hund", "source              Anna schläft."]
+        "source              ein Hund",
+        "source              Anna schläft.",
+    ]
     # without a reference there is no reward, so there are no weights
     assert not any("reference" in line or "log P(y|x,c)" in line for line in lines)
     titles = [line for line in lines if line.startswith("drawn")]
@@ -292,8 +321,15 @@ def test_show_takes_another_split_or_lines_of_ones_own(run, tmp_path, capsys):
     assert rows and all(float(row[2]) <= 0 for row in rows)
 
 
-@pytest.mark.parametrize("flags", [["--split", "test", "--input", "f"], ["--export", "d", "--show", "1"],
-                                   ["--plot", "p.png", "--input", "f"], ["--split", "test", "--plot", "p.png"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--split", "test", "--input", "f"],
+        ["--export", "d", "--show", "1"],
+        ["--plot", "p.png", "--input", "f"],
+        ["--split", "test", "--plot", "p.png"],
+    ],
+)
 def test_what_does_not_go_together(flags, run, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(run), *flags])
@@ -358,7 +394,12 @@ def test_one_bar_counts_the_updates_of_the_whole_run(tmp_path, monkeypatch):
     flags = ["--task", "wmt", *TINY, "--eval-every", "1", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     [bar] = Bar.made
-    control = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["rows"][1]["updates"] - 4
+    control = (
+        json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["rows"][1][
+            "updates"
+        ]
+        - 4
+    )
     assert bar.n == bar.total == 4 + 3 + control and len(bar.shown) == bar.n
     assert bar.shown[:4] == [("sft: ", 4 + 3 + 2 * 3, {"loss"})] * 4
     assert bar.shown[4:7] == [("policy: ", 4 + 3 + 2 * 3, {"nll", "spread", "swap_gap"})] * 3
@@ -383,4 +424,6 @@ def test_validation_and_decoding_have_a_bar_of_examples(run, monkeypatch):
     assert evaluation.main([str(run), "--stage", "policy"]) == 0
     assert not any(bar.leave for bar in Bar.made)
     assert [(bar.desc, bar.n, bar.total) for bar in Bar.made] == [
-        ("decoding", 75, 75), ("validation", 75, 75)]
+        ("decoding", 75, 75),
+        ("validation", 75, 75),
+    ]

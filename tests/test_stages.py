@@ -37,9 +37,22 @@ from data import collate, encode, encode_split, special_ids
 from warmup import WarmupSpec, sample_warmups, score, sft_loss
 
 SETTINGS = dict(
-    sft_steps=4, policy_steps=5, lr=0.02, policy_lr=0.003, lr_rampup_steps=0, clip=0.05,
-    batch_tokens=900, policy_batch_tokens=300, samples=3, eval_samples=4,
-    alpha=1.7, warmup_len=2, beams=3, length_penalty=0.6, eval_every=2)
+    sft_steps=4,
+    policy_steps=5,
+    lr=0.02,
+    policy_lr=0.003,
+    lr_rampup_steps=0,
+    clip=0.05,
+    batch_tokens=900,
+    policy_batch_tokens=300,
+    samples=3,
+    eval_samples=4,
+    alpha=1.7,
+    warmup_len=2,
+    beams=3,
+    length_penalty=0.6,
+    eval_every=2,
+)
 FLAGS = [*TINY, *(f"{train.flag_name(name)}={value}" for name, value in SETTINGS.items())]
 ESTIMATORS = train.Config.__dataclass_fields__["estimator"].metadata["choices"]
 KINDS = ("marginal", "frozen", "pause", "sft")
@@ -56,9 +69,15 @@ def watched_run(folder, *flags):
     def watched_loss(run, batch):
         fresh = all(p.grad is None or not p.grad.any() for p in run.model.parameters())
         result = loss(run, batch)
-        seen.updates.append(SimpleNamespace(
-            stage=run.state.stage, limit=run.batches.batch_tokens, flops=result[1]["flops"],
-            tokens=batch.source.numel() + batch.target.numel(), fresh=fresh))
+        seen.updates.append(
+            SimpleNamespace(
+                stage=run.state.stage,
+                limit=run.batches.batch_tokens,
+                flops=result[1]["flops"],
+                tokens=batch.source.numel() + batch.target.numel(),
+                fresh=fresh,
+            )
+        )
         return result
 
     def watched_warmup_loss(model, batch, spec, estimator, samples, **how):
@@ -94,12 +113,16 @@ def runs(tmp_path_factory):
     """Kind -> what a run of that --estimator called. The entropy bonus is for a policy."""
     folder = tmp_path_factory.mktemp("runs")
     bonus = {"marginal": ["--entropy-bonus", "0.6"]}
-    return {kind: watched_run(folder / kind, "--estimator", kind, *bonus.get(kind, []))
-            for kind in KINDS}
+    return {
+        kind: watched_run(folder / kind, "--estimator", kind, *bonus.get(kind, []))
+        for kind in KINDS
+    }
 
 
 def lines_of(folder, kind="train"):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if line["kind"] == kind]
 
 
@@ -109,12 +132,12 @@ def lines_of(folder, kind="train"):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_stage_has_its_learning_rate(kind, runs):
     """Without a rise each stage begins at its peak: --lr, and --policy-lr for both later ones."""
-    first = {line["stage"]: line["lr"] for line in lines_of(runs[kind].folder)
-             if line["step"] == 1}
+    first = {line["stage"]: line["lr"] for line in lines_of(runs[kind].folder) if line["step"] == 1}
     assert first == {"sft": 0.02, "policy": 0.003, "control": 0.003}
     for line in lines_of(runs[kind].folder):
         total = SETTINGS.get(f"{line['stage']}_steps") or len(
-            [other for other in lines_of(runs[kind].folder) if other["stage"] == "control"])
+            [other for other in lines_of(runs[kind].folder) if other["stage"] == "control"]
+        )
         left = (total - line["step"] + 1) / total
         assert line["lr"] == pytest.approx(first[line["stage"]] * left, rel=1e-12)
 
@@ -159,8 +182,12 @@ def test_the_entropy_bonus_falls_to_zero(runs):
 def test_the_objective_is_that_of_the_flags(runs):
     """Estimator, K and alpha of every policy update. pause: one constant c, read by y."""
     calls = {kind: {call[:3] for call in runs[kind].policy} for kind in KINDS}
-    assert calls == {"marginal": {("marginal", 3, 1.7)}, "frozen": {("frozen", 3, 1.7)},
-                     "pause": {("frozen", 1, 1.7)}, "sft": set()}
+    assert calls == {
+        "marginal": {("marginal", 3, 1.7)},
+        "frozen": {("frozen", 3, 1.7)},
+        "pause": {("frozen", 1, 1.7)},
+        "sft": set(),
+    }
 
 
 # ----------------------------------------------------------------------------- compute
@@ -183,12 +210,18 @@ def test_validation_costs_no_training(tmp_path, runs):
     folder, stages = shutil.copytree(runs["marginal"].folder, tmp_path / "r"), train.STAGES
     before = {stage: evaluation.training_cost(folder, stage) for stage in stages}
     run, _ = train.prepare(evaluation.read_settings(folder, train.Config), resume=True)
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     valid = [line["kind"] == "valid" for line in lines]
     assert sum(valid) > 6
-    lines = [line | dict(flops=10**18, seconds=10.0**6) if is_valid else line
-             for line, is_valid in zip(lines, valid)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    lines = [
+        line | dict(flops=10**18, seconds=10.0**6) if is_valid else line
+        for line, is_valid in zip(lines, valid)
+    ]
+    (folder / "log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     assert {stage: evaluation.training_cost(folder, stage) for stage in stages} == before
     run.start_stage("control")
     assert run.state.total == before["control"]["updates"]
@@ -199,8 +232,10 @@ def test_more_validations_change_no_cost(tmp_path, runs):
     often = watched_run(tmp_path / "r", "--eval-every", "1").folder
     assert len(lines_of(often, "valid")) > len(lines_of(runs["marginal"].folder, "valid"))
     for stage in ("sft", "policy", "control"):
-        costs = [evaluation.training_cost(folder, stage) | {"seconds": 0}
-                 for folder in (often, runs["marginal"].folder)]
+        costs = [
+            evaluation.training_cost(folder, stage) | {"seconds": 0}
+            for folder in (often, runs["marginal"].folder)
+        ]
         assert costs[0] == costs[1]
 
 
@@ -212,8 +247,10 @@ def test_validation_draws_eval_samples(kind, runs):
     """--eval-samples warmups an example, not --samples; and that many rows for each source."""
     spec = kind != "sft"
     assert set(runs[kind].drawn) == ({4} if spec else set())
-    sizes = {stage: {tokens for s, tokens, _ in runs[kind].split if s == stage}
-             for stage in ("sft", "policy", "control")}
+    sizes = {
+        stage: {tokens for s, tokens, _ in runs[kind].split if s == stage}
+        for stage in ("sft", "policy", "control")
+    }
     assert sizes == {"sft": {900}, "policy": {900 // 4 if spec else 900}, "control": {900}}
 
 
@@ -252,7 +289,8 @@ def test_averages_are_per_token_per_example_or_per_swap():
 
 
 def test_the_first_validation_examples_are_decoded_and_scored_against_themselves(
-        tmp_path, monkeypatch):
+    tmp_path, monkeypatch
+):
     """--eval-decode 7: the same seven as text and as token ids, at every validation."""
     seen = []
 
@@ -283,14 +321,16 @@ def test_the_warmup_is_that_of_the_settings(estimator, stage, runs):
     """Only the policy stage has one; --warmup-min-len 0 stands for W; of specials it holds none."""
     tokenizer = evaluation.load_tokenizer(runs["sft"].folder / "tokenizer.json")
     for least in (0, 1, 3):
-        config = train.Config(estimator=estimator, warmup_len=3, warmup_min_len=least,
-                              temperature=0.7)
+        config = train.Config(
+            estimator=estimator, warmup_len=3, warmup_min_len=least, temperature=0.7
+        )
         ours = evaluation.warmup_spec(stage, config, tokenizer)
         if stage != "policy" or estimator == "sft":
             assert ours is None
         else:
-            assert ours == WarmupSpec(3, special_ids(tokenizer), 3, least or 3, 0.7,
-                                      pause=estimator == "pause")
+            assert ours == WarmupSpec(
+                3, special_ids(tokenizer), 3, least or 3, 0.7, pause=estimator == "pause"
+            )
 
 
 @pytest.mark.parametrize("stage", ["sft", "control", "policy"])
@@ -320,23 +360,44 @@ def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_pa
     folder = shutil.copytree(runs["marginal"].folder, tmp_path / "r")
     (tmp_path / "in").write_text("Anna schläft.\n", encoding="utf-8")
     settings, seen = json.loads((folder / "config.json").read_text(encoding="utf-8")), []
-    monkeypatch.setattr(evaluation, "encode_split", lambda tokenizer, examples, *more: (
-        seen.extend(examples), encode_split(tokenizer, examples, *more))[1])
+    monkeypatch.setattr(
+        evaluation,
+        "encode_split",
+        lambda tokenizer, examples, *more: (
+            seen.extend(examples),
+            encode_split(tokenizer, examples, *more),
+        )[1],
+    )
     for init in ("", "t5-small"):
         (folder / "config.json").write_text(json.dumps(settings | {"init": init}), encoding="utf-8")
         assert evaluation.main([str(folder), "--input", str(tmp_path / "in")]) == 0
     assert [example.source for example in seen] == [
-        "Anna schläft.", "translate German to English: Anna schläft."]
+        "Anna schläft.",
+        "translate German to English: Anna schläft.",
+    ]
     assert {example.prompt for example in seen} == {"<2en>"}
 
 
-@pytest.mark.parametrize("stages, first", [
-    (["sft", "control", "policy"], "control"), (["sft", "policy"], "sft")])
+@pytest.mark.parametrize(
+    "stages, first", [(["sft", "control", "policy"], "control"), (["sft", "policy"], "sft")]
+)
 def test_significance_is_against_the_control_else_the_first_row(stages, first, capsys):
     examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
-    rows = [evaluation.Row(stage, f"the {stage}", {}, 0.0, 1, 1, 1.0, 0,
-                           [f"a {stage} sees {n} cats" for n in range(20)], [])
-            for stage in stages]
+    rows = [
+        evaluation.Row(
+            stage,
+            f"the {stage}",
+            {},
+            0.0,
+            1,
+            1,
+            1.0,
+            0,
+            [f"a {stage} sees {n} cats" for n in range(20)],
+            [],
+        )
+        for stage in stages
+    ]
     evaluation.print_significance(rows, train.Config(), examples)
     said = capsys.readouterr().out
     assert f"paired bootstrap against 'the {first}'" in said

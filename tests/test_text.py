@@ -50,8 +50,12 @@ SENTENCES = {  # code -> one sentence, in twelve languages and as many ways to w
     "km": "គ្រូចាស់បានបើកបង្អួចផ្ទះកាលពីម្សិលមិញ",
     "my": "ဆရာအိုသည် မနေ့က အိမ်ပြတင်းပေါက်ကို ဖွင့်ခဲ့သည်။",
 }
-OTHERS = {"ja": "年老いた先生は昨日、家の窓を開けました。", "ko": "늙은 선생님이 어제 집의 창문을 열었다.",
-          "odd": "½ ﬁ e\u0301 \u00a0 👩\u200d👧 12,345.67 € ，？：", "tags": "</s> <pad> <sep> <2de> <unk>"}
+OTHERS = {
+    "ja": "年老いた先生は昨日、家の窓を開けました。",
+    "ko": "늙은 선생님이 어제 집의 창문을 열었다.",
+    "odd": "½ ﬁ e\u0301 \u00a0 👩\u200d👧 12,345.67 € ，？：",
+    "tags": "</s> <pad> <sep> <2de> <unk>",
+}
 
 
 # ----------------------------------------------------------------------------- own tokenizer
@@ -74,7 +78,9 @@ def test_vowel_signs_are_part_of_their_word():
     for text in ("की खिड़की खोली", "ครูเก่าเปิดหน้าต่าง", "အိမ်ပြတင်းပေါက်ကို"):
         example = Example(text, "<2de>", text)
         tokenizer = train_tokenizer([example] * 3, 2000)
-        assert len(tokenizer.encode(text).ids) == len(text.split())  # one token a word: it may merge
+        assert len(tokenizer.encode(text).ids) == len(
+            text.split()
+        )  # one token a word: it may merge
 
 
 def test_a_tag_swallows_the_space_behind_it():
@@ -91,8 +97,17 @@ def test_a_tag_swallows_the_space_behind_it():
 def wordy_model(seed=0):
     """A float64 model of 12 tokens that ends some outputs early, some late, some never."""
     torch.manual_seed(seed)
-    config = ModelConfig(vocab_size=12, width=32, heads=2, head_size=16, ff=64, encoder_layers=1,
-                         decoder_layers=2, dropout=0.0, tied=False)
+    config = ModelConfig(
+        vocab_size=12,
+        width=32,
+        heads=2,
+        head_size=16,
+        ff=64,
+        encoder_layers=1,
+        decoder_layers=2,
+        dropout=0.0,
+        tied=False,
+    )
     model = EncoderDecoder(config).double().eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -150,8 +165,9 @@ def test_a_target_of_three_hundred_tokens(beams):
             tokens, log_probs = sample(model, memory, prefix, 300, temperature=0, forbidden=never)
             sums = log_probs.sum(-1)
         else:
-            tokens, sums = beam_search(model, memory, prefix, 300, beams=beams, forbidden=never,
-                                       length_penalty=0.0)
+            tokens, sums = beam_search(
+                model, memory, prefix, 300, beams=beams, forbidden=never, length_penalty=0.0
+            )
         for k in range(tokens.size(1)):
             whole = torch.cat([prefix, tokens[:, k]], 1)
             logits = model.logits(model.decode(whole, memory)[:, :-1])
@@ -162,8 +178,9 @@ def test_a_target_of_three_hundred_tokens(beams):
             torch.testing.assert_close(picked, sums[:, k], rtol=1e-9, atol=1e-7)
 
 
-def test_the_table_says_how_many_outputs_ended_at_the_limit(finished_run, tmp_path, monkeypatch,
-                                                           capsys):
+def test_the_table_says_how_many_outputs_ended_at_the_limit(
+    finished_run, tmp_path, monkeypatch, capsys
+):
     """Of five: by </s>, at the last place, cut, cut, by </s> at once."""
     folder = shutil.copytree(finished_run, tmp_path / "run")
     tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
@@ -195,9 +212,14 @@ def test_places_are_made_as_they_are_needed(monkeypatch):
     """A limit of 5,000 costs nothing where y ends after a few tokens. The cache begins with 64."""
     model, lengths = wordy_model(), []
     real = type(model.decoder).position_biases
-    monkeypatch.setattr(type(model.decoder), "position_biases",
-                        lambda stack, length: lengths.append(length) or real(stack, length))
-    batch = Batch(torch.tensor([[7, 8], [9, 0]]), torch.tensor([[5], [5]]), torch.tensor([[1], [1]]))
+    monkeypatch.setattr(
+        type(model.decoder),
+        "position_biases",
+        lambda stack, length: lengths.append(length) or real(stack, length),
+    )
+    batch = Batch(
+        torch.tensor([[7, 8], [9, 0]]), torch.tensor([[5], [5]]), torch.tensor([[1], [1]])
+    )
     logits, at_once = model.logits, torch.zeros(12)
     at_once[1] = 1e3  # </s>
     monkeypatch.setattr(model, "logits", lambda hidden: logits(hidden) + at_once)
@@ -247,8 +269,14 @@ def test_a_warmup_is_one_line(finished_run, tmp_path, monkeypatch, capsys):
 def test_translating_keeps_the_limit_of_a_batch(finished_run, tmp_path, monkeypatch):
     """y counts, too: 20 lines of a few tokens, two at a time, for 100 tokens may follow each."""
     rows, real = [], evaluation.generate
-    monkeypatch.setattr(evaluation, "generate", lambda model, batch, *more, **how: (
-        rows.append(len(batch.source)), real(model, batch, *more, **how))[1])
+    monkeypatch.setattr(
+        evaluation,
+        "generate",
+        lambda model, batch, *more, **how: (
+            rows.append(len(batch.source)),
+            real(model, batch, *more, **how),
+        )[1],
+    )
     (tmp_path / "in").write_text("Hund\n" * 20, encoding="utf-8")
     flags = ["--max-target-tokens", "100", "--batch-tokens", "250"]
     assert evaluation.main([str(finished_run), "--input", str(tmp_path / "in"), *flags]) == 0
@@ -268,7 +296,9 @@ def test_an_output_is_one_line():
 def poor_tokenizer(tags=("<2en>",)) -> Tokenizer:
     """Lower-case letters without e, digits and the space are tokens. All else is <unk>."""
     specials = [PAD, EOS, UNK, SEP, *tags]
-    vocab = {token: i for i, token in enumerate([*specials, "▁", *"abcdfghijklmnopqrstuvwxyz01234"])}
+    vocab = {
+        token: i for i, token in enumerate([*specials, "▁", *"abcdfghijklmnopqrstuvwxyz01234"])
+    }
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
@@ -276,8 +306,12 @@ def poor_tokenizer(tags=("<2en>",)) -> Tokenizer:
     return tokenizer
 
 
-POOR = [Example("ein hund", "<2en>", "a dog barks loudly"), Example("zwei", "<2en>", "two cats do not"),
-        Example("drei", "<2en>", "three mice see me é"), Example("vier", "<2en>", "it is cold today")]
+POOR = [
+    Example("ein hund", "<2en>", "a dog barks loudly"),
+    Example("zwei", "<2en>", "two cats do not"),
+    Example("drei", "<2en>", "three mice see me é"),
+    Example("vier", "<2en>", "it is cold today"),
+]
 
 
 def test_the_ceiling_of_a_poor_vocabulary():
@@ -291,7 +325,10 @@ def test_the_ceiling_of_a_poor_vocabulary():
         assert scores[name] == pytest.approx(metric.corpus_score(texts, references).score, abs=1e-4)
     [said] = evaluation.what_is_lost(poor_tokenizer(), POOR, config)
     assert "cannot write 25.0 % of the targets" in said
-    assert f"perfect model would score BLEU {scores['BLEU']:.2f}, chrF++ {scores['chrF++']:.2f}" in said
+    assert (
+        f"perfect model would score BLEU {scores['BLEU']:.2f}, chrF++ {scores['chrF++']:.2f}"
+        in said
+    )
     letters = sum(len(example.target) + 1 for example in POOR)  # </s> is a token, too
     assert f"{100 * 7 / letters:.1f} % of target tokens" in said  # eeeeee and é
     sources = sum(len(example.source) for example in POOR)
@@ -337,8 +374,9 @@ def test_what_is_lost_is_looked_for_in_the_split_of_the_table(splits, tmp_path, 
         for language in ("de", "en"):
             (tmp_path / f"{split}.{language}").write_text(f"{split}\n" * 3, encoding="utf-8")
     seen = []
-    monkeypatch.setattr(train, "what_is_lost", lambda tokenizer, examples, config: (
-        seen.extend(examples), [])[1])
+    monkeypatch.setattr(
+        train, "what_is_lost", lambda tokenizer, examples, config: (seen.extend(examples), [])[1]
+    )
     config, _ = train.parse([*TINY, "--data", str(tmp_path), "--out", str(tmp_path / "run")])
     train.prepare(config, False)
     assert [example.target for example in seen] == [splits[-1]] * 3
@@ -347,9 +385,12 @@ def test_what_is_lost_is_looked_for_in_the_split_of_the_table(splits, tmp_path, 
 def test_a_source_that_cannot_be_read_is_announced():
     good = Example("ein", "<2en>", "a dog")
     fine = [Example("hund", "<2en>", "a cat")] * 60
-    [said] = evaluation.what_is_lost(poor_tokenizer(), [Example("Эй", "<2en>", "a cat"), *fine[:9]],
-                                     train.Config())
-    assert said.startswith("this tokenizer cannot read all sources: <unk> is 5.3 % of source tokens")
+    [said] = evaluation.what_is_lost(
+        poor_tokenizer(), [Example("Эй", "<2en>", "a cat"), *fine[:9]], train.Config()
+    )
+    assert said.startswith(
+        "this tokenizer cannot read all sources: <unk> is 5.3 % of source tokens"
+    )
     assert evaluation.what_is_lost(poor_tokenizer(), [good, *fine], train.Config()) == []  # 0.4 %
 
 
@@ -362,14 +403,28 @@ def test_nothing_is_said_where_nothing_is_lost():
 
 
 def test_a_poor_vocabulary_is_announced_before_training_and_stands_in_the_table(
-        tmp_path, monkeypatch, capsys):
+    tmp_path, monkeypatch, capsys
+):
     real = train.train_tokenizer
     monkeypatch.setattr(train, "train_tokenizer", lambda examples, size: poor_tokenizer())
     said = []
     monkeypatch.setattr(train.Run, "train", lambda run: said.append(capsys.readouterr().out))
     monkeypatch.setattr(train, "report", lambda *_: None)
-    flags = ["--task", "wmt", *TINY, "--max-source-tokens", "200", "--max-target-tokens", "200",
-             "--sample-size", "40", "--policy-steps", "0", "--beams", "1"]
+    flags = [
+        "--task",
+        "wmt",
+        *TINY,
+        "--max-source-tokens",
+        "200",
+        "--max-target-tokens",
+        "200",
+        "--sample-size",
+        "40",
+        "--policy-steps",
+        "0",
+        "--beams",
+        "1",
+    ]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
     [line] = [line for line in said[0].splitlines() if "perfect model" in line]
     assert line.startswith("data: this tokenizer cannot write 100.0 % of the targets: ")
@@ -400,10 +455,26 @@ def test_identical_text_scores_100(language):
     assert scores == {"ROUGE-1": 100.0, "ROUGE-2": 100.0, "ROUGE-L": 100.0}
 
 
-@pytest.mark.parametrize("code, tokenize", [
-    ("zh", "zh"), ("zho", "zh"), ("cmn", "zh"), ("yue", "zh"), ("ZH", "zh"), ("th", "char"),
-    ("lao", "char"), ("khm", "char"), ("my", "char"), ("mya", "char"), ("de", "13a"), ("hi", "13a"),
-    ("zu", "13a"), ("o", "13a"), ("h", "13a")])
+@pytest.mark.parametrize(
+    "code, tokenize",
+    [
+        ("zh", "zh"),
+        ("zho", "zh"),
+        ("cmn", "zh"),
+        ("yue", "zh"),
+        ("ZH", "zh"),
+        ("th", "char"),
+        ("lao", "char"),
+        ("khm", "char"),
+        ("my", "char"),
+        ("mya", "char"),
+        ("de", "13a"),
+        ("hi", "13a"),
+        ("zu", "13a"),
+        ("o", "13a"),
+        ("h", "13a"),
+    ],
+)
 def test_bleu_has_the_tokenizer_of_the_language(code, tokenize):
     config = train.Config(pair=f"en-{code}")
     examples = [Example("x", f"<2{code}>", "a b c d e")]
@@ -434,13 +505,18 @@ def test_rouge_of_english_and_german_stays_comparable():
     """At most 5 % of the letters are others: rouge-score's own tokenizer and stemmer, as everywhere."""
     config = train.Config(task="xsum")
     theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    target, written = "Three people were hurt in a café fire in Leeds.", "Two persons hurt by fires in Leeds"
+    target, written = (
+        "Three people were hurt in a café fire in Leeds.",
+        "Two persons hurt by fires in Leeds",
+    )
     examples = [Example("x", "", target)]
     scores = evaluation.compute_metrics(config, examples, [written], [""])
     for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
         wanted = 100 * theirs.score(target, written)[key].fmeasure
         assert scores[name] == pytest.approx(wanted, abs=1e-4)
-    assert evaluation.signatures(config, examples)["ROUGE"].endswith("its own words, Porter stemmer")
+    assert evaluation.signatures(config, examples)["ROUGE"].endswith(
+        "its own words, Porter stemmer"
+    )
     many = [Example("x", "", "é" * 6 + "a" * 94)]
     assert "any script" in evaluation.signatures(config, many)["ROUGE"]
     few = [Example("x", "", "é" * 5 + "a" * 95)]
@@ -473,6 +549,10 @@ def test_words_of_any_script_by_hand():
     assert words("한국어 텍스트") == ["한국어", "텍스트"]
     # hiragana, katakana, its extension; Han: extension A, compatibility, beyond 16 bits
     # Lao, Tibetan, Burmese, Khmer, extended Burmese
-    for text in ("\u3042\u30ab\u31f0", "\u3400\u4e00\uf900\U00020bb7\U00030000",
-                 "\u0e81\u0f40\u1000\u1780\uaa60\ua9e0", "\u3007\u3007\u3105\uff76\uff85"):
+    for text in (
+        "\u3042\u30ab\u31f0",
+        "\u3400\u4e00\uf900\U00020bb7\U00030000",
+        "\u0e81\u0f40\u1000\u1780\uaa60\ua9e0",
+        "\u3007\u3007\u3105\uff76\uff85",
+    ):
         assert words(text) == list(text)

@@ -14,8 +14,19 @@ import pytest
 import eval as evaluation
 import train
 from conftest import TINY
-from data import (TASKS, Example, UserError, encode_split, logiqa_row, news, puzzle, read_splits,
-                  source_prefix, train_tokenizer, xsum_row)
+from data import (
+    TASKS,
+    Example,
+    UserError,
+    encode_split,
+    logiqa_row,
+    news,
+    puzzle,
+    read_splits,
+    source_prefix,
+    train_tokenizer,
+    xsum_row,
+)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -34,8 +45,11 @@ def test_every_puzzle_has_one_answer_and_it_is_the_target():
             assert example.source.startswith(f"{names[example.target]} is {asked}. Who is")
             continue
         assert len(more) == 3
-        orders = [order for order in itertools.permutations(names.values())
-                  if all(order.index(a) < order.index(b) for a, b in more)]
+        orders = [
+            order
+            for order in itertools.permutations(names.values())
+            if all(order.index(a) < order.index(b) for a, b in more)
+        ]
         second, word = re.fullmatch(r"the (second )?(\w+)", asked).groups()
         place = 1 if second else 0
         place = 3 - place if word in ("youngest", "shortest", "slowest") else place
@@ -50,7 +64,8 @@ def test_summaries_say_what_the_news_say():
     for _ in range(200):
         example = news(r, None)
         hurt, event, site, town = re.fullmatch(
-            r"(\w+) people were hurt in a (.+) at a (\w+) in (\w+)\.", example.target).groups()
+            r"(\w+) people were hurt in a (.+) at a (\w+) in (\w+)\.", example.target
+        ).groups()
         first, second = example.source.split(". ")[:2]
         assert first == f"Residents of {town} were woken by sirens"
         assert second.startswith(f"The {event} ") and second.endswith(f" at the {site}")
@@ -67,8 +82,14 @@ def write_lines(path, rows):
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
-LOGIQA = {"id": 1, "answer": 2, "text": "All A are B.", "question": "So?",
-          "options": ["a b", "b", "c\n c", "d"], "type": {}}
+LOGIQA = {
+    "id": 1,
+    "answer": 2,
+    "text": "All A are B.",
+    "question": "So?",
+    "options": ["a b", "b", "c\n c", "d"],
+    "type": {},
+}
 XSUM = {"document": "Long\ntext.", "summary": " Short. "}
 
 
@@ -80,7 +101,9 @@ def test_readers(tmp_path):
     write_lines(tmp_path / "train.jsonl", [XSUM] * 2)
     write_lines(tmp_path / "val.jsonl.gz", [{"document": "x", "summary": "y", "id": 7}])
     assert read(xsum_row, tmp_path) == {
-        "train": [("Long text.", "", "Short.")] * 2, "valid": [("x", "", "y")]}
+        "train": [("Long text.", "", "Short.")] * 2,
+        "valid": [("x", "", "y")],
+    }
     write_lines(tmp_path / "test.jsonl", [XSUM])
     assert len(read(xsum_row, tmp_path)["test"]) == 1
     other = tmp_path / "other"
@@ -91,21 +114,42 @@ def test_readers(tmp_path):
     assert read(logiqa_row, other) == {"train": [question], "valid": [question]}
 
 
-@pytest.mark.parametrize("line", [
-    "", "{", "[]", "3", json.dumps(LOGIQA | {"answer": 4}), json.dumps(LOGIQA | {"answer": -1}),
-    json.dumps(LOGIQA | {"options": ["a"]}), json.dumps(LOGIQA | {"options": None}),
-    json.dumps({"text": "x"}), json.dumps(LOGIQA | {"answer": "C"}),
-    json.dumps(LOGIQA | {"answer": True}), json.dumps(LOGIQA | {"text": "half \ud800"}),
-    "[" * 200_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        json.dumps(LOGIQA | {"answer": 4}),
+        json.dumps(LOGIQA | {"answer": -1}),
+        json.dumps(LOGIQA | {"options": ["a"]}),
+        json.dumps(LOGIQA | {"options": None}),
+        json.dumps({"text": "x"}),
+        json.dumps(LOGIQA | {"answer": "C"}),
+        json.dumps(LOGIQA | {"answer": True}),
+        json.dumps(LOGIQA | {"text": "half \ud800"}),
+        "[" * 200_000,
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line):
     write_lines(tmp_path / "train.jsonl", [LOGIQA, line])
     with pytest.raises(UserError, match=r"line 2 of .*train.jsonl"):
         read(logiqa_row, tmp_path)
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", "3", '{"document": "x"}',
-                                  json.dumps(XSUM | {"summary": None}),
-                                  json.dumps(XSUM | {"document": ["x"]})])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"document": "x"}',
+        json.dumps(XSUM | {"summary": None}),
+        json.dumps(XSUM | {"document": ["x"]}),
+    ],
+)
 def test_a_bad_line_of_a_summary_is_named(tmp_path, line):
     write_lines(tmp_path / "train.jsonl", [XSUM, XSUM, line])
     with pytest.raises(UserError, match=r"line 3 of .*train.jsonl"):
@@ -138,8 +182,10 @@ def test_an_empty_side_is_left_out_of_training_and_refused_elsewhere(empty, tmp_
         write_lines(tmp_path / f"{split}.jsonl", [XSUM])
 
 
-@pytest.mark.parametrize("row, file, count", [(xsum_row, "xsum/xsum_622.jsonl", 622),
-                                              (logiqa_row, "logiqa/logiqa2_dev.jsonl", 1569)])
+@pytest.mark.parametrize(
+    "row, file, count",
+    [(xsum_row, "xsum/xsum_622.jsonl", 622), (logiqa_row, "logiqa/logiqa2_dev.jsonl", 1569)],
+)
 def test_real_files(tmp_path, row, file, count):
     if not (DATA / file).exists():
         pytest.skip(f"needs {DATA / file}")
@@ -168,13 +214,15 @@ def test_chrf_with_two_plusses_counts_words():
     assert "|nw:2|" in str(metrics["chrF++"].get_signature())
 
 
-
 def test_rouge_by_hand():
     """4 of 5 words in common with 4 (stems: cats = cat): P 1, R 4/5, F 8/9; bigrams 3: F 6/7."""
     examples = [SimpleNamespace(target="the cat sat down today")]
     scores = evaluation.rouge_scores(None, examples, ["the cats sat down"], [""])
-    assert scores == {"ROUGE-1": pytest.approx(800 / 9), "ROUGE-2": pytest.approx(600 / 7),
-                      "ROUGE-L": pytest.approx(800 / 9)}
+    assert scores == {
+        "ROUGE-1": pytest.approx(800 / 9),
+        "ROUGE-2": pytest.approx(600 / 7),
+        "ROUGE-L": pytest.approx(800 / 9),
+    }
 
 
 def test_a_long_puzzle_keeps_its_question_and_options(capsys):
@@ -186,18 +234,23 @@ def test_a_long_puzzle_keeps_its_question_and_options(capsys):
     assert len(data.source[0]) == 40
     assert kept.endswith("word So? (A) a b (B) b (C) c c (D) d")
     said = capsys.readouterr().out
-    assert re.search("1 of 1 train examples .*--max-source-tokens 40: their source loses its start", said)
+    assert re.search(
+        "1 of 1 train examples .*--max-source-tokens 40: their source loses its start", said
+    )
 
 
-@pytest.mark.parametrize("task, columns", [("xsum", {"ROUGE-1", "ROUGE-2", "ROUGE-L"}),
-                                           ("logiqa", {"acc", "F1"})])
+@pytest.mark.parametrize(
+    "task, columns", [("xsum", {"ROUGE-1", "ROUGE-2", "ROUGE-L"}), ("logiqa", {"acc", "F1"})]
+)
 def test_the_whole_path(task, columns, tmp_path, capsys):
     """No prompt, sources cut to fit and counted; table, results, scoring again, resuming."""
     folder = tmp_path / "r"
     flags = [*TINY, "--max-source-tokens", "30"]
     assert train.main(["--task", task, *flags, "--out", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"[1-9]\d* of 300 train examples .*--max-source-tokens 30: their source loses", out)
+    assert re.search(
+        r"[1-9]\d* of 300 train examples .*--max-source-tokens 30: their source loses", out
+    )
     assert "log P(c|x)" in out
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     assert [set(row["metrics"]) for row in rows] == [columns] * 3

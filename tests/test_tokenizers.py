@@ -13,16 +13,46 @@ from tokenizers import Tokenizer
 
 import train
 from conftest import TINY
-from data import (EOS, PAD, SEP, UNK, Example, encode, load_tokenizer, pretrained_tokenizer,
-                  read_spiece, special_ids, train_tokenizer)
+from data import (
+    EOS,
+    PAD,
+    SEP,
+    UNK,
+    Example,
+    encode,
+    load_tokenizer,
+    pretrained_tokenizer,
+    read_spiece,
+    special_ids,
+    train_tokenizer,
+)
 from model import UserError, load_pretrained
 
-TINY_TUNED = [word for flag, value in zip(TINY[::2], TINY[1::2]) if flag not in ("--size", "--vocab-size")
-              for word in (flag, value)]  # what a pretrained model leaves open
+TINY_TUNED = [
+    word
+    for flag, value in zip(TINY[::2], TINY[1::2])
+    if flag not in ("--size", "--vocab-size")
+    for word in (flag, value)
+]  # what a pretrained model leaves open
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GOLDEN = Path(__file__).parent / "golden"
-ODD = ["  two  leading", "trailing  ", " ", "", "a\tb\u00a0c\u3000d", "\u200bzero width", "▁ itself", "ﬁ ① ½", "🙂 👩‍👩‍👧 emoji",
-       "</s> in text <pad>", "<extra_id_0> x", "<sep>", "İ I ı", "12,345.67 €", "е́"]
+ODD = [
+    "  two  leading",
+    "trailing  ",
+    " ",
+    "",
+    "a\tb\u00a0c\u3000d",
+    "\u200bzero width",
+    "▁ itself",
+    "ﬁ ① ½",
+    "🙂 👩‍👩‍👧 emoji",
+    "</s> in text <pad>",
+    "<extra_id_0> x",
+    "<sep>",
+    "İ I ı",
+    "12,345.67 €",
+    "е́",
+]
 
 
 def chunk(field, value):
@@ -37,13 +67,26 @@ def chunk(field, value):
 
 def spiece(pieces, model_type=1, squeeze=1):
     """pieces: (text, score, kind) with kind 1 text, 2 <unk>, 3 control."""
-    data = b"".join(chunk(1, chunk(1, text) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind]))
-                    for text, score, kind in pieces)
-    return data + chunk(2, b"\x18" + bytes([model_type])) + chunk(3, chunk(1, "identity") + b"\x20" + bytes([squeeze]))
+    data = b"".join(
+        chunk(1, chunk(1, text) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind]))
+        for text, score, kind in pieces
+    )
+    return (
+        data
+        + chunk(2, b"\x18" + bytes([model_type]))
+        + chunk(3, chunk(1, "identity") + b"\x20" + bytes([squeeze]))
+    )
 
 
-PIECES = [("<pad>", 0.0, 3), ("</s>", 0.0, 3), ("<unk>", 0.0, 2), *((c, -5.0, 1) for c in "▁abcdehousr<>/n123456789:"),
-          ("▁house", -2.0, 1), ("▁a", -2.5, 1), ("bc", -3.0, 1)]
+PIECES = [
+    ("<pad>", 0.0, 3),
+    ("</s>", 0.0, 3),
+    ("<unk>", 0.0, 2),
+    *((c, -5.0, 1) for c in "▁abcdehousr<>/n123456789:"),
+    ("▁house", -2.0, 1),
+    ("▁a", -2.5, 1),
+    ("bc", -3.0, 1),
+]
 
 
 @pytest.fixture
@@ -57,8 +100,11 @@ def folder(tmp_path):
     settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     (path / "config.json").write_text(json.dumps(settings | {"vocab_size": 140}), encoding="utf-8")
     torch.manual_seed(0)
-    tensors = {n: torch.randn(140, 16) * 0.3 if n in ("shared.weight", "lm_head.weight") else x
-               for n, x in read_weights(path).items() if "embed_tokens" not in n and n != "lm_head.weight"}
+    tensors = {
+        n: torch.randn(140, 16) * 0.3 if n in ("shared.weight", "lm_head.weight") else x
+        for n, x in read_weights(path).items()
+        if "embed_tokens" not in n and n != "lm_head.weight"
+    }
     torch.save(tensors, path / "pytorch_model.bin")
     (path / "spiece.model").write_bytes(spiece(PIECES))
     return path
@@ -67,10 +113,20 @@ def folder(tmp_path):
 def test_pieces_by_score_and_whitespace(folder):
     pieces = [text for text, *_ in PIECES]
     tokenizer = read_spiece(folder / "spiece.model", 140)
-    assert tokenizer.encode("a  house  bc ").tokens == ["▁a", "▁house", "▁", "bc"]  # no run of spaces survives
-    assert tokenizer.encode("xa").tokens == ["▁", "x", "a"] and tokenizer.encode("xa").ids[1] == pieces.index("<unk>")
+    assert tokenizer.encode("a  house  bc ").tokens == [
+        "▁a",
+        "▁house",
+        "▁",
+        "bc",
+    ]  # no run of spaces survives
+    assert tokenizer.encode("xa").tokens == ["▁", "x", "a"] and tokenizer.encode("xa").ids[
+        1
+    ] == pieces.index("<unk>")
     assert tokenizer.decode(tokenizer.encode("a house").ids) == "a house"
-    assert tokenizer.token_to_id("<extra_id_99>") == len(pieces) and tokenizer.token_to_id("<extra_id_0>") == len(pieces) + 99
+    assert (
+        tokenizer.token_to_id("<extra_id_99>") == len(pieces)
+        and tokenizer.token_to_id("<extra_id_0>") == len(pieces) + 99
+    )
 
 
 @pytest.mark.parametrize("name, vocab_size", [("t5_v1_1", 32128), ("umt5", 256384)])
@@ -80,22 +136,47 @@ def test_equal_ids_on_every_line_of_flores(name, vocab_size):
         pytest.skip(f"needs real vocabularies and FLORES in {DATA}")
     where = DATA / "tokenizers" / name
     ours = read_spiece(where / "spiece.model", vocab_size)
-    text = (where / "tokenizer.json").read_text(encoding="utf-8") if name == "t5_v1_1" else gzip.open(where / "tokenizer.json.gz", "rt").read()
+    text = (
+        (where / "tokenizer.json").read_text(encoding="utf-8")
+        if name == "t5_v1_1"
+        else gzip.open(where / "tokenizer.json.gz", "rt").read()
+    )
     theirs = Tokenizer.from_str(text)
-    lines = [line for file in sorted((DATA / "flores").glob("*.dev")) for line in file.read_text(encoding="utf-8").split("\n")]
+    lines = [
+        line
+        for file in sorted((DATA / "flores").glob("*.dev"))
+        for line in file.read_text(encoding="utf-8").split("\n")
+    ]
     assert len(lines) > 4900 and ours.get_vocab() == theirs.get_vocab()
     for text in lines + ODD:
-        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False).ids, text
+        assert (
+            ours.encode(text, add_special_tokens=False).ids
+            == theirs.encode(text, add_special_tokens=False).ids
+        ), text
 
 
 def test_sentinels_become_sep_and_tags(folder):
     """<extra_id_0> is the last piece, so <sep> has its id, the tags those before it; every id of the model has a token."""
     tokenizer = pretrained_tokenizer(folder, ["<2de>", "<2en>"], 140)
     n = len(PIECES)
-    assert [tokenizer.token_to_id(t) for t in (PAD, EOS, UNK, SEP, "<2de>", "<2en>")] == [0, 1, 2, n + 99, n + 98, n + 97]
+    assert [tokenizer.token_to_id(t) for t in (PAD, EOS, UNK, SEP, "<2de>", "<2en>")] == [
+        0,
+        1,
+        2,
+        n + 99,
+        n + 98,
+        n + 97,
+    ]
     assert tokenizer.get_vocab_size() == 140 and tokenizer.token_to_id("<extra_id_0>") is None
-    assert set(special_ids(tokenizer)) == {0, 1, 2, *range(n, 140)}  # no warmup may hold what is no text
-    assert Tokenizer.from_str(tokenizer.to_str()).get_vocab() == tokenizer.get_vocab()  # as a run folder keeps it
+    assert set(special_ids(tokenizer)) == {
+        0,
+        1,
+        2,
+        *range(n, 140),
+    }  # no warmup may hold what is no text
+    assert (
+        Tokenizer.from_str(tokenizer.to_str()).get_vocab() == tokenizer.get_vocab()
+    )  # as a run folder keeps it
 
 
 def test_tags_are_prompts_and_special_tokens_in_a_text_are_not(folder):
@@ -103,7 +184,11 @@ def test_tags_are_prompts_and_special_tokens_in_a_text_are_not(folder):
     data = encode(tokenizer, [Example("a</s>b <2de> <sep>", "<2de>", "a <pad>")])
     assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2de>")]
     assert not set(data.source[0][:-1].tolist()) & set(special_ids(tokenizer)) - {2}
-    assert data.target[0].tolist().count(1) == 1 and data.target[0][-1] == 1 and 0 not in data.target[0]
+    assert (
+        data.target[0].tolist().count(1) == 1
+        and data.target[0][-1] == 1
+        and 0 not in data.target[0]
+    )
 
 
 def test_mt5_has_its_sentinels_as_pieces(folder):
@@ -111,7 +196,10 @@ def test_mt5_has_its_sentinels_as_pieces(folder):
     pieces = PIECES + [(f"▁<extra_id_{i}>", -20.0, 1) for i in (1, 0)]
     (folder / "spiece.model").write_bytes(spiece(pieces))
     tokenizer = pretrained_tokenizer(folder, ["<2de>"], 140)
-    assert (tokenizer.token_to_id(SEP), tokenizer.token_to_id("<2de>")) == (len(pieces) - 1, len(pieces) - 2)
+    assert (tokenizer.token_to_id(SEP), tokenizer.token_to_id("<2de>")) == (
+        len(pieces) - 1,
+        len(pieces) - 2,
+    )
     assert set(special_ids(tokenizer)) == {0, 1, 2, *range(len(PIECES), 140)}
 
 
@@ -125,17 +213,22 @@ def test_no_warmup_and_no_output_may_hold_a_sentinel_that_is_left(folder):
     assert left == [n + 2, n + 1, n] and set(special_ids(tokenizer)) == {0, 1, 2, *range(n, 140)}
 
 
-@pytest.mark.parametrize("content, complaint", [
-    (b"", "not a SentencePiece unigram"), (b"\x0a\xff\xff", "not a SentencePiece unigram"), (b"hello, world", "not a SentencePiece"),
-    (spiece(PIECES, model_type=2), "not a SentencePiece unigram"),
-    (spiece(PIECES + [(f"p{i}", -9.0, 1) for i in range(200)]), "is not that of"),
-    (spiece([("a" if text == PAD else text, s, k) for text, s, k in PIECES]), "is not that of"),
-    (spiece([piece for piece in PIECES if piece[2] != 2]), "not a SentencePiece unigram"),
-    (spiece(PIECES) + chunk(3, chunk(2, b"\x07nonsense")), "not a SentencePiece unigram"),
-    (spiece(PIECES) + b"\x08" + b"\xff" * 5000, "not a SentencePiece unigram"),
-    (spiece(PIECES) + b"\x0a" + b"\xff" * 20 + b"\x01", "not a SentencePiece unigram"),
-    (spiece([PIECES[1], PIECES[0], *PIECES[2:]]), "is not that of"),  # </s> is not 1
-])
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "not a SentencePiece unigram"),
+        (b"\x0a\xff\xff", "not a SentencePiece unigram"),
+        (b"hello, world", "not a SentencePiece"),
+        (spiece(PIECES, model_type=2), "not a SentencePiece unigram"),
+        (spiece(PIECES + [(f"p{i}", -9.0, 1) for i in range(200)]), "is not that of"),
+        (spiece([("a" if text == PAD else text, s, k) for text, s, k in PIECES]), "is not that of"),
+        (spiece([piece for piece in PIECES if piece[2] != 2]), "not a SentencePiece unigram"),
+        (spiece(PIECES) + chunk(3, chunk(2, b"\x07nonsense")), "not a SentencePiece unigram"),
+        (spiece(PIECES) + b"\x08" + b"\xff" * 5000, "not a SentencePiece unigram"),
+        (spiece(PIECES) + b"\x0a" + b"\xff" * 20 + b"\x01", "not a SentencePiece unigram"),
+        (spiece([PIECES[1], PIECES[0], *PIECES[2:]]), "is not that of"),  # </s> is not 1
+    ],
+)
 def test_broken_vocabularies_are_refused(folder, content, complaint):
     (folder / "spiece.model").write_bytes(content)
     with pytest.raises(UserError, match=complaint):
@@ -164,30 +257,64 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
 
     import eval as evaluation
 
-    arguments = ["--task", "wmt", *TINY_TUNED, "--max-source-tokens", "120", "--max-target-tokens", "120",
-                 "--sample-size", "60", "--beams", "1", "--threads", "1", "--init", str(folder)]
+    arguments = [
+        "--task",
+        "wmt",
+        *TINY_TUNED,
+        "--max-source-tokens",
+        "120",
+        "--max-target-tokens",
+        "120",
+        "--sample-size",
+        "60",
+        "--beams",
+        "1",
+        "--threads",
+        "1",
+        "--init",
+        str(folder),
+    ]
     runs = [str(tmp_path / name) for name in ("whole", "parts")]
     assert train.main([*arguments, "--out", runs[0]]) == 0
     printed = capsys.readouterr().out
-    assert "vocabulary 140" in printed and "translate German to English: " in printed and "log P(c|x)" in printed
+    assert (
+        "vocabulary 140" in printed
+        and "translate German to English: " in printed
+        and "log P(c|x)" in printed
+    )
     config = json.loads((Path(runs[0]) / "config.json").read_text(encoding="utf-8"))
     assert config["init"] == str(folder)
     shutil.rmtree(folder)  # the run folder stands alone
-    assert train.main(["--resume", runs[0]]) == 0 and evaluation.main([runs[0], "--stage", "sft"]) == 0
+    assert (
+        train.main(["--resume", runs[0]]) == 0 and evaluation.main([runs[0], "--stage", "sft"]) == 0
+    )
     tokenizer = load_tokenizer(Path(runs[0]) / "tokenizer.json")
     model = evaluation.load_model(Path(runs[0]) / "policy.pt", tokenizer, torch.device("cpu"))
     assert not model.config.scaled and model.config.vocab_size == 140
 
     out = tmp_path / "out"  # and back to Hugging Face's format, from which another run can start
     assert evaluation.main([runs[0], "--export", str(out)]) == 0
-    assert {path.name for path in out.iterdir()} == {"config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "pytorch_model.bin",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     again = load_pretrained(out)
-    assert all(torch.allclose(p, again.get_parameter(name), rtol=1e-6) for name, p in model.named_parameters())
+    assert all(
+        torch.allclose(p, again.get_parameter(name), rtol=1e-6)
+        for name, p in model.named_parameters()
+    )
     own = load_tokenizer(Path(runs[0]) / "tokenizer.json")
-    assert pretrained_tokenizer(out, ["<2en>"], 140).get_vocab() == own.get_vocab()  # <sep> is the one it learnt
+    assert (
+        pretrained_tokenizer(out, ["<2en>"], 140).get_vocab() == own.get_vocab()
+    )  # <sep> is the one it learnt
     assert train.main([*arguments[:-1], str(out), "--out", runs[1], "--policy-steps", "0"]) == 0
     capsys.readouterr()
-    assert evaluation.main([runs[0], "--export", str(out)]) == 1 and "is not empty" in capsys.readouterr().err
+    assert (
+        evaluation.main([runs[0], "--export", str(out)]) == 1
+        and "is not empty" in capsys.readouterr().err
+    )
 
 
 def test_what_cannot_leave_says_so(finished_run, tmp_path, capsys, monkeypatch):
@@ -218,16 +345,26 @@ def test_t5_reads_sources_that_end(folder):
 def test_learning_rates_default_lower_for_pretrained_models():
     config, _ = train.parse(["--init", "somewhere"])
     assert (config.lr, config.policy_lr) == (3e-4, 1e-4)
-    assert train.parse(["--init", "somewhere", "--lr", "1e-2"])[0].lr == 1e-2 and train.parse([])[0].lr == train.Config.lr
+    assert (
+        train.parse(["--init", "somewhere", "--lr", "1e-2"])[0].lr == 1e-2
+        and train.parse([])[0].lr == train.Config.lr
+    )
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     shutil.copytree(GOLDEN / "t5", tmp_path / "no-tokenizer")
-    for init, complaint in ((str(tmp_path / "empty"), "config.json"), (str(tmp_path / "no-tokenizer"), "spiece.model"),
-                            ("/no/such", "no folder"), ("google/no-such-model", "did not give it")):
-        assert train.main(["--task", "wmt", *TINY_TUNED, "--init", init, "--out", str(tmp_path / "r")]) == 1
+    for init, complaint in (
+        (str(tmp_path / "empty"), "config.json"),
+        (str(tmp_path / "no-tokenizer"), "spiece.model"),
+        ("/no/such", "no folder"),
+        ("google/no-such-model", "did not give it"),
+    ):
+        assert (
+            train.main(["--task", "wmt", *TINY_TUNED, "--init", init, "--out", str(tmp_path / "r")])
+            == 1
+        )
         error = capsys.readouterr().err.strip()
         assert error.startswith("error: ") and complaint in error and "\n" not in error
         assert not (tmp_path / "r").exists()
@@ -235,12 +372,30 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path, capsys, monkeypatch):
 
 def test_the_guide_writes_a_warmup_in_transformers_as_we_do(folder, tmp_path, monkeypatch, capsys):
     """Its lines on an exported run, greedy: our c and our y, and no warning on loading."""
-    transformers = pytest.importorskip("transformers", reason="pip install transformers to test an export there")
+    transformers = pytest.importorskip(
+        "transformers", reason="pip install transformers to test an export there"
+    )
     import eval as evaluation
 
     monkeypatch.chdir(tmp_path)
-    arguments = ["--task", "wmt", *TINY_TUNED, "--max-source-tokens", "200", "--max-target-tokens", "128",
-                 "--warmup-len", "4", "--beams", "1", "--no-control", "--init", str(folder), "--out", "run"]
+    arguments = [
+        "--task",
+        "wmt",
+        *TINY_TUNED,
+        "--max-source-tokens",
+        "200",
+        "--max-target-tokens",
+        "128",
+        "--warmup-len",
+        "4",
+        "--beams",
+        "1",
+        "--no-control",
+        "--init",
+        str(folder),
+        "--out",
+        "run",
+    ]
     assert train.main(arguments) == 0 and evaluation.main(["run", "--export", "exported"]) == 0
     Path("in").write_text("Anna schläft.\n", encoding="utf-8")
     capsys.readouterr()

@@ -9,13 +9,36 @@ import eval as evaluation
 import train
 from data import Example
 
-SMALL = ["--task", "toy", "--sample-size", "400", "--symbols", "6", "--sft-steps", "4",
-         "--policy-steps", "3", "--eval-every", "2", "--batch-tokens", "320",
-         "--policy-batch-tokens", "80", "--samples", "2", "--eval-decode", "20", "--threads", "1"]
+SMALL = [
+    "--task",
+    "toy",
+    "--sample-size",
+    "400",
+    "--symbols",
+    "6",
+    "--sft-steps",
+    "4",
+    "--policy-steps",
+    "3",
+    "--eval-every",
+    "2",
+    "--batch-tokens",
+    "320",
+    "--policy-batch-tokens",
+    "80",
+    "--samples",
+    "2",
+    "--eval-decode",
+    "20",
+    "--threads",
+    "1",
+]
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def test_scores_by_hops_and_hit_rate():
@@ -51,7 +74,10 @@ def test_every_kind_of_estimator_trains_from_the_command_line(estimator, tmp_pat
     more = ["--entropy-bonus", "0.1"] if estimator == "jensen" else []
     flags = [*SMALL, "--estimator", estimator, *more, "--no-control"]
     assert train.main([*flags, "--out", str(folder)]) == 0
-    rows = {row["name"]: row for row in json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]}
+    rows = {
+        row["name"]: row
+        for row in json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    }
     name = {"pause": "pause", "sft": "sft, same tokens"}.get(estimator, "warmup")
     assert set(rows) == {"sft", name} and {"1 hop", "2 hops"} <= set(rows[name]["metrics"])
     assert ("hit rate" in rows[name]["metrics"]) == (estimator not in ("sft", "pause"))
@@ -83,14 +109,20 @@ def test_controls_see_as_many_target_tokens_an_update(monkeypatch, tmp_path):
         assert examples_per_update(monkeypatch, estimator, tmp_path / estimator) == {examples}
 
 
-@pytest.mark.parametrize("flag", [["--alpha", "0"], ["--entropy-bonus", "1"],
-                                  ["--temperature", "3"]])
+@pytest.mark.parametrize(
+    "flag", [["--alpha", "0"], ["--entropy-bonus", "1"], ["--temperature", "3"]]
+)
 def test_the_options_of_the_objective_reach_the_weights(flag, tmp_path):
     losses = []
     for name, more in (("plain", []), ("other", flag)):
         assert train.main([*SMALL, "--out", str(tmp_path / name), "--no-control", *more]) == 0
-        losses.append([line["nll"] for line in log_of(tmp_path / name)
-                       if (line["stage"], line["step"], line["kind"]) == ("policy", 3, "train")])
+        losses.append(
+            [
+                line["nll"]
+                for line in log_of(tmp_path / name)
+                if (line["stage"], line["step"], line["kind"]) == ("policy", 3, "train")
+            ]
+        )
     assert len(losses[0]) == 1 and losses[0] != losses[1]
 
 
@@ -108,17 +140,30 @@ def test_a_toy_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert {line["stage"] for line in log_of(tmp_path / "cut")} == {"sft", "policy"}
     assert train.main(["--resume", str(tmp_path / "cut")]) == 0
-    whole, cut = ([line | {"seconds": 0} for line in log_of(tmp_path / name)]
-                  for name in ("whole", "cut"))
+    whole, cut = (
+        [line | {"seconds": 0} for line in log_of(tmp_path / name)] for name in ("whole", "cut")
+    )
     assert whole == cut
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--task", "toy", "--data", "nowhere"], "leave --data out"),
-    (["--task", "toy", "--symbols", "2"], "no new example: lower --sample-size (now 50) or raise --symbols"),
-    (["--task", "toy", "--estimator", "exact", "--symbols", "20", "--warmup-len", "2"], "exact"),
-    (["--task", "toy", "--data", "sample", "--symbols", "3", "--hops", "0"], "no new example: lower --sample-size (now 50) or raise --symbols"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--task", "toy", "--data", "nowhere"], "leave --data out"),
+        (
+            ["--task", "toy", "--symbols", "2"],
+            "no new example: lower --sample-size (now 50) or raise --symbols",
+        ),
+        (
+            ["--task", "toy", "--estimator", "exact", "--symbols", "20", "--warmup-len", "2"],
+            "exact",
+        ),
+        (
+            ["--task", "toy", "--data", "sample", "--symbols", "3", "--hops", "0"],
+            "no new example: lower --sample-size (now 50) or raise --symbols",
+        ),
+    ],
+)
 def test_what_the_toy_refuses(arguments, message, tmp_path, capsys):
     assert train.main([*arguments, "--sample-size", "50", "--out", str(tmp_path / "run")]) == 1
     assert message in capsys.readouterr().err
@@ -127,10 +172,15 @@ def test_what_the_toy_refuses(arguments, message, tmp_path, capsys):
 
 def test_bad_toy_usage(capsys):
     for arguments in (
-            ["--symbols", "27"], ["--hops", "-1"], ["--hops", "10"], ["--alpha", "nan"],
-            ["--alpha", "inf"], ["--entropy-bonus", "1", "--estimator", "exact"],
-            ["--samples", "1", "--estimator", "jensen"],
-            ["--samples", "1", "--estimator", "best", "--entropy-bonus", "0.1"]):
+        ["--symbols", "27"],
+        ["--hops", "-1"],
+        ["--hops", "10"],
+        ["--alpha", "nan"],
+        ["--alpha", "inf"],
+        ["--entropy-bonus", "1", "--estimator", "exact"],
+        ["--samples", "1", "--estimator", "jensen"],
+        ["--samples", "1", "--estimator", "best", "--entropy-bonus", "0.1"],
+    ):
         with pytest.raises(SystemExit) as stop:
             train.main(["--task", "toy", *arguments])
         assert stop.value.code == 2 and arguments[0] in capsys.readouterr().err.splitlines()[0]
@@ -141,20 +191,29 @@ def test_new_questions_have_a_tab_before_their_prompt(tmp_path, capsys):
     folder, text = tmp_path / "run", tmp_path / "text"
     assert train.main([*SMALL, "--policy-steps", "0", "--out", str(folder)]) == 0
     capsys.readouterr()
-    text.write_text("ab bc cd de ef fa\t<2hops> a\n\nab bc cd de ef fa\t<1hops> c\n", encoding="utf-8")
+    text.write_text(
+        "ab bc cd de ef fa\t<2hops> a\n\nab bc cd de ef fa\t<1hops> c\n", encoding="utf-8"
+    )
     seen, decode = [], evaluation.collate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "collate", lambda encoded, index: seen.append((encoded, index)) or decode(
-            encoded, index))
+        patch.setattr(
+            data,
+            "collate",
+            lambda encoded, index: seen.append((encoded, index)) or decode(encoded, index),
+        )
         assert evaluation.main([str(folder), "--input", str(text)]) == 0
     assert capsys.readouterr().out.count("\n") == 3
     tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
     [(encoded, _)] = seen
-    assert [tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in encoded.prompt] == [
-        "<2hops> a", "<1hops> c"]
+    assert [
+        tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in encoded.prompt
+    ] == ["<2hops> a", "<1hops> c"]
     text.write_text("ab bc cd de ef fa\t<2hops> a\nab bc cd de ef fa\n", encoding="utf-8")
     assert evaluation.main([str(folder), "--input", str(text)]) == 1
-    assert "line 2 of --input has no prompt: a line is the source, a tab, and" in capsys.readouterr().err
+    assert (
+        "line 2 of --input has no prompt: a line is the source, a tab, and"
+        in capsys.readouterr().err
+    )
     text.write_text("ab bc cd de ef fa\t<3hops> a\n", encoding="utf-8")
     assert evaluation.main([str(folder), "--input", str(text)]) == 1
     assert "a prompt that begins with <1hops> or <2hops>" in capsys.readouterr().err

@@ -23,7 +23,9 @@ from warmup import Batch, WarmupSpec, all_warmups, sft_loss, score, target_token
 
 
 def log_of(folder, kind=None):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if kind in (None, line["kind"])]
 
 
@@ -37,7 +39,9 @@ def state_of(folder):
 
 def costs_of(folder):
     """Stage -> updates, FLOPs, seconds."""
-    return {stage: evaluation.training_cost(folder, stage) for stage in ("sft", "policy", "control")}
+    return {
+        stage: evaluation.training_cost(folder, stage) for stage in ("sft", "policy", "control")
+    }
 
 
 def prepared(tmp_path, *flags):
@@ -63,11 +67,21 @@ def stop_at(monkeypatch, stage, step, killed=False):
 # ----------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("stage, step, killed", [
-    ("sft", 3, False), ("sft", 4, False), ("policy", 1, False), ("policy", 3, False),
-    ("control", 1, False), ("policy", 1, True), ("policy", 3, True)])
+@pytest.mark.parametrize(
+    "stage, step, killed",
+    [
+        ("sft", 3, False),
+        ("sft", 4, False),
+        ("policy", 1, False),
+        ("policy", 3, False),
+        ("control", 1, False),
+        ("policy", 1, True),
+        ("policy", 3, True),
+    ],
+)
 def test_a_resumed_run_is_the_same_run_bit_for_bit(
-        stage, step, killed, tmp_path, monkeypatch, capsys):
+    stage, step, killed, tmp_path, monkeypatch, capsys
+):
     """N updates = n, interrupt, resume, N - n: weights, optimizer, every number. Dropout is on."""
     settings = ["--task", "wmt", *TINY, "--dropout", "0.3", "--sample-size", "80", "--beams", "1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -81,8 +95,11 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
     a, b = (evaluation.load_checkpoint(f / "last.pt", "state") for f in (whole, parts))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     moments = [checkpoint["optimizer"]["state"] for checkpoint in (a, b)]
-    assert all(torch.equal(moments[0][i][name], moments[1][i][name])
-               for i in moments[0] for name in moments[0][i])
+    assert all(
+        torch.equal(moments[0][i][name], moments[1][i][name])
+        for i in moments[0]
+        for name in moments[0][i]
+    )
     assert torch.equal(a["random"], b["random"]) and a["batches"] == b["batches"]
     timeless = [[line | {"seconds": 0} for line in log_of(f)] for f in (whole, parts)]
     assert timeless[0] == timeless[1]
@@ -118,13 +135,15 @@ def test_other_data_is_not_trained_on_after_resuming(column, tmp_path):
 
 
 def test_a_run_that_moved_is_resumed_with_other_device_threads_and_data(
-        tmp_path, monkeypatch, capsys):
+    tmp_path, monkeypatch, capsys
+):
     text, run = tmp_path / "text", tmp_path / "run"
     text.mkdir()
     for split, lines in (("train", 40), ("valid", 8)):
         for language, word in (("de", "Hund"), ("en", "dog")):
             (text / f"{split}.{language}").write_text(
-                "".join(f"{word} {n} {word}\n" for n in range(lines)), encoding="utf-8")
+                "".join(f"{word} {n} {word}\n" for n in range(lines)), encoding="utf-8"
+            )
     with monkeypatch.context() as patch:
         stop_at(patch, "sft", 2)
         flags = [*TINY, "--threads", "2", "--policy-steps", "0", "--data", str(text)]
@@ -140,8 +159,18 @@ def test_a_run_that_moved_is_resumed_with_other_device_threads_and_data(
     assert json.loads((run / "results.json").read_text(encoding="utf-8"))["data"] == str(moved)
 
 
-@pytest.mark.parametrize("flags", ["--seed 1", "--task wmt", "--samples 2", "--init x",
-                                   "--overwrite", "--no-control", "--out elsewhere"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--seed 1",
+        "--task wmt",
+        "--samples 2",
+        "--init x",
+        "--overwrite",
+        "--no-control",
+        "--out elsewhere",
+    ],
+)
 def test_a_resumed_run_takes_no_other_settings(flags, finished_run, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", str(finished_run), *flags.split()])
@@ -152,10 +181,15 @@ def test_the_training_split_is_scored_whole(finished_run, tmp_path, capsys):
     """Long pairs are left out of training only: else line i would be scored against line i + 1."""
     folder = shutil.copytree(finished_run, tmp_path / "run")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"max_source_tokens": 12}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"max_source_tokens": 12}), encoding="utf-8"
+    )
     assert evaluation.main([str(folder), "--split", "train", "--stage", "sft"]) == 0
     assert "their source loses its end" in capsys.readouterr().out
-    assert len((folder / "train.sft.txt").read_text(encoding="utf-8").splitlines()) == config["sample_size"]
+    assert (
+        len((folder / "train.sft.txt").read_text(encoding="utf-8").splitlines())
+        == config["sample_size"]
+    )
 
 
 def test_a_run_remembers_its_data(finished_run, tmp_path, monkeypatch):
@@ -173,8 +207,9 @@ def test_a_run_remembers_its_data(finished_run, tmp_path, monkeypatch):
 
 def test_unequal_micro_batches_give_the_gradient_of_the_joined_batch(tmp_path, monkeypatch):
     """--accumulate 3: the loss summed over all micro-batches, divided once by all their tokens."""
-    run = prepared(tmp_path, "--dropout", "0", "--accumulate", "3", "--sft-steps", "1",
-                   "--policy-steps", "0")
+    run = prepared(
+        tmp_path, "--dropout", "0", "--accumulate", "3", "--sft-steps", "1", "--policy-steps", "0"
+    )
     run.model.double()
     index = [[0, 1, 2, 3, 4], [5], [6, 7]]
     micro = iter([collate(run.data["train"], rows) for rows in index])
@@ -227,7 +262,9 @@ def test_a_gradient_that_is_not_finite_spoils_no_file(norm, tmp_path, monkeypatc
         return calls[-1] if len(calls) < 3 else torch.tensor(norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    with pytest.raises(train.UserError, match=f"the gradient became {norm}: start again, lower --lr"):
+    with pytest.raises(
+        train.UserError, match=f"the gradient became {norm}: start again, lower --lr"
+    ):
         run.train()
     assert state_of(run.folder)["step"] == 2
     saved = evaluation.load_checkpoint(run.folder / "last.pt", "state")["model"]
@@ -268,7 +305,8 @@ def test_recompute_reaches_encoder_and_decoder(flags, both, tmp_path):
 
 @pytest.mark.parametrize("estimator", ["marginal", "frozen", "pause", "sft"])
 def test_decoder_dropout_is_off_in_the_whole_policy_stage_and_nowhere_else(
-        estimator, tmp_path, monkeypatch):
+    estimator, tmp_path, monkeypatch
+):
     """For the baselines, too: else dropout would be a second difference. Encoder dropout stays."""
     original, seen = train.Run.loss, {}
 
@@ -307,8 +345,18 @@ def counted(shape):
     """A model, a batch with padding on both sides, and what counts a loss's FLOPs with backward."""
     torch.manual_seed(0)
     (B, S, P, T), _, more = SHAPES[shape]
-    settings = dict(vocab_size=90, width=48, heads=2, head_size=16, ff=80, encoder_layers=2,
-                    decoder_layers=3) | more
+    settings = (
+        dict(
+            vocab_size=90,
+            width=48,
+            heads=2,
+            head_size=16,
+            ff=80,
+            encoder_layers=2,
+            decoder_layers=3,
+        )
+        | more
+    )
     model = transformer.EncoderDecoder(transformer.ModelConfig(**settings))
     batch = Batch(torch.randint(4, 90, (B, S)), torch.full((B, P), 5), torch.randint(4, 90, (B, T)))
     batch.source[0, S // 2 :] = batch.target[1, T // 2 :] = 0
@@ -337,7 +385,8 @@ def test_the_flops_of_an_sft_update_are_those_that_torch_counts(shape, countable
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("estimator", ["marginal", "frozen"])
 def test_the_flops_of_a_warmup_update_are_those_that_torch_counts(
-        estimator, shape, countable_attention):
+    estimator, shape, countable_attention
+):
     """Sampling reads a prefix once an example, then a token at a time. It has no backward pass."""
     (K, W), (config, batch, flops) = SHAPES[shape][1], counted(shape)
     spec = WarmupSpec(3, (0, 1, 2, 3), W, W)
@@ -365,9 +414,24 @@ def test_the_flops_of_a_pause_update_are_those_that_torch_counts(shape, countabl
 @pytest.mark.parametrize("estimator", ["marginal", "exact", "truncated", "frozen", "pause", "sft"])
 def test_a_run_counts_the_flops_that_torch_counts(estimator, tmp_path, countable_attention):
     """Of a policy update as Run.loss does it, with its own K, W and ways of sampling."""
-    config, _ = train.parse([
-        "--task", "toy", "--symbols", "5", "--sample-size", "60", "--samples", "4",
-        "--policy-batch-tokens", "200", "--estimator", estimator, "--out", str(tmp_path / "r")])
+    config, _ = train.parse(
+        [
+            "--task",
+            "toy",
+            "--symbols",
+            "5",
+            "--sample-size",
+            "60",
+            "--samples",
+            "4",
+            "--policy-batch-tokens",
+            "200",
+            "--estimator",
+            estimator,
+            "--out",
+            str(tmp_path / "r"),
+        ]
+    )
     run, _ = train.prepare(config, resume=False)
     train.validate_and_save(run)  # sft.pt, from which the policy stage begins
     run.start_stage("policy")
@@ -397,9 +461,13 @@ def test_even_a_cheap_warmup_stage_gives_the_control_one_update(tmp_path):
     train.validate_and_save(run)  # sft.pt, from which the control begins
     for policy, updates in ((1, 1), (149, 1), (151, 2), (1000, 10)):
         costs = [("sft", 100, 1.0)] * 3 + [("policy", 0, 33.0)] * 6 + [("policy", policy, 1.0)]
-        lines = [dict(kind="train", stage=stage, flops=flops, seconds=seconds)
-                 for stage, flops, seconds in costs]
-        (run.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        lines = [
+            dict(kind="train", stage=stage, flops=flops, seconds=seconds)
+            for stage, flops, seconds in costs
+        ]
+        (run.folder / "log.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
         run.start_stage("control")
         assert run.state.total == updates
 
@@ -423,12 +491,16 @@ def test_a_slow_machine_prints_the_same_table(tmp_path, monkeypatch, capsys):
         finished.append(costs_of(tmp_path / name))
     is_row = [re.match(r"(sft|sft, same compute|warmup) +\d", line) for line in tables[0]]
     assert sum(map(bool, is_row)) == 3
-    timeless = [[line[:-9] if row else line for line, row in zip(table, is_row)]
-                for table in tables]
+    timeless = [
+        [line[:-9] if row else line for line, row in zip(table, is_row)] for table in tables
+    ]
     assert tables[0] != tables[1] and timeless[0] == timeless[1]  # the seconds differ, nothing else
     assert finished[1]["sft"]["seconds"] > finished[0]["sft"]["seconds"] + 200
-    assert all(finished[0][stage][cost] == finished[1][stage][cost]
-               for stage in ("sft", "policy", "control") for cost in ("updates", "flops"))
+    assert all(
+        finished[0][stage][cost] == finished[1][stage][cost]
+        for stage in ("sft", "policy", "control")
+        for cost in ("updates", "flops")
+    )
 
 
 # ----------------------------------------------------------------------------- a whole run
@@ -436,18 +508,50 @@ def test_a_slow_machine_prints_the_same_table(tmp_path, monkeypatch, capsys):
 
 def test_a_run_leaves_what_the_readme_says(finished_run):
     have = {path.name for path in finished_run.iterdir()}
-    assert {"config.json", "tokenizer.json", "log.jsonl", "last.pt", "sft.pt", "policy.pt",
-            "control.pt", "results.json"} <= have
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "log.jsonl",
+        "last.pt",
+        "sft.pt",
+        "policy.pt",
+        "control.pt",
+        "results.json",
+    } <= have
     assert not any(name.endswith(".tmp") for name in have)
     results = json.loads((finished_run / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"task", "pair", "data", "split", "rows", "ceiling", "signature",
-                            "config", "data_checksum", "versions", "device", "processes"}
+    assert set(results) == {
+        "task",
+        "pair",
+        "data",
+        "split",
+        "rows",
+        "ceiling",
+        "signature",
+        "config",
+        "data_checksum",
+        "versions",
+        "device",
+        "processes",
+    }
     assert [results[name] for name in ("task", "pair", "data", "split")] == [
-        "wmt", "de-en", "sample", "test"]
+        "wmt",
+        "de-en",
+        "sample",
+        "test",
+    ]
     assert [row["name"] for row in results["rows"]] == ["sft", "sft, same compute", "warmup"]
     for row in results["rows"]:
-        assert set(row) == {"stage", "name", "metrics", "nll", "updates", "flops", "seconds",
-                            "at_limit"}
+        assert set(row) == {
+            "stage",
+            "name",
+            "metrics",
+            "nll",
+            "updates",
+            "flops",
+            "seconds",
+            "at_limit",
+        }
         assert set(row["metrics"]) == {"BLEU", "chrF++"} and 0 < row["nll"] < math.inf
     assert all(90 < score <= 100 for score in results["ceiling"].values())  # some are cut
     assert results["rows"][0]["updates"] == 4 and results["rows"][2]["updates"] == 4 + 3
@@ -475,8 +579,10 @@ def test_the_best_checkpoint_is_kept_not_the_last(tmp_path, monkeypatch):
 
 
 def test_the_cost_of_stages_is_that_of_their_logged_updates(tmp_path):
-    lines = [dict(kind="train", stage=stage, flops=10**20 + n, seconds=n / 4)
-             for n, stage in enumerate(["sft", "sft", "policy", "control"])]
+    lines = [
+        dict(kind="train", stage=stage, flops=10**20 + n, seconds=n / 4)
+        for n, stage in enumerate(["sft", "sft", "policy", "control"])
+    ]
     lines.insert(1, dict(kind="valid", stage="sft", step=1, nll=1.0))
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -504,7 +610,9 @@ def test_eval_reproduces_the_table(finished_run, capsys):
 
 
 def test_the_table_counts_in_tflop(capsys):
-    row = evaluation.Row("sft", "sft", {"BLEU": 1.5}, 2.5, 300, 1234_567_000_000_000, 61.0, 0, [], [])
+    row = evaluation.Row(
+        "sft", "sft", {"BLEU": 1.5}, 2.5, 300, 1234_567_000_000_000, 61.0, 0, [], []
+    )
     best = {"BLEU": 99.987}
     example = train.Example("a", "<2en>", "b")
     evaluation.print_table([row], best, train.Config(), [example], "test")
@@ -515,8 +623,10 @@ def test_the_table_counts_in_tflop(capsys):
 def test_equal_outputs_are_no_significant_difference(capsys):
     """sacreBLEU's bootstrap gives two equal systems the smallest p there is."""
     examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
-    rows = [evaluation.Row(stage, stage, {}, 0.0, 1, 1, 1.0, 0, ["a dog sees cats"] * 20, [])
-            for stage in ("sft", "control", "policy")]
+    rows = [
+        evaluation.Row(stage, stage, {}, 0.0, 1, 1, 1.0, 0, ["a dog sees cats"] * 20, [])
+        for stage in ("sft", "control", "policy")
+    ]
     rows[2].hypotheses = ["a small dog sees cats"] * 20
     evaluation.print_significance(rows, train.Config(), examples)
     lines = capsys.readouterr().out.splitlines()
@@ -571,13 +681,26 @@ def test_log_holds_the_diagnostics(finished_run):
     names = {"reward", "spread", "ess", "entropy", "distinct", "nll", "loss", "grad_norm", "flops"}
     assert names <= set(next(line for line in policy if line["kind"] == "train"))
     assert {"swap_gap", "over_empty", "nll"} <= set(
-        next(line for line in policy if line["kind"] == "valid"))
+        next(line for line in policy if line["kind"] == "valid")
+    )
 
 
 def test_sampled_validation_nll_is_an_upper_bound_on_average(tmp_path):
     """Jensen: E[-log mean_k p_k] >= -log E[p]; with more samples the bound gets tighter."""
-    config, _ = train.parse(["--task", "toy", "--symbols", "5", "--sample-size", "60",
-                             "--batch-tokens", "4000", "--out", str(tmp_path / "r")])
+    config, _ = train.parse(
+        [
+            "--task",
+            "toy",
+            "--symbols",
+            "5",
+            "--sample-size",
+            "60",
+            "--batch-tokens",
+            "4000",
+            "--out",
+            str(tmp_path / "r"),
+        ]
+    )
     run, _ = train.prepare(config, resume=False)
     for p in run.model.parameters():  # so that the warmup matters
         p.data += 0.5 * torch.randn_like(p)
@@ -592,8 +715,9 @@ def test_sampled_validation_nll_is_an_upper_bound_on_average(tmp_path):
     means = []
     for K in (1, 8):
         config = train.replace(config, eval_samples=K)
-        means.append(sum(evaluation.validate(model, data, config, spec)["nll"]
-                         for _ in range(40)) / 40)
+        means.append(
+            sum(evaluation.validate(model, data, config, spec)["nll"] for _ in range(40)) / 40
+        )
     few, many = means
     assert exact < many < few
 
@@ -637,9 +761,15 @@ def test_help_of_the_other_programs_gives_every_default(capsys, monkeypatch):
     """Flags that have no default do nothing unless they are given."""
     entries = entries_of_help(evaluation, capsys)
     without = {"--input", "--export", "--show-warmup", "--data", "--show", "--plot"}
-    defaults = {"--split": "test", "--stage": "all", "--beams": "the run's", "--max-target-tokens": "the run's",
-                    "--batch-tokens": "the run's",
-                "--device": "the run's", "--threads": "the run's"}
+    defaults = {
+        "--split": "test",
+        "--stage": "all",
+        "--beams": "the run's",
+        "--max-target-tokens": "the run's",
+        "--batch-tokens": "the run's",
+        "--device": "the run's",
+        "--threads": "the run's",
+    }
     assert set(entries) == without | set(defaults)
     for flag, default in defaults.items():
         assert f"default: {default}" in entries[flag], flag
@@ -647,9 +777,21 @@ def test_help_of_the_other_programs_gives_every_default(capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "read_settings", lambda folder: settings)
     given, used = evaluation.parse(["run"])
     assert not given.show_warmup and used == settings
-    assert {getattr(given, flag[2:]) for flag in ("--split", "--stage", "--input", "--export",
-                                                  "--show", "--plot", "--beams", "--data", "--device",
-                                                  "--threads")} == {None}
+    assert {
+        getattr(given, flag[2:])
+        for flag in (
+            "--split",
+            "--stage",
+            "--input",
+            "--export",
+            "--show",
+            "--plot",
+            "--beams",
+            "--data",
+            "--device",
+            "--threads",
+        )
+    } == {None}
     given, used = evaluation.parse(["run", "--beams", "2", "--data", "", "--threads", "0"])
     assert (used.beams, used.data, used.device, used.threads) == (2, "", "cpu", 0)
     entries = entries_of_help(datasets, capsys)
@@ -659,8 +801,11 @@ def test_help_of_the_other_programs_gives_every_default(capsys, monkeypatch):
 
 
 def test_every_end_of_a_range_is_accepted_and_nothing_beyond(capsys):
-    alone = {"--samples": ["--policy-steps", "0"], "--warmup-len": ["--warmup-min-len", "0"],
-             "--warmup-min-len": ["--warmup-len", "1024"]}
+    alone = {
+        "--samples": ["--policy-steps", "0"],
+        "--warmup-len": ["--warmup-min-len", "0"],
+        "--warmup-min-len": ["--warmup-len", "1024"],
+    }
     for f in train.fields(train.Config):
         if f.type not in (int, float):
             continue
@@ -676,10 +821,13 @@ def test_every_end_of_a_range_is_accepted_and_nothing_beyond(capsys):
 
 def test_importing_has_no_side_effects():
     """Any function can be imported by a student: no output, no seeding, no argument parsing."""
-    code = ("import torch; s = torch.get_rng_state(); import train, eval, sys; "
-            "sys.exit(not torch.equal(s, torch.get_rng_state()))")
-    done = subprocess.run([sys.executable, "-c", code, "--no-such-flag"], capture_output=True,
-                          text=True)
+    code = (
+        "import torch; s = torch.get_rng_state(); import train, eval, sys; "
+        "sys.exit(not torch.equal(s, torch.get_rng_state()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-such-flag"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -694,8 +842,10 @@ def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
 def test_out_of_memory_while_decoding_keeps_what_was_trained(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: torch.empty(2**60))
-    for program, argv in ((train, ["--task", "wmt", *TINY, "--out", str(folder)]),
-                          (evaluation, [str(folder)])):
+    for program, argv in (
+        (train, ["--task", "wmt", *TINY, "--out", str(folder)]),
+        (evaluation, [str(folder)]),
+    ):
         assert program.main(argv) == 1
         error = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
         assert error.startswith("error: out of memory") and "--beams" in error
@@ -710,9 +860,18 @@ def test_compile_makes_a_handful_of_graphs_and_changes_nothing():
     from warmup import evaluate_warmups
 
     torch.manual_seed(0)
-    model = transformer.EncoderDecoder(transformer.ModelConfig(
-        vocab_size=40, width=16, heads=2, head_size=8, ff=32, encoder_layers=1, decoder_layers=1,
-        dropout=0.0))
+    model = transformer.EncoderDecoder(
+        transformer.ModelConfig(
+            vocab_size=40,
+            width=16,
+            heads=2,
+            head_size=8,
+            ff=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            dropout=0.0,
+        )
+    )
     spec, results, counter = WarmupSpec(3, (0, 1, 2, 3), 4, 4), [], CompileCounter()
     for compiled in (False, True):
         if compiled:
@@ -721,8 +880,9 @@ def test_compile_makes_a_handful_of_graphs_and_changes_nothing():
         numbers = []
         for _ in range(8):
             B, S, T = torch.randint(0, 5, (3,)) + torch.tensor([4, 10, 20])
-            batch = Batch(torch.randint(4, 40, (B, S)), torch.full((B, 1), 5),
-                          torch.randint(4, 40, (B, T)))
+            batch = Batch(
+                torch.randint(4, 40, (B, S)), torch.full((B, 1), 5), torch.randint(4, 40, (B, T))
+            )
             model.train()
             loss = sft_loss(model, batch)
             model.decoder.eval()

@@ -39,11 +39,31 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import EncoderDecoder, ModelConfig, beam_search, decoding, precision
-from warmup import (ESTIMATORS, Batch, WarmupSpec, all_warmups, diagnostics, direct_logprobs,
-                    entropy_gradient, evaluate_warmups, first_occurrence, generate, marginal,
-                    mean_of_others, sample_warmups, score, score_distinct, sft_loss, sum_logprobs,
-                    surrogate,
-                    target_tokens, warmup_logprobs, warmup_loss, weights, with_start)
+from warmup import (
+    ESTIMATORS,
+    Batch,
+    WarmupSpec,
+    all_warmups,
+    diagnostics,
+    direct_logprobs,
+    entropy_gradient,
+    evaluate_warmups,
+    first_occurrence,
+    generate,
+    marginal,
+    mean_of_others,
+    sample_warmups,
+    score,
+    score_distinct,
+    sft_loss,
+    sum_logprobs,
+    surrogate,
+    target_tokens,
+    warmup_logprobs,
+    warmup_loss,
+    weights,
+    with_start,
+)
 
 F64 = dict(dtype=torch.float64)
 
@@ -77,13 +97,17 @@ def expected_gradient(estimator, policy, target, K=3):
     for c, probability in tuples(policy, K):
         log_pi, log_p = policy.log_softmax(0)[c][None], target.log_softmax(1)[c, 0][None]  # (1,K)
         a, b = weights(estimator, log_p.detach(), log_pi.detach(), c[None, :, None])
-        for total, grad in zip(grads, torch.autograd.grad(surrogate(a, b, log_pi, log_p), (policy, target))):
+        for total, grad in zip(
+            grads, torch.autograd.grad(surrogate(a, b, log_pi, log_p), (policy, target))
+        ):
             total -= probability * grad
     return grads
 
 
 def check(ours, objective, parameters):
-    for a, b in zip(ours, torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)):
+    for a, b in zip(
+        ours, torch.autograd.grad(objective, parameters, allow_unused=True, materialize_grads=True)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -104,7 +128,9 @@ def test_fisher_identity_so_exact_is_the_gradient_of_the_marginal_likelihood():
 def mean_over_tuples(policy, target, K, value):
     """E over all K-tuples of value(log p (K,)), with the graph through the tuples' probabilities too."""
     pi, log_p = policy.softmax(0), target.log_softmax(1)[:, 0]
-    return sum(pi[list(c)].prod() * value(log_p[list(c)]) for c in itertools.product(range(4), repeat=K))
+    return sum(
+        pi[list(c)].prod() * value(log_p[list(c)]) for c in itertools.product(range(4), repeat=K)
+    )
 
 
 OBJECTIVES = {  # what the expected gradient is exactly the gradient of
@@ -135,9 +161,15 @@ def test_truncated_is_exact_for_each_set_of_distinct_warmups():
     for c, _ in tuples(policy, 3):
         log_pi, log_p = policy.log_softmax(0)[c][None], target.log_softmax(1)[c, 0][None]
         a, b = weights("truncated", log_p.detach(), log_pi.detach(), c[None, :, None])
-        ours = torch.autograd.grad(-surrogate(a, b, log_pi, log_p), (policy, target), retain_graph=True)
+        ours = torch.autograd.grad(
+            -surrogate(a, b, log_pi, log_p), (policy, target), retain_graph=True
+        )
         distinct = c.unique()
-        check(ours, (policy.log_softmax(0) + target.log_softmax(1)[:, 0])[distinct].logsumexp(0), (policy, target))
+        check(
+            ours,
+            (policy.log_softmax(0) + target.log_softmax(1)[:, 0])[distinct].logsumexp(0),
+            (policy, target),
+        )
 
 
 def test_the_entropy_bonus_is_the_exact_gradient_of_the_entropy():
@@ -145,7 +177,10 @@ def test_the_entropy_bonus_is_the_exact_gradient_of_the_entropy():
     total = torch.zeros_like(policy)
     for c, probability in tuples(policy, 3):
         log_pi = policy.log_softmax(0)[c][None]
-        total += probability * torch.autograd.grad((entropy_gradient(log_pi.detach()) * log_pi).sum(), policy)[0]
+        total += (
+            probability
+            * torch.autograd.grad((entropy_gradient(log_pi.detach()) * log_pi).sum(), policy)[0]
+        )
     check([total], -(policy.softmax(0) * policy.log_softmax(0)).sum(), [policy])
 
 
@@ -182,7 +217,9 @@ def test_marginal_equals_the_gradient_of_the_monte_carlo_objective_for_the_targe
     """Its b half is autograd of log mean_k p_k = logsumexp(R) - log K, sample by sample, not only on average."""
     log_p = torch.randn(5, 4, requires_grad=True, **F64)
     _, b = marginal(log_p.detach())
-    torch.testing.assert_close(b, torch.autograd.grad(log_p.logsumexp(1).sum(), log_p)[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        b, torch.autograd.grad(log_p.logsumexp(1).sum(), log_p)[0], rtol=1e-10, atol=1e-10
+    )
 
 
 def make(name, R):
@@ -199,7 +236,12 @@ def test_weights_sum_as_they_should(name):
     """
     R = 10 * torch.randn(6, 4, **F64)
     a, b = make(name, R)
-    torch.testing.assert_close(b.sum(1), R.exp().mean(1) if name == "prob" else torch.ones(6, **F64), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        b.sum(1),
+        R.exp().mean(1) if name == "prob" else torch.ones(6, **F64),
+        rtol=1e-10,
+        atol=1e-10,
+    )
     if name == "iwae":
         assert (a.sum(1) > 0).all()
     else:
@@ -253,7 +295,9 @@ def test_alpha_spans_frozen_marginal_and_best():
     for alpha, name in ((0.0, "frozen"), (1e6, "best")):
         (a, b), (a_limit, b_limit) = make("marginal", alpha * R), make(name, R)
         torch.testing.assert_close(b, b_limit)
-        torch.testing.assert_close(a, a_limit - (1 / 4 if name == "best" else 0))  # marginal keeps its baseline
+        torch.testing.assert_close(
+            a, a_limit - (1 / 4 if name == "best" else 0)
+        )  # marginal keeps its baseline
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -270,10 +314,16 @@ def test_weights_carry_no_graph_and_the_target_term_does(name):
     """Two silent mistakes of published code: gradient through the weights, and a target term that is cut off."""
     policy, target = tables()
     log_pi, log_p = policy.log_softmax(0)[None, :3], target.log_softmax(1)[None, :3, 0]
-    a, b = weights(name, log_p, log_pi, torch.arange(3)[None, :, None])  # with graph on purpose: surrogate must cut it
+    a, b = weights(
+        name, log_p, log_pi, torch.arange(3)[None, :, None]
+    )  # with graph on purpose: surrogate must cut it
     by_hand = -(a.detach() * log_pi + b.detach() * log_p).sum()
-    for x, y in zip(*(torch.autograd.grad(loss, (policy, target), retain_graph=True)
-                      for loss in (surrogate(a, b, log_pi, log_p), by_hand))):
+    for x, y in zip(
+        *(
+            torch.autograd.grad(loss, (policy, target), retain_graph=True)
+            for loss in (surrogate(a, b, log_pi, log_p), by_hand)
+        )
+    ):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
     assert torch.autograd.grad(by_hand, target)[0].abs().max() > 0.01
 
@@ -285,7 +335,16 @@ V, SEP = 7, 3
 
 def toy_model(seed=0):
     torch.manual_seed(seed)
-    c = ModelConfig(vocab_size=V, width=16, heads=2, head_size=8, ff=16, encoder_layers=1, decoder_layers=1, dropout=0.0)
+    c = ModelConfig(
+        vocab_size=V,
+        width=16,
+        heads=2,
+        head_size=8,
+        ff=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        dropout=0.0,
+    )
     model = EncoderDecoder(c).double().eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -295,7 +354,11 @@ def toy_model(seed=0):
 
 def toy_batch():
     """Two examples: padded source, one prompt token, padded target; </s> is 1."""
-    return Batch(torch.tensor([[4, 5, 6], [6, 4, 0]]), torch.tensor([[5], [6]]), torch.tensor([[4, 6, 1], [5, 1, 0]]))
+    return Batch(
+        torch.tensor([[4, 5, 6], [6, 4, 0]]),
+        torch.tensor([[5], [6]]),
+        torch.tensor([[4, 6, 1], [5, 1, 0]]),
+    )
 
 
 def first_of(batch):
@@ -322,7 +385,9 @@ def test_all_warmups_are_those_of_a_brute_force_search(length, min_length):
     assert sorted(found) == sorted(by_brute_force(s))
 
 
-@pytest.mark.parametrize("length, min_length, temperature", [(1, 1, 1.0), (2, 2, 1.0), (3, 1, 1.0), (3, 2, 0.7)])
+@pytest.mark.parametrize(
+    "length, min_length, temperature", [(1, 1, 1.0), (2, 2, 1.0), (3, 1, 1.0), (3, 2, 0.7)]
+)
 def test_the_probabilities_of_all_warmups_sum_to_one(length, min_length, temperature):
     model, batch, s = toy_model(), toy_batch(), spec(length, min_length, temperature=temperature)
     c = all_warmups(s, V)[None].expand(2, -1, -1)  # (2,all,W)
@@ -338,7 +403,9 @@ def test_sampled_and_teacher_forced_logprobs_agree(length, min_length, temperatu
     c, sampled = sample_warmups(model, memory, batch.prompt, s, samples=40)
     scored, _ = score(model, memory, batch.prompt, c, batch.target, s)
     torch.testing.assert_close(sampled, scored, rtol=1e-10, atol=1e-10)
-    assert {tuple(row) for row in c.view(-1, length).tolist()} <= {tuple(row) for row in all_warmups(s, V).tolist()}
+    assert {tuple(row) for row in c.view(-1, length).tolist()} <= {
+        tuple(row) for row in all_warmups(s, V).tolist()
+    }
 
 
 def test_a_row_scores_alone_as_it_does_in_a_padded_batch():
@@ -350,7 +417,12 @@ def test_a_row_scores_alone_as_it_does_in_a_padded_batch():
     for x, y in zip(both, one):
         torch.testing.assert_close(x[1:], y, rtol=1e-10, atol=1e-10)
     direct = direct_logprobs(model, model.encode(batch.source), batch)
-    torch.testing.assert_close(direct[1:], direct_logprobs(model, model.encode(alone.source), alone), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        direct[1:],
+        direct_logprobs(model, model.encode(alone.source), alone),
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 def test_score_is_the_chain_rule_over_the_full_sequence():
@@ -397,8 +469,10 @@ def test_sum_logprobs_leaves_padding_out():
     model, batch = toy_model(), toy_batch()
     hidden = torch.randn(2, 3, 16, **F64)
     log_probs = model.logits(hidden).log_softmax(-1)
-    expected = [sum(log_probs[row, t, y] for t, y in enumerate(ys))
-                for row, ys in enumerate([[4, 6, 1], [5, 1]])]
+    expected = [
+        sum(log_probs[row, t, y] for t, y in enumerate(ys))
+        for row, ys in enumerate([[4, 6, 1], [5, 1]])
+    ]
     ours = sum_logprobs(model, hidden, batch.target)
     torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-10, atol=1e-10)
 
@@ -409,13 +483,21 @@ def test_the_gradient_is_exact_on_average_through_the_whole_model(name):
     model, batch, s = toy_model(), first_of(toy_batch()), spec(1)
     parameters, choices = list(model.parameters()), all_warmups(s, V)
     memory = model.encode(batch.source)
-    log_pi_all, log_p_all = (x[0] for x in score(model, memory, batch.prompt, choices[None], batch.target, s))  # (3,)
+    log_pi_all, log_p_all = (
+        x[0] for x in score(model, memory, batch.prompt, choices[None], batch.target, s)
+    )  # (3,)
     grads, objective = [torch.zeros_like(p) for p in parameters], 0.0
     for i, j in itertools.product(range(3), repeat=2):
-        log_pi, log_p = score(model, model.encode(batch.source), batch.prompt, choices[[i, j]][None], batch.target, s)
-        loss = surrogate(*weights(name, log_p.detach(), log_pi.detach(), choices[[i, j]][None]), log_pi, log_p)
+        log_pi, log_p = score(
+            model, model.encode(batch.source), batch.prompt, choices[[i, j]][None], batch.target, s
+        )
+        loss = surrogate(
+            *weights(name, log_p.detach(), log_pi.detach(), choices[[i, j]][None]), log_pi, log_p
+        )
         probability = (log_pi_all[i] + log_pi_all[j]).exp()
-        for total, grad in zip(grads, torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)):
+        for total, grad in zip(
+            grads, torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        ):
             total -= probability.item() * grad
         value = OBJECTIVES.get(name, OBJECTIVES["jensen"])(log_p_all[[i, j]])
         objective = objective + (probability.detach() if name == "frozen" else probability) * value
@@ -557,7 +639,9 @@ def test_diagnostics_of_all_warmups_are_weighted_by_the_policy():
     log_pi, R = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.0, -2.0]])
     d = diagnostics(R, log_pi, torch.tensor([[[4], [5]]]), exact=True)
     p = 0.25 + 0.75 * math.exp(-2.0)
-    assert d["nll"].item() == pytest.approx(-math.log(p)) and d["reward"].item() == pytest.approx(-1.5)
+    assert d["nll"].item() == pytest.approx(-math.log(p)) and d["reward"].item() == pytest.approx(
+        -1.5
+    )
     assert d["spread"].item() == pytest.approx((0.25 * 1.5**2 + 0.75 * 0.5**2) ** 0.5)
     assert d["ess"].item() == pytest.approx(1 / ((0.25 / p) ** 2 + (1 - 0.25 / p) ** 2))
     assert d["entropy"].item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
@@ -579,7 +663,9 @@ def test_generate_writes_warmup_then_target():
     c, y = generate(model, batch, s, 4)
     memory = model.encode(batch.source)
     assert torch.equal(c, sample_warmups(model, memory, batch.prompt, s, 1, temperature=0)[0][:, 0])
-    tokens = torch.cat([torch.zeros(2, 1, dtype=torch.long), batch.prompt, c, torch.full((2, 1), SEP)], 1)
+    tokens = torch.cat(
+        [torch.zeros(2, 1, dtype=torch.long), batch.prompt, c, torch.full((2, 1), SEP)], 1
+    )
     logits = model.logits(model.decode(tokens, memory))[:, -1]
     logits[:, [0, SEP]] = -math.inf
     assert torch.equal(logits.argmax(-1), y[:, 0])
@@ -671,7 +757,16 @@ def test_empty_prompts_work():
 def test_bfloat16_reaches_every_parameter():
     """Regression guard: autocast's weight cache, filled while sampling, once left scoring without gradients."""
     torch.manual_seed(0)
-    c = ModelConfig(vocab_size=V, width=16, heads=2, head_size=8, ff=16, encoder_layers=1, decoder_layers=1, dropout=0.0)
+    c = ModelConfig(
+        vocab_size=V,
+        width=16,
+        heads=2,
+        head_size=8,
+        ff=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        dropout=0.0,
+    )
     model, batch, norms = EncoderDecoder(c).eval(), toy_batch(), []
     for dtype in ("float32", "bfloat16"):
         model.zero_grad()
@@ -694,7 +789,9 @@ def test_gain_over_empty_by_hand():
     torch.manual_seed(0)
     memory = model.encode(batch.source)
     c, _ = sample_warmups(model, memory, batch.prompt, s, 3)
-    log_p, swapped = (score(model, memory, batch.prompt, x, batch.target, s)[1] for x in (c, c.flip(0)))
+    log_p, swapped = (
+        score(model, memory, batch.prompt, x, batch.target, s)[1] for x in (c, c.flip(0))
+    )
     direct = direct_logprobs(model, memory, batch)
     assert numbers["over_empty"].item() == pytest.approx((log_p.mean(1) - direct).sum().item())
     assert numbers["swap_gap"].item() == pytest.approx((log_p - swapped).mean(1).sum().item())
@@ -715,7 +812,11 @@ def test_generate_passes_on_the_length_penalty(monkeypatch):
     import warmup
 
     given, original = [], warmup.beam_search
-    monkeypatch.setattr(warmup, "beam_search", lambda *a, **how: given.append(how["length_penalty"]) or original(*a, **how))
+    monkeypatch.setattr(
+        warmup,
+        "beam_search",
+        lambda *a, **how: given.append(how["length_penalty"]) or original(*a, **how),
+    )
     generate(toy_model(), toy_batch(), spec(), 4, beams=2, length_penalty=0.6)
     assert given == [0.6]
 
@@ -772,7 +873,8 @@ def test_a_repeated_warmup_is_computed_once(repeats, monkeypatch):
     shapes = []
     monkeypatch.setattr("warmup.score", lambda *args: shapes.append(args[3].shape) or score(*args))
     *_, computed = score_distinct(
-        model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+        model, model.encode(batch.source), batch.prompt, c, batch.target, s
+    )
     expected = {"some": [2, 3, 2], "none": [4, 4, 4], "all": [1, 1, 1], "few": [4, 4, 4]}
     assert computed.tolist() == expected[repeats]
     assert shapes[0].numel() == 3 * sum(expected[repeats])  # of W = 3 tokens
@@ -795,8 +897,11 @@ class Casts(TorchDispatchMode):
 def test_in_low_precision_weights_are_cast_once_for_all_tokens():
     """The same tokens and log-probs, bit for bit, as with a cast at each token."""
     torch.manual_seed(0)
-    model = EncoderDecoder(ModelConfig(vocab_size=V, width=16, heads=2, head_size=8, ff=16,
-                                       encoder_layers=1, decoder_layers=1)).eval()
+    model = EncoderDecoder(
+        ModelConfig(
+            vocab_size=V, width=16, heads=2, head_size=8, ff=16, encoder_layers=1, decoder_layers=1
+        )
+    ).eval()
     batch, s = toy_batch(), spec(5)
     found, counts = [], []
     plain = sample_warmups.__wrapped__

@@ -13,7 +13,9 @@ def jensen(R):
 
 def iwae(R):
     K = R.size(1)
-    others = torch.stack([torch.cat([R[:, :k], R[:, k + 1 :]], 1).logsumexp(1) for k in range(K)], 1)
+    others = torch.stack(
+        [torch.cat([R[:, :k], R[:, k + 1 :]], 1).logsumexp(1) for k in range(K)], 1
+    )
     everyone = R.logsumexp(1, keepdim=True)
     return everyone - others - torch.log(torch.tensor(K / (K - 1))), R.softmax(1)
 
@@ -49,5 +51,7 @@ def surrogate(a, b, log_pi, log_p):
 
 def truncated_weights(R, log_pi, c):
     """A warmup drawn twice was counted twice, once by the drawing and again by its pi: only its first copy may count."""
-    copies = torch.stack([(c[:, k : k + 1] == c[:, :k]).all(-1).any(1) for k in range(c.size(1))], 1)
+    copies = torch.stack(
+        [(c[:, k : k + 1] == c[:, :k]).all(-1).any(1) for k in range(c.size(1))], 1
+    )
     return truncated(R, log_pi.masked_fill(copies, -torch.inf))

@@ -35,13 +35,30 @@ def tables():
 
 def small_model():
     torch.manual_seed(0)
-    model = EncoderDecoder(ModelConfig(vocab_size=7, width=16, heads=2, head_size=8, ff=16, encoder_layers=1,
-                                       decoder_layers=1, dropout=0.0)).double().eval()
+    model = (
+        EncoderDecoder(
+            ModelConfig(
+                vocab_size=7,
+                width=16,
+                heads=2,
+                head_size=8,
+                ff=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                dropout=0.0,
+            )
+        )
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         for p in model.parameters():
             p += 0.4 * torch.randn_like(p)
-    return model, Batch(torch.tensor([[4, 5, 6], [6, 4, 0], [5, 5, 4]]), torch.tensor([[5], [6], [4]]),
-                        torch.tensor([[4, 6, 1], [5, 1, 0], [6, 6, 1]]))
+    return model, Batch(
+        torch.tensor([[4, 5, 6], [6, 4, 0], [5, 5, 4]]),
+        torch.tensor([[5], [6], [4]]),
+        torch.tensor([[4, 6, 1], [5, 1, 0], [6, 6, 1]]),
+    )
 
 
 def is_exact_gradient(estimator, value, K=3):
@@ -54,14 +71,17 @@ def is_exact_gradient(estimator, value, K=3):
         log_pi, R = policy.log_softmax(0)[c][None], log_p[c][None]
         a, b = estimator(R.detach())
         probability = policy.softmax(0)[c].prod()
-        for total, grad in zip(ours, torch.autograd.grad((a * log_pi + b * R).sum(), (policy, log_p))):
+        for total, grad in zip(
+            ours, torch.autograd.grad((a * log_pi + b * R).sum(), (policy, log_p))
+        ):
             total += probability.item() * grad
         objective = objective + probability * value(log_p[c])
     both = zip(needs.items(), ours, torch.autograd.grad(objective, (policy, log_p)))
     for (weight, moves), mine, exact in both:
         assert mine.allclose(exact, rtol=1e-10, atol=1e-10), (
             f"{weight}, which moves {moves}, is wrong: over all {4**K} triples of warmups the "
-            f"gradient is {mine.tolist()}, not {exact.tolist()}")
+            f"gradient is {mine.tolist()}, not {exact.tolist()}"
+        )
 
 
 def test_exercise_01_jensen(work):
@@ -70,7 +90,10 @@ def test_exercise_01_jensen(work):
 
 def test_exercise_02_iwae(work):
     is_exact_gradient(work.iwae, lambda log_p: log_p.exp().mean().log())
-    for one, other in zip(work.iwae(torch.tensor([[-1.0, -2.0, -4.0]])), work.iwae(torch.tensor([[-701.0, -702.0, -704.0]]))):
+    for one, other in zip(
+        work.iwae(torch.tensor([[-1.0, -2.0, -4.0]])),
+        work.iwae(torch.tensor([[-701.0, -702.0, -704.0]])),
+    ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -80,7 +103,9 @@ def test_exercise_03_swap_gap(work):
     c, _ = sample_warmups(model, memory, batch.prompt, spec, 5)
     one = score(model, memory, batch.prompt, c, batch.target, spec)[1].mean()
     two = score(model, memory, batch.prompt, c[[1, 2, 0]], batch.target, spec)[1].mean()
-    torch.testing.assert_close(work.swap_gap(model, batch, spec, c), one - two, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        work.swap_gap(model, batch, spec, c), one - two, rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -90,8 +115,11 @@ def test_exercise_04_mask(work, min_length, temperature):
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0), **F64)
     probabilities = [work.log_policy(logits, c, spec).exp() for c in all_warmups(spec, V)]
     torch.testing.assert_close(sum(probabilities), torch.ones((), **F64), rtol=1e-10, atol=1e-10)
-    model = SimpleNamespace(token_logprobs=lambda hidden, targets, temperature, forbidden: (
-        plain_token_logprobs(hidden / temperature, torch.eye(V, **F64), targets, forbidden)))
+    model = SimpleNamespace(
+        token_logprobs=lambda hidden, targets, temperature, forbidden: plain_token_logprobs(
+            hidden / temperature, torch.eye(V, **F64), targets, forbidden
+        )
+    )
     for c in all_warmups(spec, V):  # and not just any numbers that add up: those of warmup.py
         [expected] = warmup_logprobs(model, logits[None], c[None], spec)
         mine = work.log_policy(logits, c, spec)
@@ -103,23 +131,38 @@ def test_a_wrong_weight_is_named():
     value = lambda log_p: log_p.mean()
     wrong_a = lambda R: (R / R.size(-1) * 2, solutions.jensen(R)[1])
     wrong_b = lambda R: (solutions.jensen(R)[0], torch.ones_like(R))
-    for estimator, said in ((wrong_a, "a, which moves log P.c.x., "), (wrong_b, "b, which moves log P.y")):
+    for estimator, said in (
+        (wrong_a, "a, which moves log P.c.x., "),
+        (wrong_b, "b, which moves log P.y"),
+    ):
         with pytest.raises(AssertionError, match=f"^{said}.* is wrong"):
             is_exact_gradient(estimator, value)
 
 
 def test_a_policy_that_ignores_the_temperature_is_refused(monkeypatch):
     real = solutions.log_policy
-    monkeypatch.setattr(solutions, "log_policy", lambda logits, c, spec: real(
-        logits, c, replace(spec, temperature=1.0)))
+    monkeypatch.setattr(
+        solutions,
+        "log_policy",
+        lambda logits, c, spec: real(logits, c, replace(spec, temperature=1.0)),
+    )
     with pytest.raises(AssertionError, match="temperature=2.0"):
         test_exercise_04_mask(solutions, 2, 2.0)
 
 
 def test_they_are_found_from_another_folder(tmp_path):
     """A student need not stand in the project's root."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-               str(Path(__file__)), "-k", "exercise_01"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__)),
+        "-k",
+        "exercise_01",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
@@ -142,8 +185,13 @@ def check_8(module):
     logits = torch.tensor([[1.0, 0.5, 0.0, -0.5, -1.0, 0.2]])
     tokens, log_probs = module.draw_tokens(logits, 50_000)
     torch.testing.assert_close(log_probs.exp(), logits.softmax(-1)[0, tokens])
-    torch.testing.assert_close(tokens[0].bincount(minlength=6) / 50_000, logits.softmax(-1)[0], rtol=0, atol=0.01,
-                               msg=lambda m: f"tokens are drawn at other rates than their log-probs say. {m}")
+    torch.testing.assert_close(
+        tokens[0].bincount(minlength=6) / 50_000,
+        logits.softmax(-1)[0],
+        rtol=0,
+        atol=0.01,
+        msg=lambda m: f"tokens are drawn at other rates than their log-probs say. {m}",
+    )
 
 
 def check_9(module):
@@ -153,7 +201,9 @@ def check_9(module):
     module.surrogate(a, b, log_pi, log_p).backward()
     for name, weight, value in (("log_pi", a, log_pi), ("log_p", b, log_p)):
         assert value.grad is not None, f"{name} gets no gradient at all"
-        assert torch.equal(value.grad, -weight), f"the gradient of {name} is {value.grad}, not {-weight}"
+        assert torch.equal(value.grad, -weight), (
+            f"the gradient of {name} is {value.grad}, not {-weight}"
+        )
 
 
 def check_10(module):
@@ -161,8 +211,11 @@ def check_10(module):
     pi, p = torch.tensor([0.6, 0.1]).log(), torch.tensor([0.2, 0.9]).log()
     pick = torch.tensor([[0, 0, 1]])
     a, _ = module.truncated_weights(p[pick], pi[pick], pick[..., None])
-    torch.testing.assert_close(torch.stack([a[0, :2].sum(), a[0, 2]]), (pi + p).softmax(0),
-                               msg=lambda m: f"(c, c, d) does not give c and d the weights that (c, d) gives. {m}")
+    torch.testing.assert_close(
+        torch.stack([a[0, :2].sum(), a[0, 2]]),
+        (pi + p).softmax(0),
+        msg=lambda m: f"(c, c, d) does not give c and d the weights that (c, d) gives. {m}",
+    )
 
 
 CHECKS = {8: check_8, 9: check_9, 10: check_10}
@@ -203,4 +256,6 @@ def test_paraphrases_part_marginal_from_jensen():
 
 
 def test_a_blind_target_learns_through_the_warmup_alone():
-    assert toys.solve("blind", "marginal") < 0.3 and toys.solve("blind", "frozen") > 0.99 * math.log(8)
+    assert toys.solve("blind", "marginal") < 0.3 and toys.solve(
+        "blind", "frozen"
+    ) > 0.99 * math.log(8)

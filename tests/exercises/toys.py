@@ -31,13 +31,17 @@ def xor():
 
     def tables():
         logit = (bits @ direct)[:, None] + by_c  # (x,c), of y = 1
-        return (bits @ policy).log_softmax(1), torch.nn.functional.logsigmoid(torch.where(y[:, None] == 1, logit, -logit))
+        return (bits @ policy).log_softmax(1), torch.nn.functional.logsigmoid(
+            torch.where(y[:, None] == 1, logit, -logit)
+        )
 
     return [policy, direct, by_c], tables
 
 
 def paraphrases():
-    words = torch.tensor([[(w + t) % 4 for t in range(6)] for w in range(4)])  # no two share a letter at any place
+    words = torch.tensor(
+        [[(w + t) % 4 for t in range(6)] for w in range(4)]
+    )  # no two share a letter at any place
     policy, letters = parameter(4), parameter(4, 6, 4)  # letters: (c, place, letter)
 
     def tables():
@@ -55,8 +59,15 @@ def blind():
 TOYS = {"xor": xor, "paraphrases": paraphrases, "blind": blind}
 
 
-def solve(toy: str, estimator: str, samples: int = 8, steps: int = 400, alpha: float = 1.0, seed: int = 0,
-          weigh=weights) -> float:
+def solve(
+    toy: str,
+    estimator: str,
+    samples: int = 8,
+    steps: int = 400,
+    alpha: float = 1.0,
+    seed: int = 0,
+    weigh=weights,
+) -> float:
     """Train by sampling; the exact -log P(y|x) at the end, mean over x, in nats."""
     torch.manual_seed(seed)
     parameters, tables = TOYS[toy]()
@@ -79,16 +90,29 @@ def solve(toy: str, estimator: str, samples: int = 8, steps: int = 400, alpha: f
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("toy", choices=TOYS)
-    parser.add_argument("--estimator", choices=(*ESTIMATORS, "exact"), nargs="+", default=[*ESTIMATORS, "exact"])
+    parser.add_argument(
+        "--estimator", choices=(*ESTIMATORS, "exact"), nargs="+", default=[*ESTIMATORS, "exact"]
+    )
     parser.add_argument("--samples", type=int, default=8, help="K (default: 8)")
-    parser.add_argument("--alpha", type=float, default=1.0, help="factor on the reward (default: 1)")
+    parser.add_argument(
+        "--alpha", type=float, default=1.0, help="factor on the reward (default: 1)"
+    )
     parser.add_argument("--steps", type=int, default=400, help="updates (default: 400)")
     parser.add_argument("--seeds", type=int, default=10, help="runs (default: 10)")
     args = parser.parse_args()
     if args.samples < 2 and set(args.estimator) - {"best", "frozen", "exact"}:
         parser.error("all but best, frozen and exact compare warmups: --samples must be at least 2")
     for name in args.estimator:
-        values = torch.tensor([solve(args.toy, name, args.samples, args.steps, args.alpha, s) for s in range(args.seeds)])
-        print(f"{args.toy} {name:10} nats: lowest {values.min():.2f}  median {values.median():.2f}  highest {values.max():.2f}")
+        values = torch.tensor(
+            [
+                solve(args.toy, name, args.samples, args.steps, args.alpha, s)
+                for s in range(args.seeds)
+            ]
+        )
+        print(
+            f"{args.toy} {name:10} nats: lowest {values.min():.2f}  median {values.median():.2f}  highest {values.max():.2f}"
+        )
