@@ -33,7 +33,7 @@ import torch
 import eval as evaluation
 import train
 from conftest import TINY
-from data import collate, encode, encode_split, special_ids
+from data import collate, encode_split, special_ids
 from warmup import WarmupSpec, sample_warmups, score, sft_loss
 
 SETTINGS = dict(

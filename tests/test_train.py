@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import eval as evaluation
 import model as transformer
 import train
 from conftest import TINY
-from data import collate, encode, load
+from data import collate, load
 from warmup import Batch, WarmupSpec, all_warmups, sft_loss, score, target_tokens, warmup_loss
 
 

@@ -6,7 +6,7 @@ Shapes and words are those of warmup.py. Solutions are in solutions.py; a look i
 most away, too.
 """
 
-import torch
+import torch  # noqa: F401
 from torch import Tensor
 
 from warmup import WarmupSpec, score, truncated, with_start  # noqa: F401 (some help)
