@@ -1,28 +1,41 @@
-"""Tasks, their examples as text and as token ids, and batches.
+"""Settings, tasks, their examples as text and as token ids, and batches.
 
     text pairs --load--> {split: [Example]} --encode--> token ids --Batches--> warmup.Batch
 
 A task is a row of TASKS. Its data is looked for in this order, and the choice is printed: --data
-DIR, then data/TASK/ (translation: data/TASK/PAIR/), then the sample generated from the seed.
+DIR, then data/TASK/ (translation: data/TASK/PAIR/), then built-in data, generated from the seed.
 
     python data.py wmt --pair de-en             download real data into data/wmt/de-en/
 """
 
-import gzip, io, json, random, re, struct, sys, tarfile, tempfile, zlib
-from dataclasses import dataclass, field
+import argparse
+import difflib
+import gzip
+import io
+import json
+import random
+import re
+import shlex
+import struct
+import sys
+import tarfile
+import tempfile
+import zlib
+from dataclasses import dataclass, field, fields
+from functools import wraps
 from itertools import accumulate
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import Parser, UserError, one_line, program, shell_word
-from warmup import Batch
+from model import SIZES, UserError, one_line, read_json
+from warmup import ESTIMATORS, Batch
 
 PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this order
 
@@ -38,11 +51,11 @@ class Task:
     """Where a task's examples come from and how they are scored. All else is shared."""
 
     metrics: str  # a key of eval.METRICS
-    sample: str = ""  # a key of SAMPLES, the generators; "": there is no built-in sample
-    reader: str = ""  # a key of READERS, the formats of real data; "": the task is generated
+    generator: str = ""  # a key of GENERATORS, for built-in data; "": there is none
+    reader: str = ""  # a key of READERS, the formats of real data; "": all data is generated
     prefix: str = ""  # what a pretrained T5 finds before its sources, as in its own training
-    cut: str = ""  # a long source loses its "end" or "start"; "": a long training pair is left out
-    settings: dict = field(default_factory=dict)  # defaults of train.Config for this task
+    cut: str = ""  # which side of a long source is cut. "": a long training pair is left out
+    settings: dict = field(default_factory=dict)  # defaults of Config for this task
 
     @property
     def translates(self) -> bool:
@@ -53,16 +66,16 @@ TRANSLATE = "translate {} to {}: "
 TASKS = {
     "toy": Task(
         "pointers",
-        sample="pointers",
+        generator="pointers",
         settings=dict(
             size="toy",
-            sample_size=100000,
+            built_in_size=100000,
             dropout=0.0,
             weight_decay=0.0,
             sft_steps=400,
             policy_steps=500,
-            batch_tokens=9216,
-            policy_batch_tokens=2304,  # 512, 128 examples of 18
+            batch_tokens=9216,  # 512 examples of 18 tokens
+            policy_batch_tokens=2304,  # 128
             max_source_tokens=32,
             max_target_tokens=4,
             lr=4e-3,
@@ -75,11 +88,11 @@ TASKS = {
             beams=1,
         ),
     ),
-    "wmt": Task("translation", sample="translation", reader="parallel", prefix=TRANSLATE),
+    "wmt": Task("translation", generator="translation", reader="parallel", prefix=TRANSLATE),
     "multi30k": Task("translation", reader="parallel", prefix=TRANSLATE),
     "xsum": Task(
         "summaries",
-        sample="news",
+        generator="news",
         reader="xsum",
         prefix="summarize: ",
         cut="end",
@@ -89,12 +102,12 @@ TASKS = {
     ),
     "logiqa": Task(
         "options",
-        sample="puzzle",
+        generator="puzzle",
         reader="logiqa",
         cut="start",
         settings=dict(
             size="puzzle",
-            sample_size=50000,
+            built_in_size=50000,
             max_source_tokens=512,
             max_target_tokens=4,
             dropout=0.0,
@@ -107,6 +120,105 @@ TASKS = {
         ),
     ),
 }
+STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # stage -> table row
+BASELINES = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, frozen"}  # --estimator
+
+
+# ----------------------------------------------------------------------------- settings
+def flag(default, help: str, low=None, high=None, choices=None):
+    """A setting: its default, what it means and in which unit, its range or its choices."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+def flag_name(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Each is a flag (--sft-steps for sft_steps). Saved as config.json."""
+
+    task: str = flag("wmt", "what to train on", choices=TASKS)
+    out: str = flag("", "run folder; default: runs/TASK")
+    overwrite: bool = flag(False, "replace an earlier run in the same folder")
+    # data
+    pair: str = flag("de-en", "source-target language codes, for translation")
+    data: str = flag(
+        "", "folder, or 'built-in'; empty: data/TASK[/PAIR] if it exists, else built-in"
+    )
+    built_in_size: int = flag(20000, "training examples in the built-in data", 1, 10**7)
+    symbols: int = flag(16, "task toy: letters in the permutation", 2, 26)
+    hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
+    seed: int = flag(0, "of weights, batches, dropout, warmups, built-in data", 0, 2**63 - 1)
+    max_source_tokens: int = flag(128, "longer sources are cut; see the guide", 2, 10**5)
+    max_target_tokens: int = flag(128, "where y ends; longer training targets go", 2, 10**5)
+    batch_tokens: int = flag(3000, "source, target, padding in a micro-batch", 16, 10**9)
+    # model
+    size: str = flag("tiny", "of a model from scratch", choices=SIZES)
+    vocab_size: int = flag(4000, "most tokens in a vocabulary from scratch", 300, 10**6)
+    init: str = flag("", "Hugging Face folder or name of a T5, mT5, umT5, … to start from")
+    dropout: float = flag(0.1, "probability of dropping an activation", 0, 0.99)
+    recompute: bool = flag(False, "compute activations again in the backward pass: less memory")
+    compile: bool = flag(False, "torch.compile of encoder and decoder: minutes at first")
+    # optimisation
+    sft_steps: int = flag(300, "updates of the SFT stage", 1, 10**9)
+    policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0, 10**9)
+    control: bool = flag(True, "afterwards SFT again, for the policy stage's FLOPs")
+    policy_batch_tokens: int = flag(1500, "in the policy stage; K samples count once", 16, 10**9)
+    accumulate: int = flag(1, "micro-batches per update, of each process", 1, 10**6)
+    lr: float = flag(3e-3, "peak learning rate of SFT", 1e-12, 10)
+    policy_lr: float = flag(1e-3, "peak learning rate of policy stage and control", 1e-12, 10)
+    lr_rampup_steps: int = flag(100, "updates of linear rise, at most 1/4 of a stage", 0, 10**9)
+    weight_decay: float = flag(0.01, "AdamW's decay of weight matrices", 0, 100)
+    clip: float = flag(1.0, "largest norm of the gradient", 1e-9, 1e9)
+    # warmups
+    estimator: str = flag(
+        "marginal",
+        "see the README; baselines: frozen, pause, sft",
+        choices=(*ESTIMATORS, "exact", "pause", "sft"),
+    )
+    samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
+    warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)
+    alpha: float = flag(1.0, "factor on the reward", 0, 1e9)
+    temperature: float = flag(1.0, "softmax temperature of the warmup policy", 1e-3, 1e3)
+    # validation and test
+    eval_every: int = flag(100, "updates between validations; each saves last.pt", 1, 10**9)
+    eval_samples: int = flag(4, "warmups per example in the estimate of NLL", 1, 1024)
+    eval_decode: int = flag(0, "validation examples to decode at each validation", 0, 10**9)
+    beams: int = flag(4, "beam width for the test table; 1: greedy", 1, 1024)
+    length_penalty: float = flag(1.0, "beam score = log-prob / length ** this", 0, 10)
+    # machine
+    device: str = flag("auto", "auto: cuda, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str = flag("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    threads: int = flag(0, "CPU threads; 0: torch's choice", 0, 1024)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/{self.task}")
+
+    @property
+    def stages(self) -> list[str]:
+        """In the order in which they are trained."""
+        if not self.policy_steps:
+            return ["sft"]
+        return ["sft", "policy", "control"] if self.control else ["sft", "policy"]
+
+    def problem(self) -> str:
+        """What is wrong with the settings. "": nothing."""
+        for f in fields(self):
+            name, value = flag_name(f.name), getattr(self, f.name)
+            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+            types = (int, float) if f.type is float else (f.type,)
+            if type(value) not in types:
+                return f"{name} must be {f.type.__name__}, not {value!r}"
+            if low is not None and not low <= value <= high:
+                return f"{name} must lie between {low} and {high}"
+            if choices and value not in choices:
+                return f"{name} must be one of {', '.join(choices)}"
+        alone = self.estimator in ("best", "exact", *BASELINES)  # needs no other sample
+        if self.samples < 2 and self.policy_steps and not alone:
+            return f"--estimator {self.estimator} compares warmups: --samples must be at least 2"
+        return wrong_pair(self.pair) if TASKS[self.task].translates else ""
 
 
 # ----------------------------------------------------------------------------- text to token ids
@@ -117,59 +229,122 @@ class Encoded(NamedTuple):
     prompt: list[np.ndarray]
     target: list[np.ndarray]
 
+    def pick(self, index) -> "Encoded":
+        """These examples, in this order."""
+        return Encoded(*([column[i] for i in index] for column in self))
 
-def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+
+def special_ids(tokenizer) -> tuple[int, ...]:
     """Ids that stand for no text: what a warmup may not contain."""
     return tuple(sorted(tokenizer.get_added_tokens_decoder()))
 
 
-def encode(tokenizer: Tokenizer, examples: list[Example]) -> Encoded:
-    """Token ids. "</s>" in a source or target is text, in pieces; only prompts hold specials."""
-    unknown, eos = tokenizer.token_to_id(UNK), tokenizer.token_to_id(EOS)
-    special = special_ids(tokenizer)
-    columns = []
-    for name, texts in zip(Example._fields, zip(*examples)):
-        tokenizer.encode_special_tokens = name != "prompt"
-        rows = []
-        for at in range(0, len(texts), 4096):  # an encoding takes ten times the memory of its ids
-            some = tokenizer.encode_batch_fast(texts[at : at + 4096], add_special_tokens=False)
-            rows += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
-        if name != "prompt":  # T5's own tokenizer reads "</s>" in a text as a special token
-            rows = [np.where(np.isin(row, special), np.int32(unknown), row) for row in rows]
-        # pretrained_tokenizer sets a post_processor: T5's sources end in </s>, too
-        if name == "target" or (name == "source" and tokenizer.post_processor):
-            rows = [np.append(row, np.int32(eos)) for row in rows]
-        columns.append(rows)
-    return Encoded(*columns)
+def token_ids(tokenizer, texts, text_only: bool) -> list[np.ndarray]:
+    """An int32 array for each text. text_only: "</s>" in it is text, not a special token."""
+    special, unknown = special_ids(tokenizer), tokenizer.token_to_id(UNK)
+    rows = []
+    tokenizer.encode_special_tokens = text_only
+    for at in range(0, len(texts), 4096):  # an encoding takes ten times the memory of its ids
+        some = tokenizer.encode_batch_fast(texts[at : at + 4096], add_special_tokens=False)
+        rows += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
+    tokenizer.encode_special_tokens = False  # as it was
+    if text_only:  # T5's own tokenizer reads "</s>" as the special token all the same
+        rows = [np.where(np.isin(row, special), np.int32(unknown), row) for row in rows]
+    return rows
+
+
+def encode(tokenizer, examples: list[Example]) -> Encoded:
+    """Token ids. Only prompts hold special tokens."""
+    sources, prompts, targets = zip(*examples)
+    data = Encoded(
+        token_ids(tokenizer, sources, text_only=True),
+        token_ids(tokenizer, prompts, text_only=False),
+        token_ids(tokenizer, targets, text_only=True),
+    )
+    end = np.int32(tokenizer.token_to_id(EOS))
+    source, target = data.source, [np.append(row, end) for row in data.target]
+    if ends_sources(tokenizer):
+        source = [np.append(row, end) for row in source]
+    return Encoded(source, data.prompt, target)
+
+
+def ends_sources(tokenizer) -> bool:
+    """T5's sources end in </s>, as its targets. `pretrained_tokenizer` says so by this field."""
+    return tokenizer.post_processor is not None
+
+
+def encode_split(tokenizer, examples: list[Example], config, split: str, scored=True) -> Encoded:
+    """A split as token ids, within the limits of the run. Prints what is cut or left out.
+
+    scored: every example counts, so sources are cut and references stay whole. Else (training) a
+    long target leaves its pair out; a long source does, too, where the task does not cut it.
+    """
+    data = encode(tokenizer, examples)
+    if len({len(prompt) for prompt in data.prompt}) > 1:
+        raise UserError("all prompts of a task must have the same number of tokens")
+    side = TASKS[config.task].cut or ("end" if scored else "")
+    most = config.max_source_tokens
+    long_source = lengths(data.source) > most
+    long_target = lengths(data.target) > config.max_target_tokens
+
+    count = f"of {len(examples)} {split} examples have a"
+    if long_source.any():
+        fate = f"their source loses its {side}" if side else "left out"
+        print(f"data: {long_source.sum()} {count} source over --max-source-tokens {most}: {fate}")
+    if long_target.any():
+        fate = "the reference stays whole, the output will be cut" if scored else "left out"
+        limit = f"--max-target-tokens {config.max_target_tokens}"
+        print(f"data: {long_target.sum()} {count} target over {limit}: {fate}")
+
+    if not scored:
+        out = long_target if side else long_source | long_target
+        data = data.pick(np.flatnonzero(~out))
+    kept_end = 1 if ends_sources(tokenizer) else 0  # the </s> stays
+    return data._replace(source=[cut(row, most, side, kept_end) for row in data.source])
+
+
+def lengths(rows: list[np.ndarray]) -> np.ndarray:
+    return np.array([len(row) for row in rows])
+
+
+def cut(row: np.ndarray, most: int, side: str, kept_end: int) -> np.ndarray:
+    """At most `most` tokens. side: which one goes; of its end the last kept_end tokens stay."""
+    if len(row) <= most:
+        return row
+    if side == "start":
+        return row[-most:]
+    return np.append(row[: most - kept_end], row[len(row) - kept_end :])
 
 
 # ----------------------------------------------------------------------------- batches
 def collate(data: Encoded, index) -> Batch:
     """The examples of index as one batch. Prompts have one length: padding would precede y."""
-    columns = (map(torch.from_numpy, pick(column, index)) for column in data)
-    return Batch(*(pad_sequence(list(rows), batch_first=True).long() for rows in columns))
-
-
-def pick(rows: list, index) -> list:
-    return [rows[i] for i in index]
+    columns = []
+    for column in data.pick(index):
+        rows = [torch.from_numpy(row) for row in column]
+        columns.append(pad_sequence(rows, batch_first=True).long())
+    return Batch(*columns)
 
 
 def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray]:
     """Runs of examples in the order of key, each of B · (longest S + longest T) <= batch_tokens."""
-    batches, run, s, t = [], [], 0, 0
+    batches, run = [], []
+    S = T = 0
     for i in np.argsort(key, kind="stable"):
-        s, t = max(s, len(data.source[i])), max(t, len(data.target[i]))
-        if run and (len(run) + 1) * (s + t) > batch_tokens:
+        s, t = len(data.source[i]), len(data.target[i])
+        S, T = max(S, s), max(T, t)
+        if run and (len(run) + 1) * (S + T) > batch_tokens:
             batches.append(np.array(run))
-            run, s, t = [], len(data.source[i]), len(data.target[i])
+            run, S, T = [], s, t
         run.append(i)
-    return batches + [np.array(run)]
+    return [*batches, np.array(run)]
 
 
 class Batches:
     """Endless training batches of similar lengths. (seed, epoch, position) fixes the next one.
 
-    N processes take turns: `next` moves on by N batches and returns the rank-th of them."""
+    N processes take turns: `next` moves on by N batches and returns the rank-th of them.
+    """
 
     def __init__(self, data: Encoded, batch_tokens: int, seed: int, rank=0, processes=1):
         self.data, self.batch_tokens, self.seed = data, batch_tokens, seed
@@ -189,40 +364,73 @@ class Batches:
         """Go to this place. Seed and epoch fix the order of the batches."""
         self.epoch, self.position = epoch, position
         rng = np.random.default_rng([self.seed, epoch])
-        source = np.array([len(row) for row in self.data.source])
-        target = np.array([len(row) for row in self.data.target])
+        source, target = lengths(self.data.source), lengths(self.data.target)
         # by source, then target length: little padding. Noise gives each epoch other neighbours
         key = source + (target + rng.uniform(0, 2, len(target))) / 10**6
         batches = bucket(self.data, self.batch_tokens, key)
-        self.order = pick(batches, rng.permutation(len(batches)))
+        self.order = [batches[i] for i in rng.permutation(len(batches))]
 
 
 def in_order(data: Encoded, batch_tokens: int, what: str) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example once, longest sources first, with its indices. The progress bar says `what`."""
-    longest_first = -np.array([len(row) for row in data.source])
+    longest_first = -lengths(data.source)
     with tqdm(total=len(data.source), desc=what, unit="example", delay=2, leave=False) as bar:
         for index in bucket(data, batch_tokens, longest_first):
             yield index, collate(data, index)
             bar.update(len(index))
 
 
-# ===== plumbing: where data comes from, readers, tokenizers, built-in samples, download
-def load(config) -> tuple[dict[str, list[Example]], str]:
-    """The splits of a task, and where they come from: "sample" or a folder. Prints the choice.
+# ===== plumbing: reading config.json, where data comes from, tokenizers, built-in data, download
+def read_config(folder: Path) -> Config:
+    """The settings in a run's config.json. UserError if they are not those of this program."""
+    path = folder / "config.json"
+    if not path.exists():
+        runs = [*folder.parent.glob("*/config.json"), *folder.glob("*/config.json")]
+        known = ", ".join(sorted(str(run.parent) for run in runs)[:8])
+        here = f": runs here are {known}" if known else ""
+        raise UserError(
+            f"no run in {folder}{here}. If one was killed there before its first checkpoint, start "
+            "it again with --overwrite"
+        )
+    saved = read_json(path)
+    names = [f.name for f in fields(Config)]
+    if missing := [flag_name(name) for name in names if name not in saved]:
+        raise UserError(
+            f"{path} has no {missing[0]}: this run is of another version of the program. Train it "
+            "again, with --overwrite"
+        )
+    lookup(TASKS, saved["task"], f"{path}: the task")
+    config = Config(**{name: saved[name] for name in names})
+    if wrong := config.problem():
+        raise UserError(f"{path} is not what train.py wrote: {wrong}")
+    return config
 
-    config: train.Config. Its data "" looks for the task's folder, then takes the sample."""
+
+def lookup(table: dict, key: str, what: str):
+    """table[key]. UserError if it is not there."""
+    if key not in table:
+        raise UserError(f"{what} {key!r} does not exist: there are {', '.join(table)}")
+    return table[key]
+
+
+def load(config) -> tuple[dict[str, list[Example]], str]:
+    """The splits of a task, and where they come from: "built-in" or a folder. Prints the choice."""
     task, folder = TASKS[config.task], task_folder(config.task, config.pair)
-    origin = config.data or (str(folder) if task.reader and folder.is_dir() else "sample")
-    if origin != "sample" and task.reader:
+    name, origin = f"task {config.task}:", config.data
+    if not origin:
+        origin = str(folder) if task.reader and folder.is_dir() else "built-in"
+    if origin != "built-in" and task.reader:
         origin = str(Path(origin).resolve())
-        splits = read_splits(Path(origin), *READERS[task.reader](config.pair))
-    elif origin != "sample":
-        raise UserError(f"task {config.task} is generated: leave --data out")
-    elif task.sample:
-        splits = generate_splits(SAMPLES[task.sample], config)
+        reader = lookup(READERS, task.reader, f"{name} its reader")
+        splits = read_splits(Path(origin), *reader(config.pair))
+    elif origin != "built-in":
+        raise UserError(f"{name} all data is generated: leave --data out")
+    elif task.generator:
+        generator = lookup(GENERATORS, task.generator, f"{name} its generator")
+        splits = generate_splits(generator, config)
     else:
         how = f"python data.py fills {folder}, or " if config.task in CORPORA else ""
-        raise UserError(f"task {config.task} has no sample: {how}--data DIR")
+        raise UserError(f"{name} there is no built-in data: {how}--data DIR")
     print(f"data: {origin}, {config.pair}" if task.translates else f"data: {origin}")
     if "test" not in splits:
         print("data: no test split, so the validation split, which picks the checkpoint, is scored")
@@ -241,39 +449,6 @@ def source_prefix(config) -> str:
     return TASKS[config.task].prefix.format(*languages) if config.init else ""
 
 
-def encode_split(tokenizer, examples: list[Example], config, split: str, scored=True) -> Encoded:
-    """A split as token ids, within the limits of the run. Prints what is cut or left out.
-
-    scored: every example counts, so sources are cut and references stay whole. Else (training) a
-    long target leaves its pair out; a long source does, too, where the task does not cut it."""
-    data = encode(tokenizer, examples)
-    if len({len(prompt) for prompt in data.prompt}) > 1:
-        raise UserError("all prompts of a task must have the same number of tokens")
-    most = config.max_source_tokens
-    cut = TASKS[config.task].cut or ("end" if scored else "")
-    long_source = np.array([len(row) > most for row in data.source])
-    long_target = np.array([len(row) > config.max_target_tokens for row in data.target])
-    count = f"of {len(examples)} {split} examples have a"
-    if long_source.any():
-        fate = f"their source loses its {cut}" if cut else "left out"
-        print(f"data: {long_source.sum()} {count} source over --max-source-tokens {most}: {fate}")
-    if long_target.any():
-        fate = "the reference stays whole, the output will be cut" if scored else "left out"
-        limit = f"--max-target-tokens {config.max_target_tokens}"
-        print(f"data: {long_target.sum()} {count} target over {limit}: {fate}")
-    if not scored:
-        keep = np.flatnonzero(~long_target if cut else ~(long_source | long_target))
-        data = Encoded(*(pick(column, keep) for column in data))
-    if cut == "start":
-        return data._replace(source=[row[-most:] for row in data.source])
-    if cut == "end" and tokenizer.post_processor:  # T5's sources keep their </s>
-        source = [np.append(row[:-1][: most - 1], row[-1:]) for row in data.source]
-        return data._replace(source=source)
-    if cut == "end":
-        return data._replace(source=[row[:most] for row in data.source])
-    return data
-
-
 # ----------------------------------------------------------------------------- readers of real data
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "dev"], "test": ["test"]}  # file names
 
@@ -281,12 +456,9 @@ SPLITS = {"train": ["train"], "valid": ["valid", "val", "dev"], "test": ["test"]
 def wrong_pair(pair: str) -> str:
     """What is wrong with --pair. "": nothing."""
     languages = pair.split("-")
-    good = len(languages) == len(set(languages)) == 2 and all(map(str.isalpha, languages))
-    return (
-        ""
-        if good
-        else (f"--pair takes two language codes, of letters alone, such as de-en: not {pair!r}")
-    )
+    if len(languages) == len(set(languages)) == 2 and all(map(str.isalpha, languages)):
+        return ""
+    return f"--pair takes two language codes, of letters alone, such as de-en: not {pair!r}"
 
 
 def task_folder(task: str, pair: str) -> Path:
@@ -322,51 +494,53 @@ def read_lines(path: Path | None) -> list[str]:
 def find_file(folder: Path, split: str, ending: str) -> Path | None:
     """The file of a split, SPLIT.ENDING or SPLIT.ENDING.gz. None: there is no test split."""
     names = [f"{name}.{end}" for name in SPLITS[split] for end in (ending, f"{ending}.gz")]
-    path = next((folder / name for name in names if (folder / name).exists()), None)
-    if path is None and split != "test":
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    if split != "test":
         raise UserError(f"no {split} split in {folder}: expected {names[0]}, plain or .gz")
-    return path
 
 
 def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, list[Example]]:
-    """The splits of a folder. row makes an Example of line i of each file that a split has.
-
-    Examples with an empty side are left out of training. Elsewhere that would change the score."""
-    splits = {}
+    """The splits of a folder. row makes an Example of line i of each file that a split has."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
+    splits = {}
     for split in SPLITS:
         paths = [find_file(folder, split, ending) for ending in endings]
-        if not any(paths):
-            continue
-        if None in paths:
-            raise UserError(f"{folder} has one side of the {split} split only")
-        columns, names = [read_lines(path) for path in paths], " and ".join(map(str, paths))
-        counts = [str(len(lines)) for lines in columns]
-        if len(set(counts)) > 1:
-            raise UserError(f"{names} have {' and '.join(counts)} lines: they must be as many")
-        examples = []
-        for number, lines in enumerate(zip(*columns), 1):
-            try:
-                examples.append(Example(*row(*lines)))
-                "".join(examples[-1]).encode()  # ValueError for half a surrogate pair
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                said = f"is empty or lacks a field ({type(error).__name__}: {error}): docs/guide.md"
-                raise UserError(f"line {number} of {names} {said}") from None
-        empty = [
-            i
-            for i, (source, _, target) in enumerate(examples)
-            if not source.strip() or not target.strip()
-        ]
-        if len(empty) == len(examples):
-            raise UserError(f"{names} hold no line with both sides")
-        if empty and split != "train":
-            raise UserError(f"line {empty[0] + 1} of {names} has an empty side: remove it")
-        if empty:
-            print(f"data: left out {len(empty)} examples with an empty side")
-        empty = set(empty)
-        splits[split] = [example for i, example in enumerate(examples) if i not in empty]
+        if any(paths):
+            if None in paths:
+                raise UserError(f"{folder} has one side of the {split} split only")
+            splits[split] = read_split(paths, row, split)
     return splits
+
+
+def read_split(paths: list[Path], row: Callable, split: str) -> list[Example]:
+    """Examples with an empty side are left out of training. Elsewhere that would change the score."""
+    names = " and ".join(map(str, paths))
+    columns = [read_lines(path) for path in paths]
+    counts = [str(len(lines)) for lines in columns]
+    if len(set(counts)) > 1:
+        raise UserError(f"{names} have {' and '.join(counts)} lines: they must be as many")
+    examples, empty = [], 0
+    for number, lines in enumerate(zip(*columns), 1):
+        try:
+            example = Example(*row(*lines))
+            "".join(example).encode()  # ValueError for half a surrogate pair
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            said = f"is empty or lacks a field ({type(error).__name__}: {error}): docs/guide.md"
+            raise UserError(f"line {number} of {names} {said}") from None
+        if example.source.strip() and example.target.strip():
+            examples.append(example)
+        elif split == "train":
+            empty += 1
+        else:
+            raise UserError(f"line {number} of {names} has an empty side: remove it")
+    if not examples:
+        raise UserError(f"{names} hold no line with both sides")
+    if empty:
+        print(f"data: left out {empty} examples with an empty side")
+    return examples
 
 
 def translation(pair: str, source: str, target: str) -> Example:
@@ -382,10 +556,10 @@ def xsum_row(line: str) -> Example:
 def logiqa_row(line: str) -> Example:
     """LogiQA 2.0: text, question, four options and the number of the right one."""
     row = json.loads(line)
-    if len(row["options"]) != 4 or type(row["answer"]) is not int or row["answer"] not in range(4):
-        raise ValueError
-    text, question, *options = map(one_line, (row["text"], row["question"], *row["options"]))
-    return multiple_choice(text, question, options, row["answer"])
+    options = [one_line(option) for option in row["options"]]
+    if len(options) != 4 or type(row["answer"]) is not int or row["answer"] not in range(4):
+        raise ValueError("not four options, or no answer from 0 to 3")
+    return multiple_choice(one_line(row["text"]), one_line(row["question"]), options, row["answer"])
 
 
 # --pair -> the endings of a split's files, and what makes an Example of their lines
@@ -405,7 +579,8 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     """Byte-level byte-pair encoding of source and target together, GPT-2's way.
 
     All 256 bytes are tokens and nothing is normalised: text in any script comes back as it was.
-    Specials and prompt tags come first. <unk> keeps its id, as in T5, but is never needed."""
+    Specials and prompt tags come first. <unk> keeps its id, as in T5, but is never needed.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Prepend(" ")  # the first word is a word like any other
     digits = pre_tokenizers.Digits(individual_digits=True)  # 57 and 58 share what they share
@@ -416,10 +591,9 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), without_first_space])
     # after a tag the normalizer prepends a space of its own, so the tag takes the one in the text
     tags = [AddedToken(tag, rstrip=True, special=True) for tag in prompt_tags(examples)]
-    specials = [PAD, EOS, UNK, SEP, *tags]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=specials,
+        special_tokens=[PAD, EOS, UNK, SEP, *tags],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -432,6 +606,59 @@ def prompt_tags(examples: list[Example]) -> list[str]:
     """The words of prompts that are one token each, such as <2de>."""
     words = {word for example in examples for word in example.prompt.split()}
     return sorted(word for word in words if word.startswith("<"))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json, of ours or of a T5. Else UserError."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        vocab = tokenizer.get_vocab()
+        if sorted(vocab.values()) != [*range(len(vocab))] or not {PAD, EOS, UNK} <= vocab.keys():
+            raise ValueError("its ids have gaps, or it lacks special tokens")
+        return tokenizer
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer of a T5, with <sep> and tags in place of its first sentinels, <extra_id_0> …
+
+    So no embedding is resized: the sentinels stand for masked spans in pretraining and for nothing
+    in our text. The other sentinels, and embeddings without a token (T5: 28), become special
+    tokens, which no warmup and no output may hold.
+    """
+    if (folder / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
+    elif (folder / "spiece.model").exists():
+        tokenizer = read_spiece(folder / "spiece.model", vocab_size)
+    else:
+        raise UserError(f"{folder} has neither tokenizer.json nor spiece.model")
+    vocab = tokenizer.get_vocab()
+    found = [re.fullmatch(r"▁?<extra_id_(\d+)>", token) for token in vocab]
+    found = sorted((match for match in found if match), key=lambda match: int(match[1]))
+    sentinels = [match[0] for match in found]
+    ours = [token for token in (SEP, *tags) if token not in vocab]  # our own exports have them
+    content = json.loads(tokenizer.to_str())
+    is_t5 = content["model"]["type"] == "Unigram" and vocab[PAD] == 0 and vocab[EOS] == 1
+    if not is_t5 or len(vocab) > vocab_size or len(sentinels) < len(ours):
+        raise UserError(f"the tokenizer in {folder} is not that of a T5 with {vocab_size} tokens")
+
+    names = dict(zip(sentinels, ours))
+    for piece in content["model"]["vocab"]:
+        piece[0] = names.get(piece[0], piece[0])
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+        token["lstrip"] = token["rstrip"] = False  # T5's sentinels swallow the spaces around them
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    end = [(EOS, tokenizer.token_to_id(EOS))]
+    tokenizer.post_processor = processors.TemplateProcessing(f"$A {EOS}", special_tokens=end)
+    unused = [f"<unused_{i}>" for i in range(vocab_size - len(vocab))]
+    add_special(tokenizer, [SEP, *tags, *sentinels[len(ours) :], *unused])
+    return tokenizer
+
+
+def add_special(tokenizer, texts: list[str]) -> None:
+    tokenizer.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in texts])
 
 
 def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -455,17 +682,22 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
     """SentencePiece's spiece.model, a protobuf, as the pipeline that T5's tokenizer.json holds.
 
     T5 (100) and umT5 (300) expect sentinels <extra_id_N> behind the pieces, counted backwards.
-    mT5 has them as pieces."""
+    mT5 has them as pieces.
+    """
     try:
-        fields = list(protobuf(path.read_bytes()))  # 1: a piece; 2: the trainer; 3: the normalizer
-        trainer, normalizer = (dict(protobuf(dict(fields).get(number, b""))) for number in (2, 3))
-        pieces = [dict(protobuf(value)) for number, value in fields if number == 1]
-        scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
-        vocab = [(piece[1].decode(), score) for piece, score in zip(pieces, scores)]
-        kinds = [piece.get(3, 1) for piece in pieces]  # 2: <unk>; 3: </s> and the like
+        message = list(protobuf(path.read_bytes()))  # 1: a piece; 2: the trainer; 3: the normalizer
+        trainer = dict(protobuf(dict(message)[2]))
+        normalizer = dict(protobuf(dict(message).get(3, b"")))
+        vocab, kinds = [], []
+        for number, value in message:
+            if number == 1:
+                piece = dict(protobuf(value))
+                [score] = struct.unpack("<f", piece.get(2, bytes(4)))
+                vocab.append((piece[1].decode(), score))
+                kinds.append(piece.get(3, 1))  # 2: <unk>; 3: </s> and the like
         unknown = kinds.index(2)
         if trainer[3] != 1:
-            raise ValueError
+            raise ValueError("no unigram model")
         rules, squeeze = normalizer.get(2), normalizer.get(4, 1)  # squeeze: no runs of spaces
         steps = [normalizers.Precompiled(rules)] if rules else []
     except Exception:  # a damaged file fails in many ways, and tokenizers raises bare Exception
@@ -476,9 +708,10 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
         sentinels = [f"<extra_id_{i}>" for i in reversed(range(count))]
         vocab += [(text, 0.0) for text in sentinels]
         special += sentinels
+    if squeeze:
+        steps.append(normalizers.Strip(left=False, right=True))
+    steps.append(normalizers.Replace(Regex(" {2,}"), "▁" if squeeze else " "))
     tokenizer = Tokenizer(models.Unigram(vocab, unknown, False))
-    steps += [normalizers.Strip(left=False, right=True)] if squeeze else []
-    steps += [normalizers.Replace(Regex(" {2,}"), "▁" if squeeze else " ")]
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -486,59 +719,7 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def add_special(tokenizer: Tokenizer, texts: list[str]) -> None:
-    tokenizer.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in texts])
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json, of ours or of a T5. Else UserError."""
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-        vocab = tokenizer.get_vocab()
-        if sorted(vocab.values()) != [*range(len(vocab))] or not {PAD, EOS, UNK} <= vocab.keys():
-            raise ValueError("its ids have gaps, or it lacks special tokens")
-        return tokenizer
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer of a T5, with <sep> and tags in place of its first sentinels, <extra_id_0> …
-
-    So no embedding is resized: the sentinels stand for masked spans in pretraining and for nothing
-    in our text. The other sentinels, and embeddings without a token (T5: 28), become special
-    tokens, which no warmup and no output may hold."""
-    if (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-    elif (folder / "spiece.model").exists():
-        tokenizer = read_spiece(folder / "spiece.model", vocab_size)
-    else:
-        raise UserError(f"{folder} has neither tokenizer.json nor spiece.model")
-    vocab = tokenizer.get_vocab()
-    found = [re.fullmatch(r"▁?<extra_id_(\d+)>", token) for token in vocab]
-    sentinels = [match[0] for match in sorted(filter(None, found), key=lambda match: int(match[1]))]
-    ours = [token for token in (SEP, *tags) if token not in vocab]  # our own exports have them
-    content = json.loads(tokenizer.to_str())
-    is_t5 = content["model"]["type"] == "Unigram" and len(vocab) <= vocab_size
-    is_t5 &= (vocab.get(PAD), vocab.get(EOS)) == (0, 1) and UNK in vocab
-    if not is_t5 or len(sentinels) < len(ours):
-        raise UserError(f"the tokenizer in {folder} is not that of a T5 with {vocab_size} tokens")
-    names = dict(zip(sentinels, ours))
-    for piece in content["model"]["vocab"]:
-        piece[0] = names.get(piece[0], piece[0])
-    for token in content["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-        token["lstrip"] = token["rstrip"] = False  # T5's sentinels swallow the spaces around them
-    tokenizer = Tokenizer.from_str(json.dumps(content))
-    tokenizer.post_processor = processors.TemplateProcessing(  # T5's own sources end in </s>
-        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
-    )
-    unused = [f"<unused_{i}>" for i in range(vocab_size - len(vocab))]
-    add_special(tokenizer, [SEP, *tags, *sentinels[len(ours) :], *unused])
-    return tokenizer
-
-
-# ----------------------------------------------------------------------------- built-in samples
+# ----------------------------------------------------------------------------- built-in data
 def pointers(r: random.Random, config) -> Example:
     """y = f^hops(start): a random permutation f of --symbols letters, 1 to --hops look-ups.
 
@@ -690,7 +871,7 @@ def clause(r: random.Random, order: str) -> tuple[str, str]:
 
 
 def sentence(r: random.Random) -> tuple[str, str]:
-    """One sentence of the sample as (English, German)."""
+    """One sentence as (English, German)."""
     kind = r.random()
     join_en, join_de = r.choice(JOINS)
     if kind < 0.55:
@@ -712,10 +893,10 @@ def sentence(r: random.Random) -> tuple[str, str]:
     return en[0].upper() + en[1:] + ".", de[0].upper() + de[1:] + "."
 
 
-def translation_sample(r: random.Random, config) -> Example:
-    """One pair of the sample, --pair de-en or en-de."""
+def built_in_translation(r: random.Random, config) -> Example:
+    """One pair of the built-in data, --pair de-en or en-de."""
     if config.pair not in ("de-en", "en-de"):
-        raise UserError(f"the sample is de-en or en-de: for {config.pair} give --data DIR")
+        raise UserError(f"the built-in data is de-en or en-de: for {config.pair} give --data DIR")
     en, de = sentence(r)
     return translation(config.pair, *((en, de) if config.pair == "en-de" else (de, en)))
 
@@ -771,41 +952,44 @@ def multiple_choice(text: str, question: str, options: list[str], answer: int) -
     return Example(f"{text} {question} {listed}", "", "ABCD"[answer])
 
 
-SAMPLES = {"pointers": pointers, "translation": translation_sample, "news": news, "puzzle": puzzle}
+GENERATORS = {
+    "pointers": pointers,
+    "translation": built_in_translation,
+    "news": news,
+    "puzzle": puzzle,
+}
 
 
 def check_example(task: str, example) -> None:
-    """UserError unless the generator of a task gave an Example of text, with two full sides."""
+    """UserError unless a generator gave an Example of text, with two full sides."""
+    said = f"task {task}: its generator gave"
     if not isinstance(example, Example):
-        raise UserError(f"task {task}: its sample gave {example!r:.80}, not an Example")
+        raise UserError(f"{said} {example!r:.80}, not an Example")
     for name, value in zip(Example._fields, example):
-        if not isinstance(value, str):
-            raise UserError(f"task {task}: its sample gave the {name} {value!r:.80}, not a string")
-        if name != "prompt" and not value.strip():
-            raise UserError(f"task {task}: its sample gave an example with an empty {name}")
+        if not isinstance(value, str) or (name != "prompt" and not value.strip()):
+            raise UserError(f"{said} the {name} {value!r:.80}, not a text")
 
 
-def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
-    """--sample-size training examples; for validation and test 500 each, at most a quarter of it.
+def generate_splits(generate: Callable, config) -> dict[str, list[Example]]:
+    """--built-in-size training examples; 500 of validation and of test, at most a quarter of it.
 
     The split of an example is a hash of its longer side. So no seed's training data holds another
-    seed's test item, and no direction of translation the other's."""
-    drawn = [sample(random.Random(number), config) for number in range(3)]
-    for example in drawn:
-        check_example(config.task, example)
-    if len({len(example.prompt.split()) for example in drawn}) > 1:
-        raise UserError(
-            f"task {config.task}: its prompts differ in length: {drawn[0].prompt!r}, "
-            f"{drawn[1].prompt!r}, {drawn[2].prompt!r}"
-        )
-    held_out = min(500, max(1, config.sample_size // 4))
-    wanted = {"train": config.sample_size, "valid": held_out, "test": held_out}
+    seed's test item, and no direction of translation the other's.
+    """
+    held_out = min(500, max(1, config.built_in_size // 4))
+    wanted = {"train": config.built_in_size, "valid": held_out, "test": held_out}
     splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice
     r = random.Random(f"{config.seed}")
     in_vain = 0  # draws since the last that was taken
+    prompt = None
     while any(len(splits[split]) < count for split, count in wanted.items()):
-        example = sample(r, config)
+        example = generate(r, config)
         check_example(config.task, example)
+        prompt = prompt or example.prompt
+        if len(example.prompt.split()) != len(prompt.split()):
+            raise UserError(
+                f"task {config.task}: its prompts differ in length: {prompt!r}, {example.prompt!r}"
+            )
         longer = max(example.source, example.target, key=lambda text: (len(text), text))
         split = {0: "test", 1: "valid"}.get(zlib.crc32(longer.encode()) % 20, "train")
         in_vain += 1
@@ -813,10 +997,10 @@ def generate_splits(sample: Callable, config) -> dict[str, list[Example]]:
             splits[split][example] = None
             in_vain = 0
         if in_vain == 10000:
-            symbols = " or raise --symbols" if sample is pointers else ""
+            symbols = " or raise --symbols" if generate is pointers else ""
             raise UserError(
-                "10,000 draws in a row gave no new example: lower --sample-size"
-                f" (now {config.sample_size}){symbols}"
+                "10,000 draws in a row gave no new example: lower --built-in-size (now "
+                f"{config.built_in_size}){symbols}"
             )
     return {split: list(rows) for split, rows in splits.items()}
 
@@ -960,6 +1144,58 @@ def download(task: str, pair: str, folder: Path) -> None:
             part.write_text(text, encoding="utf-8", newline="\n")
             part.replace(folder / name)
             print(f"wrote {folder / name}: {len(content):,} lines")
+
+
+# ----------------------------------------------------------------------------- the program
+def shell_word(path: str | Path) -> str:
+    """A path as one word of a command line, for the commands that the program prints."""
+    if sys.platform != "win32":
+        return shlex.quote(str(path))
+    return f'"{path}"' if re.search(r"[^\w.:/\\-]", str(path)) else str(path)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in two lines what is wrong with the usage: the error, and what may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
+        hint = f"did you mean {near[0]}?" if near else f"--help lists all flags of {self.prog}"
+        self.exit(2, f"error: {message}\n{hint}\n")
+
+
+def program(run):
+    """Decorator of a script's main(argv): 0, or 1 after one line that says what is wrong."""
+
+    @wraps(run)
+    def main(argv: list[str] | None = None) -> int:
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                # a file gets UTF-8, as all our files; not every terminal has every character
+                if stream is not None:
+                    encoding = None if stream.isatty() else "utf-8"
+                    stream.reconfigure(encoding=encoding, errors="replace")
+            run(sys.argv[1:] if argv is None else argv)
+            print(end="", flush=True)  # if the reader has left, it shows here
+            return 0
+        except KeyboardInterrupt as interrupt:
+            said = f"\nstopped; {interrupt}" if str(interrupt) else "\nstopped"
+        except BrokenPipeError:  # a reader such as `head` has left
+            return 1
+        except (UserError, OSError, UnicodeError) as error:
+            said = f"error: {one_line(str(error))}"
+        except RuntimeError as error:  # torch has no type for the memory of a CPU
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate mem" not in str(error):
+                raise
+            said = (
+                "error: out of memory. Lower --batch-tokens, --policy-batch-tokens, --beams or "
+                "--max-target-tokens, or train with --recompute"
+            )
+        print(said, file=sys.stderr)
+        return 1
+
+    return main
 
 
 @program

@@ -10,13 +10,15 @@ T5's oddities, each marked where it happens: RMSNorm without mean or bias, no bi
 layers, positions only as a learned bias on attention scores, the pad id as decoder start.
 """
 
-import argparse, difflib, json, math, os, re, shlex, sys
+import json
+import math
+import os
+import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache, wraps
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,21 +50,6 @@ class ModelConfig:
     pad_id: int = 0  # also the decoder's start token: T5 has no other
     eos_id: int = 1
 
-    def __post_init__(self):
-        """ValueError for a size that no model has: some configs are read from files."""
-        least = {
-            "encoder_layers": 0,
-            "decoder_layers": 0,
-            "pad_id": 0,
-            "eos_id": 0,
-            "buckets": 4,
-            "max_distance": self.buckets,
-        }
-        for f in fields(self):
-            value, most = getattr(self, f.name), 1000 if "layers" in f.name else 2**20
-            if f.type is int and not (type(value) is int and least.get(f.name, 1) <= value <= most):
-                raise ValueError(f"{f.name} = {value!r}")
-
     @property
     def inner(self) -> int:
         return self.heads * self.head_size
@@ -76,7 +63,6 @@ class ModelConfig:
 SIZES = {
     "toy": dict(
         width=64,
-        heads=4,
         head_size=16,
         ff=256,
         encoder_layers=0,
@@ -98,7 +84,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0)
     """softmax(scale q kᵀ + bias) v: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D), fused where torch can.
 
     bias, broadcast to (B,H,L,S), holds position bias and masks. scale is 1 for T5. No dropout of
-    attention weights: our choice, the fused CPU kernel has none."""
+    attention weights: our choice, the fused CPU kernel has none.
+    """
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: fused is 5x slower
         return plain_attention(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
@@ -112,22 +99,40 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
     """(N,L,parts·H·D) -> (parts,N,H,L,D)."""
-    return x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4)
+    return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def rms_norm(config: ModelConfig) -> nn.RMSNorm:
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A matrix: T5's linear layers have no bias."""
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def rms_norm(config) -> nn.RMSNorm:
     """x / sqrt(mean(x²) + 1e-6) * weight: T5's layer norm subtracts no mean and adds no bias."""
     return nn.RMSNorm(config.width, eps=1e-6)
 
 
+class Dropout(nn.Module):
+    """Zero each element with probability p and scale the rest by 1/(1-p), in training only."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.p and x.device.type == "cpu":
+            return cpu_dropout(x, self.p)  # a faster form; p is rounded to 1/256
+        return F.dropout(x, self.p, self.training)
+
+
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.heads, self.scale = config.heads, config.attention_scale
-        self.qkv = nn.Linear(config.width, 3 * config.inner, bias=False)  # one product, not three
-        self.out = nn.Linear(config.inner, config.width, bias=False)
+        self.qkv = linear(config.width, 3 * config.inner)  # one product, not three
+        self.out = linear(config.inner, config.width)
 
-    def forward(self, x: Tensor, bias: Tensor, cache: "Cache | None", layer: int) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, cache, layer: int) -> Tensor:
         q, k, v = split_heads(self.qkv(x), 3, self.heads)  # (N,H,L,D) each
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (N,H,past+L,D)
@@ -139,14 +144,15 @@ class CrossAttention(nn.Module):
     """The decoder's look at the source. Keys and values are projected once per example.
 
     Cross-attention has no causal structure, so an example's K warmups may stand side by side on
-    the query axis: queries (B,H,K·L,D) against ONE copy of keys (B,H,S,D). Nothing is repeated."""
+    the query axis: queries (B,H,K·L,D) against ONE copy of keys (B,H,S,D). Nothing is repeated.
+    """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.heads, self.scale = config.heads, config.attention_scale
-        self.q = nn.Linear(config.width, config.inner, bias=False)
-        self.kv = nn.Linear(config.width, 2 * config.inner, bias=False)
-        self.out = nn.Linear(config.inner, config.width, bias=False)
+        self.q = linear(config.width, config.inner)
+        self.kv = linear(config.width, 2 * config.inner)
+        self.out = linear(config.inner, config.width)
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder states (B,S,E) -> keys and values, (B,H,S,D) each."""
@@ -155,30 +161,34 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
         N, L, _ = x.shape
         B = len(kv[0])
-        q = self.q(x).view(B, N // B * L, self.heads, -1).transpose(1, 2)  # (B,H,K·L,D)
-        mixed = attention(q, *kv, bias, self.scale)  # (B,H,K·L,D)
+        q = self.q(x).view(B, N // B * L, self.heads, -1)  # (B,K·L,H,D)
+        mixed = attention(q.transpose(1, 2), *kv, bias, self.scale)  # (B,H,K·L,D)
         return self.out(mixed.transpose(1, 2).reshape(N, L, -1))  # (N,L,E)
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.gated = config.gated
-        self.up = nn.Linear(config.width, config.ff * (2 if config.gated else 1), bias=False)
-        self.down = nn.Linear(config.ff, config.width, bias=False)
+        parts = 2 if config.gated else 1
+        self.up = linear(config.width, parts * config.ff)
+        self.down = linear(config.ff, config.width)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.gated:
-            return self.down(self.dropout(F.relu(self.up(x))))
-        gate, x = self.up(x).chunk(2, dim=-1)
-        return self.down(self.dropout(F.gelu(gate, approximate="tanh") * x))
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.gelu(gate, approximate="tanh") * x
+        else:
+            x = F.relu(x)
+        return self.down(self.dropout(x))
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention (decoder), feed-forward; each x + dropout(f(norm(x)))."""
 
-    def __init__(self, config: ModelConfig, decoder: bool):
+    def __init__(self, config, decoder: bool):
         super().__init__()
         self.self_attention, self.self_norm = SelfAttention(config), rms_norm(config)
         if decoder:
@@ -187,7 +197,8 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, bias, memory=None, cache=None, layer=0) -> Tensor:
-        x = x + self.dropout(self.self_attention(self.self_norm(x), bias, cache, layer))
+        own = self.self_attention(self.self_norm(x), bias, cache, layer)
+        x = x + self.dropout(own)
         if memory is not None:
             seen = self.cross_attention(self.cross_norm(x), memory.kv[layer], memory.bias)
             x = x + self.dropout(seen)
@@ -198,14 +209,14 @@ class PositionBias(nn.Module):
     """T5's only notion of position: a learned number per head and distance (Raffel et al. §2.1).
 
     Half of the buckets hold one distance each; the others grow logarithmically to max_distance.
-    The encoder looks both ways and splits its buckets by sign. The decoder looks back only."""
+    The encoder looks both ways and splits its buckets by sign. The decoder looks back only.
+    """
 
-    def __init__(self, config: ModelConfig, bidirectional: bool):
+    def __init__(self, config, bidirectional: bool):
         super().__init__()
         self.bidirectional = bidirectional
         self.buckets, self.max_distance = config.buckets, config.max_distance
         self.weight = nn.Parameter(torch.zeros(config.buckets, config.heads))
-        self.kept = None  # the longest table so far
 
     def bucket(self, distance: Tensor) -> Tensor:
         """distance = key position - query position, any shape -> bucket index, same shape."""
@@ -213,42 +224,40 @@ class PositionBias(nn.Module):
         if self.bidirectional:
             n //= 2
             offset = (distance > 0).long() * n
-        distance = distance.abs() if self.bidirectional else (-distance).clamp(min=0)
+            distance = distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
         exact = n // 2  # distances below have a bucket each
         ratio = torch.log(distance.clamp(min=1).float() / exact)
-        far = exact + (ratio / math.log(self.max_distance / exact) * (n - exact)).long()
+        ratio = ratio / math.log(self.max_distance / exact)  # from 0 to 1, and beyond
+        far = exact + (ratio * (n - exact)).long()
         return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
 
-    def table(self, length: int) -> Tensor:
-        """Buckets by query and key, of at least (length,length) places. The largest: the future."""
-        device = self.weight.device
-        if self.kept is None or len(self.kept) < length or self.kept.device != device:
-            at = torch.arange(-(-length // 64) * 64, device=device)
-            distance = at[None, :] - at[:, None]
-            future = (distance > 0) & (not self.bidirectional)
-            self.kept = self.bucket(distance).masked_fill(future, self.buckets)
-        return self.kept
-
     def forward(self, length: int) -> Tensor:
-        table = self.table(length)
-        weight = F.pad(self.weight, (0, 0, 0, 1), value=MASKED)  # (buckets+1,H)
-        bias = weight[table[:length, :length]]  # (L,L,H)
+        """(1,H,L,L), L the length. In the decoder the future is MASKED."""
+        at = torch.arange(length, device=self.weight.device)
+        distance = at[None, :] - at[:, None]  # (L,L)
+        bias = self.weight[self.bucket(distance)]  # (L,L,H)
+        if not self.bidirectional:
+            bias = bias.masked_fill((distance > 0)[..., None], MASKED)
         # contiguous: CUDA's fused kernels ask for such a mask
-        return bias.permute(2, 0, 1).unsqueeze(0).contiguous()  # (1,H,L,L)
+        return bias.permute(2, 0, 1)[None].contiguous()
 
 
-@lru_cache(maxsize=8)  # a long decoding asks for one length after the other
-def sinusoids(length: int, width: int, device) -> Tensor:
-    """(length,width): sin, cos of positions at wavelengths 2π to 20,000π (Vaswani et al. §3.5)."""
+def sinusoids(start: int, end: int, width: int, device) -> Tensor:
+    """(end-start,width): sin and cos of positions from start on (Vaswani et al. §3.5).
+
+    Their wavelengths go from 2π to 20,000π.
+    """
     rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
-    angle = torch.arange(length, device=device)[:, None] * rate  # (length,width/2)
+    angle = torch.arange(start, end, device=device)[:, None] * rate  # (end-start,width/2)
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 class Stack(nn.Module):
     """All blocks of the encoder or the decoder, with the biases they share and a final norm."""
 
-    def __init__(self, config: ModelConfig, decoder: bool):
+    def __init__(self, config, decoder: bool):
         super().__init__()
         layers = config.decoder_layers if decoder else config.encoder_layers
         biases = 1 if config.shared_bias else layers
@@ -263,11 +272,13 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, biases: list[Tensor], memory=None, cache=None) -> Tensor:
         x = self.dropout(x)
-        if torch.is_autocast_enabled(x.device.type) and x.device.type != "cpu":
-            dtype = torch.get_autocast_dtype(x.device.type)
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and device != "cpu":
+            dtype = torch.get_autocast_dtype(device)
             biases = [bias.to(dtype) for bias in biases]  # once, not in the attention of each layer
-        for layer, block in enumerate(self.blocks):
-            bias = biases[layer if len(biases) > 1 else 0]
+        if len(biases) == 1:
+            biases = biases * len(self.blocks)
+        for layer, (block, bias) in enumerate(zip(self.blocks, biases)):
             if self.recompute and torch.is_grad_enabled():
                 # the second pass restores the random state, so it draws the same dropout
                 x = checkpoint(block, x, bias, memory, None, layer, use_reentrant=False)
@@ -293,13 +304,13 @@ class Memory:
 class Cache:
     """Self-attention keys and values of what N decoder rows have read: at most `room` tokens.
 
-    Its places double when they are used up: most rows end long before the limit."""
+    Its places double when they are used up: most rows end long before the limit.
+    """
 
-    def __init__(self, model: "EncoderDecoder", room: int):
-        self.decoder = model.decoder
-        self.kv = [None] * len(model.decoder.blocks)  # (N,2,H,places,D) each, made on first use
-        self.other = list(self.kv)  # `select` copies there, then the two swap
-        self.room, self.places, self.length = room, 0, 0
+    def __init__(self, decoder, room: int):
+        self.decoder, self.room = decoder, room
+        self.places, self.length = 0, 0  # a token has a place; `length` places are used
+        self.kv = [None] * len(decoder.blocks)  # (N,2,H,places,D) each, made on first use
 
     def reserve(self, end: int) -> list[Tensor]:
         """See to it that `end` tokens have a place. -> the position biases of all places."""
@@ -310,57 +321,58 @@ class Cache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write L new places, return all so far: (N,H,L,D) x2 -> (N,H,length+L,D) x2."""
-        N, H, L, D = k.shape
-        kv, end = self.kv[layer], self.length + L
-        if kv is None or kv.size(3) < self.places:
-            grown = k.new_empty(N, 2, H, self.places, D)
-            if kv is not None:
-                grown[:, :, :, : self.length] = kv[:, :, :, : self.length]
-            self.kv[layer] = kv = grown
+        kv, end = self.kv[layer], self.length + k.size(2)
+        if kv is None:
+            kv = torch.stack([k, v], 1)[:, :, :, :0]  # (N,2,H,0,D)
+        if kv.size(3) < self.places:
+            kv = F.pad(kv, (0, 0, 0, self.places - kv.size(3)))
+            self.kv[layer] = kv
         kv[:, 0, :, self.length : end] = k
         kv[:, 1, :, self.length : end] = v
         return kv[:, 0, :, :end], kv[:, 1, :, :end]
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows in this order: expand B rows to B·K, or follow the surviving beams."""
-        for layer, kv in enumerate(self.kv):
-            other = self.other[layer]
-            if other is None or other.shape[1:] != kv.shape[1:] or len(other) != len(rows):
-                other = kv.new_empty(len(rows), *kv.shape[1:])
-            used = other[:, :, :, : self.length]  # the other places hold nothing yet
-            torch.index_select(kv[:, :, :, : self.length], 0, rows, out=used)
-            self.kv[layer], self.other[layer] = other, kv
+        self.kv = [kv.index_select(0, rows) for kv in self.kv]
 
 
 # ----------------------------------------------------------------------------- the model
 class EncoderDecoder(nn.Module):
     """encode -> Memory; decode -> hidden states; token_logprobs or logits on those."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.encoder, self.decoder = Stack(config, decoder=False), Stack(config, decoder=True)
         if not config.tied:
-            self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.output = linear(config.width, config.vocab_size)
         self.init_weights()
 
     def init_weights(self) -> None:
         """1/sqrt(fan-in), as T5: products have variance 1. Unscaled queries are sqrt(D) smaller.
 
         Our choice: with a tied output, logits and what layers add to the residual stream start at
-        0.3 of that. Else the decoder's own input token dominates the logits."""
-        config, small = self.config, 0.3 if self.config.tied else 1.0
+        0.3 of that. Else the decoder's own input token dominates the logits.
+        """
+        config = self.config
+        small = 0.3 if config.tied else 1.0
         shrink = config.head_size**-0.5 / config.attention_scale  # 1, or T5's 1/sqrt(D)
         wide = config.width**-0.5
-        std = {"qkv": wide, "q": shrink * wide, "kv": wide, "up": wide}
-        std |= {"out": small * config.inner**-0.5, "down": small * config.ff**-0.5}
+        std = {
+            "qkv": wide,
+            "q": shrink * wide,
+            "kv": wide,
+            "up": wide,
+            "out": small * config.inner**-0.5,
+            "down": small * config.ff**-0.5,
+        }
         for name, parameter in self.named_parameters():
             layer = name.split(".")[-2]
             if layer in std:
                 nn.init.normal_(parameter, std=std[layer])
             if layer == "qkv":
-                parameter.data[: config.inner] *= shrink
+                parameter.data[: config.inner] *= shrink  # the queries
         nn.init.normal_(self.embedding.weight, std=wide if config.scaled else 1.0)
         if config.tied:
             nn.init.constant_(self.decoder.norm.weight, small)
@@ -373,14 +385,14 @@ class EncoderDecoder(nn.Module):
         T5's embeddings are sqrt(E) larger and its queries sqrt(D) smaller than `scaled` ones: its
         optimizer, Adafactor, takes steps in proportion to a weight's size. AdamW's steps are all
         alike. It would leave such embeddings behind and make attention scores jump. So from
-        scratch a factor here and in `attention_scale` stands for the difference."""
+        scratch a factor here and in `attention_scale` stands for the difference.
+        """
         x = self.embedding(tokens)
         if self.config.scaled:
             x = x * self.config.width**0.5
         if self.config.absolute:
-            end = past + tokens.size(1)
-            places = sinusoids(-(-end // 64) * 64, self.config.width, x.device)  # few to keep
-            x = x + places[past:end].to(x.dtype)  # (L,E)
+            places = sinusoids(past, past + tokens.size(1), self.config.width, x.device)  # (L,E)
+            x = x + places.to(x.dtype)
         return x
 
     def encode(self, source: Tensor) -> Memory:
@@ -391,21 +403,22 @@ class EncoderDecoder(nn.Module):
         kv = [block.cross_attention.project(states) for block in self.decoder.blocks]
         return Memory(kv, padding)
 
-    def decode(self, tokens: Tensor, memory: Memory, cache: Cache | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, memory, cache=None) -> Tensor:
         """tokens (N,L), after those in the cache -> hidden states (N,L,E).
 
         N = B·K rows share the memory of B examples; ValueError if they do not divide. Rows are
-        padded on the right only, so the causal mask keeps real tokens from padding."""
-        L, past = tokens.size(1), cache.length if cache else 0
+        padded on the right only, so the causal mask keeps real tokens from padding.
+        """
         if len(tokens) % len(memory.bias):
             raise ValueError(f"{len(tokens)} rows: not a multiple of {len(memory.bias)} examples")
-        biases = cache.reserve(past + L) if cache else self.decoder.position_biases(L)
-        biases = [bias[:, :, past : past + L, : past + L] for bias in biases]  # (1,H,L,past+L)
+        if cache is None:
+            biases = self.decoder.position_biases(tokens.size(1))
+            return self.decoder(self.embed(tokens), biases, memory)
+        past, end = cache.length, cache.length + tokens.size(1)
+        biases = [bias[:, :, past:end, :end] for bias in cache.reserve(end)]  # (1,H,L,end)
         # a cached step has a new shape each time: `forward` avoids what compile_stacks compiled
-        decoder = self.decoder.forward if cache else self.decoder
-        hidden = decoder(self.embed(tokens, past), biases, memory, cache)  # (N,L,E)
-        if cache:
-            cache.length += L
+        hidden = self.decoder.forward(self.embed(tokens, past), biases, memory, cache)
+        cache.length = end
         return hidden
 
     def output_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -428,11 +441,10 @@ class EncoderDecoder(nn.Module):
         *,
         temperature: float = 1.0,
         forbidden: Tensor | None = None,
-        chunk: int = 0,
     ) -> Tensor:
         """log softmax(logits / temperature)[targets]: (tokens,E), (tokens,) -> (tokens,), float32.
 
-        forbidden: ids of probability 0. chunk: tokens whose logits are held at once; 0: 256 MiB's.
+        forbidden: ids of probability 0.
         """
         hidden, weight = self.output_layer(hidden)
         if temperature != 1.0:
@@ -442,25 +454,40 @@ class EncoderDecoder(nn.Module):
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         if hidden.dtype == torch.float64:  # the exact tests; all else accumulates in float32
             return plain_token_logprobs(hidden, weight, targets, forbidden)
-        chunk = chunk or max(1, 2**26 // len(weight))
-        return _TokenLogProbs.apply(hidden, weight, targets, forbidden, chunk)
+        return TokenLogProbs.apply(hidden, weight, targets, forbidden)  # a faster form
+
+
+def plain_token_logprobs(hidden, weight, targets, forbidden=None) -> Tensor:
+    """log softmax(hidden weightᵀ)[targets], with all tokens x V logits."""
+    logits = hidden @ weight.T  # (tokens,V)
+    if forbidden is not None:
+        logits = logits.index_fill(1, forbidden, -torch.inf)
+    log_probs = logits.log_softmax(-1)
+    return log_probs.gather(1, targets[:, None]).squeeze(1)  # (tokens,)
 
 
 # ----------------------------------------------------------------------------- decoding
-def read_prefix(model, memory: Memory, prefix: Tensor, room: int, copies: int):
-    """Read prefix (B,P) once per example, then copy the rows: cache, hidden (B·copies,E)."""
-    cache = Cache(model, prefix.size(1) + room)
+def read_prefix(model, memory, prefix: Tensor, room: int, copies: int):
+    """Read prefix (B,prefix) once per example, then copy the rows: cache, hidden (N,E)."""
+    cache = Cache(model.decoder, prefix.size(1) + room)
     hidden = model.decode(prefix, memory, cache)[:, -1]  # (B,E)
     rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)  # (N,)
     cache.select(rows)
     return cache, hidden[rows]
 
 
+def next_logits(model, hidden: Tensor, forbidden: Tensor | None) -> Tensor:
+    """hidden (N,E) -> logits (N,V), -inf for forbidden ids."""
+    logits = model.logits(hidden)
+    return logits if forbidden is None else logits.index_fill_(1, forbidden, -torch.inf)
+
+
 def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
     """probs (N,V), not normalised -> a token of each row and the row's sum, (N,1) both.
 
     Inverts the cumulative distribution: the token is the first whose cumulative sum exceeds
-    u·sum, u uniform in [0,1). One random number a row; torch.multinomial draws V."""
+    u·sum, u uniform in [0,1). One random number a row; torch.multinomial draws V.
+    """
     cdf = probs.cumsum(-1)  # (N,V)
     if cdf.is_cuda:
         # a parallel sum rounds up and down: no gap may open for a token of probability 0
@@ -473,9 +500,9 @@ def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sample(
-    model: EncoderDecoder,
-    memory: Memory,
+def sample_tokens(
+    model,
+    memory,
     prefix: Tensor,
     length: int,
     *,
@@ -484,24 +511,21 @@ def sample(
     forbidden: Tensor | None = None,
     stop: int | None = None,
     fill: int = 0,
-    min_length: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Write `length` tokens after prefix (B,P): tokens and their log-probs, (B,K,length) both.
+    """Write `length` tokens after prefix (B,prefix): tokens, their log-probs, (B,K,length) both.
 
     K = samples independent draws per example. temperature 0 is greedy. No top-k or top-p: a policy
     gradient is only right if we sample from exactly the distribution that `token_logprobs` scores.
-    A row ends at `stop`, which may not come within the first min_length tokens. The rest of it
-    holds `fill`, with log-prob 0: it is no choice."""
+    A row ends at `stop`. The rest of it holds `fill`, with log-prob 0: it is no choice.
+    """
     cache, hidden = read_prefix(model, memory, prefix, length, samples)  # hidden (N,E)
     tokens = prefix.new_full((len(hidden), length), fill)  # (N,length)
     log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
     done = torch.zeros_like(tokens[:, 0], dtype=torch.bool)  # (N,)
     for t in range(length):
-        logits = model.logits(hidden if temperature in (0, 1) else hidden / temperature)  # (N,V)
-        if forbidden is not None:
-            logits.index_fill_(1, forbidden, -torch.inf)
-        if stop is not None and t < min_length:
-            logits[:, stop] = -torch.inf
+        if temperature not in (0, 1):
+            hidden = hidden / temperature
+        logits = next_logits(model, hidden, forbidden)  # (N,V)
         probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (N,V), not normalised
         if temperature == 0:
             token, total = probs.argmax(-1, keepdim=True), probs.sum(-1, keepdim=True)  # (N,1)
@@ -516,7 +540,8 @@ def sample(
                 break
         if t + 1 < length:
             hidden = model.decode(tokens[:, t : t + 1], memory, cache)[:, -1]
-    return tokens.view(-1, samples, length), log_probs.view(-1, samples, length)
+    shape = (-1, samples, length)
+    return tokens.view(shape), log_probs.view(shape)
 
 
 def take(rows: Tensor, index: Tensor) -> Tensor:
@@ -524,10 +549,24 @@ def take(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index[..., None].expand(-1, -1, rows.size(2)))
 
 
+def candidates(logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best 2n ways to go on from n open beams, best first.
+
+    logits (B·n,V), scores (B,n) -> new scores, the beam that goes on, its next token: (B,2n) each.
+    2n of each beam's likeliest tokens are enough to find them.
+    """
+    B, n = scores.shape
+    top, token = logits.topk(min(2 * n, logits.size(1)), -1)  # (B·n,2n)
+    log_probs = top - logits.logsumexp(-1, keepdim=True)
+    sums = (scores.view(-1, 1) + log_probs).view(B, -1)  # (B,n·2n)
+    sums, index = sums.topk(min(2 * n, sums.size(1)), -1)  # (B,2n)
+    return sums, index // top.size(1), token.view(B, -1).gather(1, index)
+
+
 @torch.no_grad()
 def beam_search(
-    model: EncoderDecoder,
-    memory: Memory,
+    model,
+    memory,
     prefix: Tensor,
     length: int,
     *,
@@ -535,35 +574,26 @@ def beam_search(
     length_penalty: float = 1.0,
     forbidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The n = beams best continuations of prefix (B,P): tokens (B,n,length), scores (B,n).
+    """The n = beams best continuations of prefix (B,prefix): tokens (B,n,length), scores (B,n).
 
     score = sum of log-probs / (tokens written, </s> included) ** length_penalty, best first. Each
     step looks at 2n candidates, so that n stay open when some end. An example stops when its best
-    open beam, at its present length, cannot beat its worst finished one."""
-    B, n, config = len(prefix), beams, model.config
+    open beam, at its present length, cannot beat its worst finished one.
+    """
+    B, n, device = len(prefix), beams, prefix.device
     cache, hidden = read_prefix(model, memory, prefix, length, n)  # hidden (B·n,E)
-    first_row = torch.arange(B, device=prefix.device)[:, None] * n  # (B,1) of each example
-    tokens = prefix.new_full((B, n, length), config.pad_id)  # open beams
-    ended = tokens.clone()  # finished beams
-    ended_scores = torch.full((B, n), MASKED, device=prefix.device)
-    scores = ended_scores.clone()  # of open beams: sums of log-probs
+    first_row = torch.arange(B, device=device)[:, None] * n  # (B,1) of each example
+    tokens = prefix.new_full((B, n, length), model.config.pad_id)  # open beams
+    scores = torch.full((B, n), MASKED, device=device)  # of open beams: sums of log-probs
+    ended, ended_scores = tokens.clone(), scores.clone()  # finished beams
     scores[:, 0] = 0.0  # all beams are alike at first: only one may speak
     running = torch.ones_like(first_row, dtype=torch.bool)  # (B,1)
     for t in range(length):
-        logits = model.logits(hidden)  # (B·n,V)
-        if forbidden is not None:
-            logits.index_fill_(1, forbidden, -torch.inf)
-
-        # candidates: each open beam with each of its 2n likeliest tokens; of these the best 2n
-        top, token = logits.topk(min(2 * n, config.vocab_size), -1)  # (B·n,2n)
-        log_probs = top - logits.logsumexp(-1, keepdim=True)
-        sums = (scores.view(-1, 1) + log_probs).view(B, -1)  # (B,n·2n)
-        sums, index = sums.topk(min(2 * n, sums.size(1)), -1)  # (B,2n), best first
-        beam = index // top.size(1)  # (B,2n): which open beam it continues
-        token = token.view(B, -1).gather(1, index)  # (B,2n)
+        logits = next_logits(model, hidden, forbidden)  # (B·n,V)
+        sums, beam, token = candidates(logits, scores)  # (B,2n) each
         grown = take(tokens, beam)  # (B,2n,length)
         grown[:, :, t] = token
-        ends = (token == config.eos_id) | (t + 1 == length)
+        ends = (token == model.config.eos_id) | (t + 1 == length)
         normaliser = (t + 1) ** length_penalty
 
         # finished: those among the best n that end here, while the example runs
@@ -582,44 +612,44 @@ def beam_search(
     return ended, ended_scores
 
 
-# ===== plumbing: two fast paths; errors, device, precision, compile; T5 checkpoints in and out
-class Dropout(nn.Module):
-    """Zero each element with probability p and scale the rest by 1/(1-p), in training only.
+# ===== plumbing: two fast paths; errors; device, precision, compile; checkpoints, ours and T5's
+def cpu_dropout(x: Tensor, p: float) -> Tensor:
+    """`Dropout` for the CPU. torch draws a random float per element; a random byte decides as well.
 
-    On a CPU torch draws a random float per element. A random byte decides as well; it rounds p to
-    1/256. With torch's dropout an SFT step (size small) takes 1.12 to 1.22 times as long."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return F.dropout(x, self.p, self.training)
-        dropped = min(255, round(self.p * 256))  # of the 256 values of a byte
-        draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        drawn = draws.view(torch.uint8)[: x.numel()].view(x.shape)  # eight bytes from each draw
-        return x * drawn.to(x.dtype).ge_(dropped).mul_(256 / (256 - dropped))
+    With torch's dropout an SFT step (size small) takes 1.12 to 1.22 times as long.
+    """
+    dropped = min(255, round(p * 256))  # of the 256 values of a byte
+    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    draws = draws.view(torch.uint8)[: x.numel()].view(x.shape)  # eight bytes from each draw
+    kept = draws.to(x.dtype).ge_(dropped)  # 0 or 1
+    return x * kept.mul_(256 / (256 - dropped))
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden weightᵀ)[targets], holding at most `chunk` x V numbers at a time.
+CHUNK = 2**26  # most numbers in the logits that are made at once: 256 MiB of float32
+KEPT = 3 * CHUNK  # most numbers that are kept for the backward pass
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """`plain_token_logprobs`, a chunk of tokens at a time.
 
     Autograd would keep logits and log-probs, each tokens x V, until the backward pass. Here one
-    buffer is overwritten: logits, then exp(logits - max), then their gradient. One chunk is kept
-    for the backward pass; of several, each is computed again there. With the plain form a warmup
-    step (size small) takes 1.6 times as long, and the loss at mT5's V 15 times the memory."""
+    buffer a chunk is overwritten: logits, then exp(logits - max), then their gradient. If all
+    chunks are too large to keep, each is computed again in the backward pass. With the plain form a
+    warmup step (size small) takes 1.6 times as long, and the loss at mT5's V 15 times the memory.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, forbidden, chunk):
+    def forward(ctx, hidden, weight, targets, forbidden):
         ctx.save_for_backward(hidden, weight, targets, forbidden)
-        ctx.chunk, ctx.kept = chunk, None
+        ctx.chunk = max(1, CHUNK // len(weight))  # tokens
+        ctx.kept = {}
         log_probs = hidden.new_empty(len(targets), dtype=torch.float32)  # (tokens,)
-        for at in range(0, len(targets), chunk):
-            rows = slice(at, at + chunk)
-            log_probs[rows], *kept = _chunk(hidden[rows], weight, targets[rows], forbidden)
-            if len(targets) <= chunk:
-                ctx.kept = kept
+        for at in range(0, len(targets), ctx.chunk):
+            rows = slice(at, at + ctx.chunk)
+            some, *kept = one_chunk(hidden[rows], weight, targets[rows], forbidden)
+            log_probs[rows] = some
+            if len(targets) * len(weight) <= KEPT:
+                ctx.kept[at] = kept
             del kept  # before the next chunk is made
         return log_probs
 
@@ -630,10 +660,9 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up: float32
         for at in range(0, len(targets), ctx.chunk):
             rows = slice(at, at + ctx.chunk)
-            if ctx.kept is None:
-                _, *ctx.kept = _chunk(hidden[rows], weight, targets[rows], forbidden)
-            exps, total = ctx.kept
-            ctx.kept = None  # overwritten below: a second backward pass computes it again
+            if at not in ctx.kept:
+                _, *ctx.kept[at] = one_chunk(hidden[rows], weight, targets[rows], forbidden)
+            exps, total = ctx.kept.pop(at)  # overwritten: a second backward pass computes it again
             # d log p / d logits = onehot - softmax, times the incoming gradient g
             g = grad[rows, None]  # (n,1)
             d = exps.mul_(-g / total)  # (n,V)
@@ -644,10 +673,10 @@ class _TokenLogProbs(torch.autograd.Function):
             else:
                 grad_weight += d.T @ hidden[rows]
             del exps, d  # before the next chunk is made
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def _chunk(hidden, weight, targets, forbidden):
+def one_chunk(hidden, weight, targets, forbidden) -> tuple[Tensor, Tensor, Tensor]:
     """n tokens: log-probs (n,), exp(logits - max) (n,V), and its row sums (n,1)."""
     logits = (hidden @ weight.T).float()  # (n,V)
     if forbidden is not None:
@@ -659,12 +688,8 @@ def _chunk(hidden, weight, targets, forbidden):
     return (picked - top - total.log()).squeeze(1), exps, total
 
 
-def plain_token_logprobs(hidden, weight, targets, forbidden=None) -> Tensor:
-    """What `_TokenLogProbs` computes, with all tokens x V logits. Tests hold it to these lines."""
-    logits = hidden @ weight.T  # (tokens,V)
-    if forbidden is not None:
-        logits = logits.index_fill(1, forbidden, -torch.inf)
-    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)  # (tokens,)
+class UserError(Exception):
+    """Something that the user can mend. Printed as one line, exit code 1, no traceback."""
 
 
 def one_line(text: str) -> str:
@@ -672,67 +697,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def shell_word(path: str | Path) -> str:
-    """A path as one word of a command line, for the commands that the program prints."""
-    if sys.platform != "win32":
-        return shlex.quote(str(path))
-    return f'"{path}"' if re.search(r"[^\w.:/\\-]", str(path)) else str(path)
+def use_device(name: str) -> torch.device:
+    """Set torch up for a device, and return it. auto: CUDA, else the CPU; Apple's mps by name only.
 
-
-class UserError(Exception):
-    """Something that the user can mend. Printed as one line, exit code 1, no traceback."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in two lines what is wrong with the usage: the error, and what may have been meant."""
-
-    def error(self, message: str) -> NoReturn:
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else f"--help lists all flags of {self.prog}"
-        self.exit(2, f"error: {message}\n{hint}\n")
-
-
-def program(run):
-    """Decorator of a script's main(argv): 0, or 1 after one line that says what is wrong."""
-
-    @wraps(run)
-    def main(argv: list[str] | None = None) -> int:
-        try:
-            for stream in filter(None, (sys.stdout, sys.stderr)):
-                # a file gets UTF-8, as all our files; not every terminal has every character
-                encoding = None if stream.isatty() else "utf-8"
-                stream.reconfigure(encoding=encoding, errors="replace")
-            run(sys.argv[1:] if argv is None else argv)
-            print(end="", flush=True)  # if the reader has left, it shows here
-            return 0
-        except KeyboardInterrupt as interrupt:
-            said = f"\nstopped; {interrupt}" if str(interrupt) else "\nstopped"
-        except BrokenPipeError:  # a reader such as `head` has left
-            return 1
-        except (UserError, OSError, UnicodeError) as error:
-            said = f"error: {one_line(str(error))}"
-        except RuntimeError as error:  # torch has no type for the memory of a CPU
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate mem" not in str(error):
-                raise
-            said = (
-                "error: out of memory. Lower --batch-tokens, --policy-batch-tokens, --beams or "
-                "--max-target-tokens, or train with --recompute"
-            )
-        print(said, file=sys.stderr)
-        return 1
-
-    return main
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else the CPU. Apple's mps, where nothing was ever run, only by its name.
-
-    Under torchrun each process has its own GPU. Sets two switches of torch: which GPU is the
-    current one, and that cuDNN's attention is off."""
-    # cuDNN's attention plans anew for each shape, and no two batches are alike
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    Under torchrun each process has its own GPU. Nothing was ever run on mps.
+    """
     number = os.environ.get("LOCAL_RANK")  # set by torchrun. Processes cannot meet on mps
     here = {
         "cuda": torch.cuda.device_count() > int(number or 0),
@@ -745,6 +714,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"torch finds no {name} device for this process: choose another --device")
     if name == "cuda":
         torch.cuda.set_device(int(number or 0))
+        # cuDNN's attention plans anew for each shape, and no two batches are alike
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 
@@ -773,7 +744,7 @@ def all_true(done: Tensor, step: int) -> bool:
     return (step % 8 == 7 or not done.is_cuda) and bool(done.all())
 
 
-def compile_stacks(model: EncoderDecoder, **how) -> None:
+def compile_stacks(model, **how) -> None:
     """torch.compile of encoder and decoder, with dynamic shapes: no two batches are alike."""
     # graphs: with gradients or not, with dropout or not, and where a length is 1 or two are equal
     torch._dynamo.config.recompile_limit = 32
@@ -781,7 +752,55 @@ def compile_stacks(model: EncoderDecoder, **how) -> None:
     model.decoder.compile(dynamic=True, **how)
 
 
-def build(config: ModelConfig, weights: dict[str, Tensor]) -> EncoderDecoder:
+# ----------------------------------------------------------------------------- our checkpoints
+FORMAT = "warmup checkpoint 5"
+
+
+def write_file(path: Path, save: Callable[[Path], None]) -> None:
+    """save(temporary path), then rename: `path` holds the old or the new, whole, whatever comes."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save(temporary)
+        with open(temporary, "r+b") as file:  # Windows flushes only what is open for writing
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}. Mend it, then go on by --resume") from None
+
+
+def save_checkpoint(path: Path, what: str, model, **more) -> None:
+    """The model and more, as a file that load_checkpoint reads. what: "stage" or "state"."""
+    content = {"format": f"{FORMAT}, {what}", "config": asdict(model.config)}
+    content |= {"model": model.state_dict()} | more
+    write_file(path, lambda temporary: torch.save(content, temporary))
+
+
+def load_checkpoint(path: Path, what: str) -> dict:
+    """What save_checkpoint wrote. UserError for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError(f"{damaged} is damaged")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["format"] != f"{FORMAT}, {what}":
+            raise ValueError(f"no {what} of this version of the program: train it again")
+        return content
+    except Exception as error:  # torch raises a zoo of types for broken and for unsafe files
+        said = f"{type(error).__name__}: {one_line(str(error))[:200]}"
+        raise UserError(f"cannot read the checkpoint {path} ({said})") from None
+
+
+def load_model(path: Path, vocab_size: int, device, what: str = "stage") -> EncoderDecoder:
+    """The model of a checkpoint. vocab_size: of the tokenizer that belongs to it."""
+    checkpoint = load_checkpoint(path, what)
+    model = build(ModelConfig(**checkpoint["config"]), checkpoint["model"])
+    if model.config.vocab_size != vocab_size:
+        raise UserError(f"{path} does not fit the tokenizer.json beside it: they are of two runs")
+    return model.to(device).eval()
+
+
+def build(config, weights: dict[str, Tensor]) -> EncoderDecoder:
     """A model with these weights. RuntimeError if they are not those of the config."""
     with torch.device("meta"):  # shapes without memory: the weights become the parameters
         model = EncoderDecoder(config)
@@ -789,87 +808,97 @@ def build(config: ModelConfig, weights: dict[str, Tensor]) -> EncoderDecoder:
     return model
 
 
-T5_FIELDS = {  # in config.json: our name. Where T5's files are silent, its default is ours, too
-    "vocab_size": "vocab_size",
-    "d_model": "width",
-    "num_heads": "heads",
-    "d_kv": "head_size",
-    "d_ff": "ff",
-    "num_layers": "encoder_layers",
-    "num_decoder_layers": "decoder_layers",
-    "relative_attention_num_buckets": "buckets",
-    "relative_attention_max_distance": "max_distance",
-    "dropout_rate": "dropout",
+# ----------------------------------------------------------------------------- T5's checkpoints
+T5_SIZES = {  # in config.json: our name, the largest that we believe
+    "vocab_size": ("vocab_size", 2**20),
+    "d_model": ("width", 2**20),
+    "num_heads": ("heads", 2**20),
+    "d_kv": ("head_size", 2**20),
+    "d_ff": ("ff", 2**20),
+    "num_layers": ("encoder_layers", 1000),
+    "num_decoder_layers": ("decoder_layers", 1000),
+    "relative_attention_num_buckets": ("buckets", 2**20),
+    "relative_attention_max_distance": ("max_distance", 2**20),
 }
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # of all T5s
 
 
 def t5_config(settings: dict) -> ModelConfig:
     """Hugging Face's config.json of a T5 v1.0, v1.1, Flan-T5, mT5, umT5 or byT5. Else UserError."""
-    get, family = settings.get, settings.get("model_type")
+    family = settings.get("model_type")
     if family not in ("t5", "mt5", "umt5"):
         raise UserError(f"a model of type {family!r} is not a T5: we read t5, mt5 and umt5")
-    if missing := [name for name in list(T5_FIELDS)[:6] if not isinstance(get(name), int)]:
-        raise UserError(f"config.json has no whole number as {', '.join(missing)}")
-    ours = {T5_FIELDS[name]: value for name, value in settings.items() if name in T5_FIELDS}
-    ours["decoder_layers"] = ours.get("decoder_layers") or ours["encoder_layers"]
-    gated = "gated-gelu" if get("is_gated_act") else get("dense_act_fn")
-    act = get("feed_forward_proj") or gated or "relu"
-    usual = {
-        "feed_forward_proj": act if act in ("relu", "gated-gelu") else "relu",
-        "layer_norm_epsilon": 1e-6,
-        **IDS,
-    }
-    for name, value in usual.items():
-        if get(name, value) != value:
-            raise UserError(f"{name} = {get(name)!r} in config.json: a T5 has {value!r} there")
+    # null is as good as nothing; some defaults are not written
+    settings = {name: value for name, value in settings.items() if value is not None}
+    settings.setdefault("num_decoder_layers", settings.get("num_layers"))
+    settings.setdefault("relative_attention_num_buckets", 32)
+    settings.setdefault("relative_attention_max_distance", 128)
+
+    sizes = {}
+    for name, (ours, most) in T5_SIZES.items():
+        value = settings.get(name)
+        if type(value) is not int or not 1 <= value <= most:
+            raise UserError(f"config.json has {name} = {value!r}, which no T5 has")
+        sizes[ours] = value
+    if not 4 <= sizes["buckets"] <= sizes["max_distance"]:
+        raise UserError("config.json has relative_attention buckets that no T5 has")
+
+    dense = "gated-gelu" if settings.get("is_gated_act") else settings.get("dense_act_fn", "relu")
+    activation = settings.get("feed_forward_proj", dense)
+    if activation not in ("relu", "gated-gelu"):
+        raise UserError(f"config.json has feed_forward_proj = {activation!r}, which no T5 has")
+    for name, usual in {"layer_norm_epsilon": 1e-6, **IDS}.items():
+        if settings.get(name, usual) != usual:
+            raise UserError(f"config.json has {name} = {settings[name]!r}: a T5 has {usual!r}")
     # transformers 5 writes tie_word_embeddings = true for all, and the truth under another name
-    tied = family != "mt5" and get("scale_decoder_outputs", get("tie_word_embeddings", True))
-    try:
-        return ModelConfig(
-            **ours,
-            gated=act == "gated-gelu",
-            tied=tied,
-            scaled=False,
-            absolute=False,
-            shared_bias=family != "umt5",
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.json has {error}, which no T5 has") from None
+    tied = settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
+    return ModelConfig(
+        **sizes,
+        gated=activation == "gated-gelu",
+        tied=tied and family != "mt5",
+        shared_bias=family != "umt5",
+        scaled=False,
+        absolute=False,
+    )
 
 
-def t5_names(config: ModelConfig) -> dict[str, list[str]]:
+def t5_names(config) -> dict[str, list[str]]:
     """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0."""
-    own = {
-        "self_attention.qkv": "SelfAttention.q SelfAttention.k SelfAttention.v",
-        "self_attention.out": "SelfAttention.o",
-        "self_norm": "layer_norm",
+    attention_part = {
+        "self_attention.qkv": ["SelfAttention.q", "SelfAttention.k", "SelfAttention.v"],
+        "self_attention.out": ["SelfAttention.o"],
+        "self_norm": ["layer_norm"],
     }
-    cross = {
-        "cross_attention.q": "EncDecAttention.q",
-        "cross_norm": "layer_norm",
-        "cross_attention.kv": "EncDecAttention.k EncDecAttention.v",
-        "cross_attention.out": "EncDecAttention.o",
+    cross_part = {
+        "cross_attention.q": ["EncDecAttention.q"],
+        "cross_attention.kv": ["EncDecAttention.k", "EncDecAttention.v"],
+        "cross_attention.out": ["EncDecAttention.o"],
+        "cross_norm": ["layer_norm"],
     }
-    up = "DenseReluDense.wi_0 DenseReluDense.wi_1" if config.gated else "DenseReluDense.wi"
-    feed = {
-        "feed_forward.up": up,  # wi_0 is the gate
-        "feed_forward.down": "DenseReluDense.wo",
-        "ff_norm": "layer_norm",
+    gate_and_up = ["DenseReluDense.wi_0", "DenseReluDense.wi_1"]  # wi_0 is the gate
+    feed_forward_part = {
+        "feed_forward.up": gate_and_up if config.gated else ["DenseReluDense.wi"],
+        "feed_forward.down": ["DenseReluDense.wo"],
+        "ff_norm": ["layer_norm"],
     }
     names = {"embedding.weight": ["shared.weight"]}
-    names |= {} if config.tied else {"output.weight": ["lm_head.weight"]}
-    for stack, parts in (("encoder", [own, feed]), ("decoder", [own, cross, feed])):
+    if not config.tied:
+        names["output.weight"] = ["lm_head.weight"]
+
+    def add_stack(stack: str, layers: int, parts: list[dict]) -> None:
         names[f"{stack}.norm.weight"] = [f"{stack}.final_layer_norm.weight"]
-        for i in range(getattr(config, f"{stack}_layers")):
+        for i in range(layers):
             for number, part in enumerate(parts):  # T5 numbers the parts of a block
+                layer = f"{stack}.block.{i}.layer.{number}"
                 for ours, theirs in part.items():
-                    names[f"{stack}.blocks.{i}.{ours}.weight"] = [
-                        f"{stack}.block.{i}.layer.{number}.{x}.weight" for x in theirs.split()
-                    ]
+                    name = f"{stack}.blocks.{i}.{ours}.weight"
+                    names[name] = [f"{layer}.{each}.weight" for each in theirs]
             if i == 0 or not config.shared_bias:
-                bias = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
-                names[f"{stack}.biases.{i}.weight"] = [bias]
+                bias = "layer.0.SelfAttention.relative_attention_bias.weight"
+                names[f"{stack}.biases.{i}.weight"] = [f"{stack}.block.{i}.{bias}"]
+
+    add_stack("encoder", config.encoder_layers, [attention_part, feed_forward_part])
+    add_stack("decoder", config.decoder_layers, [attention_part, cross_part, feed_forward_part])
     return names
 
 
@@ -879,13 +908,16 @@ def pretrained_folder(source: str | Path) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download  # comes with tokenizers
 
+    kinds = ["pytorch_model*.bin"]
+    if find_spec("safetensors"):
+        kinds.insert(0, "model*.safetensors")
     try:
-        kinds = ["model*.safetensors"] if find_spec("safetensors") else []
-        for weights in (*kinds, "pytorch_model*.bin"):
-            folder = snapshot_download(source, allow_patterns=["*.json", "spiece.model", weights])
-            if list(Path(folder).glob(weights)):
+        for weights in kinds:
+            files = ["*.json", "spiece.model", weights]
+            folder = Path(snapshot_download(source, allow_patterns=files))
+            if list(folder.glob(weights)):
                 break
-        return Path(folder)
+        return folder
     except Exception as error:  # the hub, its HTTP library and the cache raise a zoo of types
         name = type(error).__name__
         raise UserError(f"{source}: no folder here, and the hub did not give it ({name})") from None
@@ -896,7 +928,7 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8")) | {}  # TypeError if it is no object
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a JSON object: {error}") from None
+        raise UserError(f"cannot read {path} as a JSON object: {error}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -904,8 +936,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(
-            f"{folder} holds no pytorch_model.bin and no model.safetensors. The latter "
-            "is downloaded only after: pip install safetensors"
+            f"{folder} holds no pytorch_model.bin and no model.safetensors. The latter is "
+            "downloaded only after: pip install safetensors"
         )
     tensors = {}
     for path in files:
@@ -923,30 +955,32 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def untangle(tensors: dict[str, Tensor], config: ModelConfig, settings: dict) -> ModelConfig:
+def untangle(tensors: dict[str, Tensor], config, settings: dict) -> ModelConfig:
     """Remove copies and leftovers from tensors; say whether the output layer is really tied."""
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
         copy = tensors.pop(name, None)
         if copy is not None and not torch.equal(copy, tensors.setdefault("shared.weight", copy)):
-            raise UserError(f"{name} differs from shared.weight: in a T5 they are one")
+            raise ValueError(f"{name} differs from shared.weight: in a T5 they are one")
     # nothing ever read this tensor of files from 2019
     tensors.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
-    if config.tied and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        if not torch.equal(head, tensors.get("shared.weight", head)):
+    embedding = tensors["shared.weight"]
+    if config.tied:
+        head = tensors.pop("lm_head.weight", embedding)
+        if not torch.equal(head, embedding):
             # umT5's head is scaled as if it were tied, and is not: fold the scale into the weight
             config = replace(config, tied=False)
             tensors["lm_head.weight"] = head.float() * config.width**-0.5
-    if not config.tied and settings.get("tie_word_embeddings") and "shared.weight" in tensors:
+    elif settings.get("tie_word_embeddings"):
         # transformers 5 ties a v1.1 or mT5 that it makes new, without scaling
-        tensors.setdefault("lm_head.weight", tensors["shared.weight"])
+        tensors.setdefault("lm_head.weight", embedding)
     return config
 
 
 def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
     """A T5 in float32 from a Hugging Face folder or hub name.
 
-    changes: ModelConfig fields, such as dropout. Every tensor is used or named in a UserError."""
+    changes: ModelConfig fields, such as dropout. Every tensor is used or named in a UserError.
+    """
     folder = pretrained_folder(source)
     settings = read_json(folder / "config.json")
     config = replace(t5_config(settings), **changes)
@@ -960,36 +994,35 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
         if tensors:
             raise ValueError(f"it also holds {', '.join(sorted(tensors)[:3])}")
         return build(config, weights)
-    except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         wrong = f"it lacks {error}" if isinstance(error, KeyError) else one_line(str(error))[:250]
         raise UserError(f"{folder} is not what its config.json says: {wrong}") from None
 
 
-def save_pretrained(model: EncoderDecoder, folder: str | Path) -> None:
+def save_pretrained(model, folder: Path) -> None:
     """Write config.json and pytorch_model.bin that transformers loads, to the same logits."""
-    config, folder = model.config, Path(folder)
-    if config.absolute or not config.encoder_layers:
-        raise UserError("only --init runs export: a T5 has an encoder and no absolute positions")
+    config = model.config
+    if config.scaled or config.absolute:
+        raise UserError("only --init runs export: a T5 has neither our scaling nor our positions")
     tensors = {}
     for ours, theirs in t5_names(config).items():
         whole = model.get_parameter(ours).detach().cpu()
-        if config.scaled and ours == "embedding.weight":  # see `embed`
-            whole = whole * config.width**0.5
-        parts = [part.clone() for part in whole.chunk(len(theirs))]
-        if config.scaled and ours.endswith(("qkv.weight", "attention.q.weight")):
-            parts[0] *= config.attention_scale
         if ours == "output.weight" and not config.shared_bias:
-            parts[0] *= config.width**0.5  # transformers 5 scales umT5's untied output, too
+            whole = whole * config.width**0.5  # transformers 5 scales umT5's untied output, too
+        parts = [part.clone() for part in whole.chunk(len(theirs))]
         tensors |= zip(theirs, parts)
+
     kind, architecture = ("t5", "T5") if config.shared_bias else ("umt5", "UMT5")
-    settings = {theirs: getattr(config, ours) for theirs, ours in T5_FIELDS.items()} | {
+    settings = {theirs: getattr(config, ours) for theirs, (ours, _) in T5_SIZES.items()}
+    settings |= IDS | {
         "model_type": kind,
         "architectures": [f"{architecture}ForConditionalGeneration"],
         "is_encoder_decoder": True,
-        **IDS,
+        "dropout_rate": config.dropout,
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",
         "tie_word_embeddings": config.tied or not config.shared_bias,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    text = json.dumps(settings, indent=1)
+    (folder / "config.json").write_text(text, encoding="utf-8")
     torch.save(tensors, folder / "pytorch_model.bin")

@@ -1,6 +1,6 @@
 """Train: SFT, then warmups by policy gradient, then SFT again with the same compute: the control.
 
-    python train.py --task wmt                  everything on the built-in sample, in minutes
+    python train.py --task wmt                  everything on the built-in data, in minutes
     python train.py --resume runs/wmt           go on where a run was interrupted
     torchrun --nproc_per_node 2 train.py …      the same by several processes: a GPU each, or CPUs
 
@@ -8,51 +8,54 @@ A run folder holds config.json, tokenizer.json, log.jsonl, last.pt (all that --r
 best checkpoint of each stage by validation (sft.pt, policy.pt, control.pt), and results.json.
 """
 
-import argparse, difflib, json, math, os, signal, sys, time, zlib
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from data import (
-    READERS,
-    SAMPLES,
+    STAGES,
     TASKS,
     Batches,
+    Config,
     Encoded,
     Example,
-    Task,
+    Parser,
     encode_split,
+    flag_name,
     load,
     load_tokenizer,
+    lookup,
     pretrained_tokenizer,
+    program,
     prompt_tags,
+    read_config,
+    shell_word,
     special_ids,
     train_tokenizer,
 )
 from eval import (
-    BASELINES,
-    FORMAT,
-    METRICS,
-    STAGES,
-    Settings,
+    add_sums,
     averages,
     ceiling,
-    decode_and_score,
-    flag,
-    flag_name,
-    load_checkpoint,
-    load_model,
+    compute_metrics,
+    decode_split,
     print_table,
-    read_settings,
     resume_command,
     score_run,
     show,
@@ -67,75 +70,34 @@ from model import (
     SIZES,
     EncoderDecoder,
     ModelConfig,
-    Parser,
     UserError,
     compile_stacks,
+    load_checkpoint,
+    load_model,
     load_pretrained,
-    one_line,
-    pick_device,
     precision,
     pretrained_folder,
-    program,
-    shell_word,
+    save_checkpoint,
+    use_device,
+    write_file,
 )
-from warmup import Batch, sft_loss, target_tokens, warmup_loss
-
-MOVABLE = ("device", "threads", "data")  # the settings that may change when a run moves
-
-
-@dataclass(frozen=True)
-class Config(Settings):
-    """Every setting of a run, beside eval.Settings: what scoring reads, too. Saved as JSON.
-
-    Each field is a flag (--sft-steps for sft_steps)."""
-
-    out: str = flag("", "run folder; default: runs/TASK")
-    overwrite: bool = flag(False, "replace an earlier run in the same folder")
-    # model
-    size: str = flag("tiny", "of a model from scratch", choices=SIZES)
-    vocab_size: int = flag(4000, "most tokens in a vocabulary from scratch", 300, 10**6)
-    dropout: float = flag(0.1, "probability of dropping an activation", 0, 0.99)
-    recompute: bool = flag(False, "compute activations again in the backward pass: less memory")
-    compile: bool = flag(False, "torch.compile of encoder and decoder: minutes at first")
-    # optimisation
-    sft_steps: int = flag(300, "updates of the SFT stage", 1, 10**9)
-    policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0, 10**9)
-    control: bool = flag(True, "afterwards SFT again, for the policy stage's FLOPs")
-    policy_batch_tokens: int = flag(1500, "in the policy stage; K samples count once", 16, 10**9)
-    accumulate: int = flag(1, "micro-batches per update, of each process", 1, 10**6)
-    lr: float = flag(3e-3, "peak learning rate of SFT", 1e-12, 10)
-    policy_lr: float = flag(1e-3, "peak learning rate of policy stage and control", 1e-12, 10)
-    lr_rampup_steps: int = flag(100, "updates of linear rise, at most 1/4 of a stage", 0, 10**9)
-    weight_decay: float = flag(0.01, "AdamW's decay of weight matrices", 0, 100)
-    clip: float = flag(1.0, "largest norm of the gradient", 1e-9, 1e9)
-    entropy_bonus: float = flag(0.0, "weight of the entropy (nats), falling to 0", 0, 1e6)
-    eval_every: int = flag(100, "updates between validations; each saves last.pt", 1, 10**9)
-    eval_decode: int = flag(0, "validation examples to decode at each validation", 0, 10**9)
-
-    def problem(self) -> str:
-        if wrong := super().problem():
-            return wrong
-        if self.entropy_bonus and self.estimator in ("exact", *BASELINES):
-            return f"--entropy-bonus has no place in --estimator {self.estimator}: leave it out"
-        compares = self.estimator not in ("best", "exact", *BASELINES) or self.entropy_bonus
-        if compares and self.samples < 2 and self.policy_steps:
-            return f"--estimator {self.estimator} compares warmups: --samples must be at least 2"
-        return ""
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.out or f"runs/{self.task}")
-
-    @property
-    def stages(self) -> list[str]:
-        later = ["policy", "control"] if self.control else ["policy"]
-        return ["sft", *later] if self.policy_steps else ["sft"]
+from warmup import sft_loss, target_tokens, warmup_loss
 
 
 # ----------------------------------------------------------------------------- equal compute
+def sft_flops(model, batch) -> int:
+    return update_flops(model.config, batch)
+
+
+def policy_flops(model, batch, spec, rows, sampled) -> int:
+    return update_flops(
+        model.config, batch, rows, spec.length, drawn=sampled, scored=not spec.pause
+    )
+
+
 def update_flops(
     model: ModelConfig,
-    batch: Batch,
+    batch,
     computed: torch.Tensor | None = None,
     W: int = 0,
     *,
@@ -174,7 +136,7 @@ def update_flops(
     return round(flops)
 
 
-# ----------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- the stages
 @dataclass
 class State:
     """Where a run stands. What its updates cost is in log.jsonl."""
@@ -186,206 +148,189 @@ class State:
 
 
 class Run:
-    """Model, data and state of one training run."""
+    """Model, data and state of one training run. `start_stage` adds what a stage needs."""
 
-    def __init__(
-        self,
-        config: Config,
-        examples: dict[str, list[Example]],
-        data: dict[str, Encoded],
-        tokenizer: Tokenizer,
-        model: EncoderDecoder,
-    ):
-        self.config, self.data, self.examples, self.tokenizer = config, data, examples, tokenizer
-        self.folder = config.folder
+    def __init__(self, config, examples: dict[str, list[Example]], data: dict[str, Encoded]):
+        self.config, self.examples, self.data = config, examples, data
         self.checksum = checksum(examples, data)
-        self.device = pick_device(config.device)
-        if config.recompute and config.dropout and self.device.type == "mps":
-            raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
-        self.model = model.to(self.device)
-        self.model.encoder.recompute = self.model.decoder.recompute = config.recompute
-        if config.compile:
-            compile_stacks(self.model)
-        self.state, self.stop = State(), False
-        self.start_stage("sft")
-
-    def train(self) -> None:
-        """All stages in turn, from wherever the state stands."""
-        config, stages = self.config, self.config.stages
-        begun = stages.index(self.state.stage)
-        updates = [config.sft_steps, config.policy_steps, 2 * config.policy_steps]  # last: a guess
-        with tqdm(
-            total=sum(updates[: len(stages)]),
-            initial=sum(updates[:begun]) + self.state.step,
-            unit="update",
-            mininterval=1,
-            dynamic_ncols=True,
-            disable=rank() > 0,
-        ) as bar:
-            for number, stage in enumerate(stages[begun:], begun):
-                if stage != self.state.stage:
-                    self.start_stage(stage)
-                updates[number] = self.state.total
-                bar.total = sum(updates[: len(stages)])
-                bar.set_postfix()  # no numbers of another stage
-                bar.set_description(stage)
-                self.train_stage(bar)
-
-    def start_stage(self, stage: str) -> None:
-        """Fresh optimizer, batches and counters. Later stages begin at the best SFT weights."""
-        config = self.config
-        total = config.policy_steps if stage == "policy" else config.sft_steps
-        if stage == "control":  # as many SFT updates as cost what the policy stage cost
-            sft, policy = training_cost(self.folder, "sft"), training_cost(self.folder, "policy")
-            total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
-        if stage != "sft":
-            best = load_model(self.folder / "sft.pt", self.tokenizer, "cpu")
-            self.model.load_state_dict(best.state_dict())
-        tokens = config.policy_batch_tokens if stage == "policy" else config.batch_tokens
-        if stage == "policy" and config.estimator in ("pause", "sft"):
-            tokens *= config.samples  # as many target tokens as K samples would hold
-        self.state, self.latest = State(stage, total=total), {}
-        self.spec = warmup_spec(stage, config, self.tokenizer)
-        self.batches = Batches(self.data["train"], tokens, config.seed, rank(), processes())
-        self.optimizer = make_optimizer(self.model, config.weight_decay)
+        self.stop = False  # True: save after this update, and leave
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: finish the update, save, leave. A second one leaves at once."""
         if self.stop:
-            raise KeyboardInterrupt(f"go on with: {resume_command(self.folder)}")
+            raise KeyboardInterrupt(f"go on with: {resume_command(self.config.folder)}")
         self.stop = True
 
-    def learning_rate(self) -> float:
-        """Linear up over lr_rampup_steps (at most a quarter of the stage), then down towards 0."""
-        config, state = self.config, self.state
-        peak = config.lr if state.stage == "sft" else config.policy_lr
-        ramp = min(config.lr_rampup_steps, state.total // 4)
-        rise = (state.step + 1) / (ramp + 1)
-        fall = (state.total - state.step) / (state.total - ramp)
-        return peak * min(rise, fall)
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict]:
-        """The stage's loss of a micro-batch, a sum over target tokens; FLOPs and diagnostics."""
-        config, state, spec, model = self.config, self.state, self.spec, self.model
-        here = batch.to(self.device)  # FLOPs are counted on the CPU: no waiting for a GPU
-        if state.stage == "policy":  # baselines, too: they differ in the warmup alone
-            model.decoder.eval()  # see warmup_loss: decoder dropout is off-policy
-        if spec is None:
-            return sft_loss(model, here), {"flops": update_flops(model.config, batch)}
-        # pause: a constant c, so there is nothing to sample, to compare or to improve
-        estimator, K = ("frozen", 1) if spec.pause else (config.estimator, config.samples)
-        bonus = config.entropy_bonus * (1 - state.step / state.total)
-        loss, numbers = warmup_loss(
-            model, here, spec, estimator, K, alpha=config.alpha, entropy_bonus=bonus
-        )
-        drawn = 0 if spec.pause or estimator == "exact" else K
-        numbers["flops"] = update_flops(
-            model.config,
-            batch,
-            numbers.pop("computed"),
-            spec.length,
-            drawn=drawn,
-            scored=not spec.pause,
-        )
-        return loss, numbers
-
-    def train_stage(self, bar: tqdm) -> None:
-        """The updates of one stage: THE training loop."""
-        config, state = self.config, self.state
-        if state.step == 0 and state.stage != "sft" and state.best == math.inf:
-            validate_and_save(self)  # where the stage begins: the best SFT weights
-        while state.step < state.total:
-            started = time.perf_counter()
-            self.model.train()
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-            # -- the step: gradient of all processes' summed losses / all their target tokens
-            micro_batches = [next(self.batches) for _ in range(config.accumulate)]
-            tokens = sum(target_tokens(self.model, batch) for batch in micro_batches)
-            tokens = int(add_up(tokens))
-            sums = {}
-            for batch in micro_batches:
-                with precision(config.dtype, self.device):
-                    loss, numbers = self.loss(batch)
-                (loss / tokens).backward()
-                numbers |= {"loss": loss.detach(), "examples": len(batch.source)}
-                sums = {name: sums.get(name, 0) + value for name, value in numbers.items()}
-            sum_gradients(self.model)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            # -- end of the step
-
-            sums = gather_sums(sums | {"grad_norm": norm / processes()})  # all have the same norm
-            norm = sums.pop("grad_norm")
-            if not math.isfinite(norm):  # the weights are spoilt, but last.pt is not
-                rate = "--lr" if state.stage == "sft" else "--policy-lr"
-                raise UserError(f"the gradient became {norm}: start again, lower {rate}")
-            record = {
-                "flops": sums.pop("flops"),
-                "grad_norm": norm,
-                "lr": self.learning_rate(),
-                "seconds": time.perf_counter() - started,
-            }
-            record |= averages(sums, sums.pop("examples"), tokens)
-            state.step += 1
-            log(self, "train", record)
-            shown = ("nll", "spread", "swap_gap") if self.spec else ("loss",)
-            bar.set_postfix(
-                {name: f"{self.latest[name]:.2f}" for name in shown if name in self.latest},
-                refresh=False,
-            )
-            bar.update()
-            if state.step % config.eval_every == 0 or state.step == state.total:
-                validate_and_save(self)
-            if any(gather(self.stop)):
-                save_state(self)
-                raise KeyboardInterrupt(f"go on with: {resume_command(self.folder)}")
+def train(run) -> None:
+    """All stages in turn, from wherever the state stands."""
+    config, stages = run.config, run.config.stages
+    begun = stages.index(run.state.stage)
+    updates = [config.sft_steps, config.policy_steps, 2 * config.policy_steps]  # last: a guess
+    done = sum(updates[:begun]) + run.state.step
+    with tqdm(initial=done, unit="update", mininterval=1, disable=rank() > 0) as bar:
+        for number, stage in enumerate(stages[begun:], begun):
+            if stage != run.state.stage:
+                start_stage(run, stage)
+            updates[number] = run.state.total
+            bar.total = sum(updates[: len(stages)])
+            bar.set_description(stage)
+            train_stage(run, bar)
 
 
-# ===== plumbing: checkpoints and files, optimizer, processes, the program
-def validate_and_save(run: Run) -> None:
+def start_stage(run, stage: str) -> None:
+    """Fresh optimizer, batches and counters. Later stages begin at the best SFT weights."""
+    config, tokenizer = run.config, run.tokenizer
+    total = config.policy_steps if stage == "policy" else config.sft_steps
+    if stage == "control":  # as many SFT updates as cost what the policy stage cost
+        sft = training_cost(config.folder, "sft")
+        policy = training_cost(config.folder, "policy")
+        total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
+    if stage != "sft":
+        best = load_model(config.folder / "sft.pt", tokenizer.get_vocab_size(), "cpu")
+        run.model.load_state_dict(best.state_dict())
+    tokens = config.policy_batch_tokens if stage == "policy" else config.batch_tokens
+    if stage == "policy" and config.estimator in ("pause", "sft"):
+        tokens *= config.samples  # as many target tokens as K samples would hold
+    run.state = State(stage, total=total)
+    run.shown = {}  # beside the progress bar
+    run.spec = warmup_spec(stage, config, tokenizer)
+    run.batches = Batches(run.data["train"], tokens, config.seed, rank(), processes())
+    run.optimizer = make_optimizer(run.model, config.weight_decay)
+
+
+def learning_rate(config, state) -> float:
+    """Linear up over lr_rampup_steps (at most a quarter of the stage), then down towards 0."""
+    peak = config.lr if state.stage == "sft" else config.policy_lr
+    ramp = min(config.lr_rampup_steps, state.total // 4)
+    rise = (state.step + 1) / (ramp + 1)
+    fall = (state.total - state.step) / (state.total - ramp)
+    return peak * min(rise, fall)
+
+
+def batch_loss(run, batch) -> tuple[torch.Tensor, dict]:
+    """The stage's loss of a micro-batch, a sum over target tokens; diagnostics and FLOPs."""
+    config, spec, model = run.config, run.spec, run.model
+    here = batch.to(run.device)  # FLOPs are counted on the CPU: no waiting for a GPU
+    if run.state.stage == "policy":  # baselines, too: they differ in the warmup alone
+        model.decoder.eval()  # see warmup_loss: decoder dropout is off-policy
+    if spec is None:
+        return sft_loss(model, here), {"flops": sft_flops(model, batch)}
+    # pause: a constant c, so there is nothing to sample, to compare or to improve
+    estimator, K = ("frozen", 1) if spec.pause else (config.estimator, config.samples)
+    loss, numbers, rows = warmup_loss(model, here, spec, estimator, K, config.alpha)
+    sampled = 0 if spec.pause or estimator == "exact" else K
+    numbers["flops"] = policy_flops(model, batch, spec, rows, sampled)
+    return loss, numbers
+
+
+def train_stage(run, bar) -> None:
+    """The updates of one stage: THE training loop."""
+    config, state, model, optimizer = run.config, run.state, run.model, run.optimizer
+    if state.step == 0 and state.stage != "sft" and state.best == math.inf:
+        validate_and_save(run)  # where the stage begins: the best SFT weights
+    while state.step < state.total:
+        started = time.perf_counter()
+        model.train()
+        rate = learning_rate(config, state)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        # -- the step: gradient of all processes' summed losses / all their target tokens
+        micro_batches = [next(run.batches) for _ in range(config.accumulate)]
+        tokens = sum(target_tokens(model, batch) for batch in micro_batches)
+        tokens = int(add_up(tokens))
+        sums = {}
+        for batch in micro_batches:
+            with precision(config.dtype, run.device):
+                loss, numbers = batch_loss(run, batch)
+            (loss / tokens).backward()
+            numbers |= {"loss": loss.detach(), "examples": len(batch.source)}
+            sums = add_sums(sums, numbers)
+        sum_gradients(model)
+        norm = clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        # -- end of the step
+
+        record = summary(sums, norm, tokens)
+        if not math.isfinite(record["grad_norm"]):  # the weights are spoilt, but last.pt is not
+            flag = "--lr" if state.stage == "sft" else "--policy-lr"
+            raise UserError(f"the gradient became {record['grad_norm']}: start again, lower {flag}")
+        state.step += 1
+        log(run, "train", record | {"lr": rate, "seconds": time.perf_counter() - started})
+        progress(run, bar)
+        if state.step % config.eval_every == 0 or state.step == state.total:
+            validate_and_save(run)
+        if any(gather(run.stop)):
+            save_state(run)
+            raise KeyboardInterrupt(f"go on with: {resume_command(config.folder)}")
+
+
+# ===== plumbing: validation and saving, resuming, the log, processes, the program
+def validate_and_save(run) -> None:
     """Validate; keep the weights if they are the stage's best; save the state. By rank 0."""
     config, state = run.config, run.state
     if rank() == 0:
-        numbers = validate(run.model, run.data["valid"], config, run.spec)
+        data = run.data["valid"]
+        numbers = validate(run.model, data, config, run.spec)
         if config.eval_decode:
-            texts = run.examples["valid"][: config.eval_decode]
-            data = Encoded(*(column[: config.eval_decode] for column in run.data["valid"]))
-            scores, _ = decode_and_score(run.model, run.tokenizer, data, texts, config, run.spec)
-            numbers |= scores
+            some = data.pick(range(len(data.source))[: config.eval_decode])
+            outputs = decode_split(run.model, run.tokenizer, some, config, run.spec)
+            examples = run.examples["valid"][: config.eval_decode]
+            hypotheses, warmups, _ = zip(*outputs)
+            numbers |= compute_metrics(config, examples, list(hypotheses), list(warmups))
         log(run, "valid", numbers)
         if numbers["nll"] < state.best:
             state.best = numbers["nll"]
-            write_checkpoint(
-                run.folder / f"{state.stage}.pt",
-                "stage",
-                best_step=state.step,
-                valid_nll=state.best,
-                model=run.model.state_dict(),
-                model_config=asdict(run.model.config),
-            )
+            path = config.folder / f"{state.stage}.pt"
+            save_checkpoint(path, "stage", run.model, best_step=state.step, valid_nll=state.best)
     state.best = gather(state.best)[0]  # the others wait here
     save_state(run)
 
 
-def save_state(run: Run) -> None:
+def save_state(run) -> None:
     """last.pt: everything that the next update depends on. By rank 0."""
     if rank():
         return
-    log_file = run.folder / "log.jsonl"
-    write_checkpoint(
-        run.folder / "last.pt",
+    log_file = run.config.folder / "log.jsonl"
+    save_checkpoint(
+        run.config.folder / "last.pt",
         "state",
+        run.model,
         state=asdict(run.state),
-        model=run.model.state_dict(),
-        model_config=asdict(run.model.config),
         optimizer=run.optimizer.state_dict(),
         batches=(run.batches.epoch, run.batches.position),
         random=torch.get_rng_state(),
         data=run.checksum,
         log_bytes=log_file.stat().st_size if log_file.exists() else 0,
     )
+
+
+def restore(run) -> None:
+    """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
+
+    On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
+    """
+    config = run.config
+    saved = load_checkpoint(config.folder / "last.pt", "state")
+    if any(number != saved["data"] for number in gather(run.checksum)):
+        raise UserError(f"the data in {config.data} is not what this run was trained on")
+    if saved["state"]["stage"] not in config.stages:
+        raise UserError(f"{config.folder} is in a stage that its config.json now leaves out")
+    log_file, log_bytes = config.folder / "log.jsonl", saved["log_bytes"]
+    if log_bytes and not (log_file.exists() and log_file.stat().st_size >= log_bytes):
+        raise UserError(f"{log_file} is incomplete: bring it back, or start a new run")
+    if rank() == 0 and log_file.exists():  # forget what came after the checkpoint
+        os.truncate(log_file, log_bytes)
+    gather(None)  # the others read the log only now
+
+    start_stage(run, saved["state"]["stage"])
+    run.state = State(**saved["state"])
+    run.batches.seek(*saved["batches"])
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"])
 
 
 def checksum(examples: dict[str, list[Example]], data: dict[str, Encoded]) -> int:
@@ -399,59 +344,18 @@ def checksum(examples: dict[str, list[Example]], data: dict[str, Encoded]) -> in
     return crc
 
 
-def restore(run: Run) -> None:
-    """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
-
-    On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew."""
-    saved = load_checkpoint(run.folder / "last.pt", "state")
-    if any(number != saved["data"] for number in gather(run.checksum)):
-        raise UserError(f"the data in {run.config.data} is not what this run was trained on")
-    if saved["state"]["stage"] not in run.config.stages:
-        raise UserError(f"{run.folder} is in a stage that its config.json now leaves out")
-    log_file, log_bytes = run.folder / "log.jsonl", saved["log_bytes"]
-    if log_bytes and not (log_file.exists() and log_file.stat().st_size >= log_bytes):
-        raise UserError(f"{log_file} is incomplete: bring it back, or start a new run")
-    if rank() == 0 and log_file.exists():  # forget what came after the checkpoint
-        os.truncate(log_file, log_bytes)
-    gather(None)  # the others read the log only now
-    run.start_stage(saved["state"]["stage"])
-    run.state = State(**saved["state"])
-    run.batches.seek(*saved["batches"])
-    run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"])
-    if rank():
-        torch.manual_seed(hash((run.config.seed, rank(), run.state.step)))
+def summary(sums: dict, norm: torch.Tensor, tokens: int) -> dict:
+    """An update's sums over all processes, as a record of log.jsonl."""
+    sums = gather_sums(sums | {"grad_norm": norm / processes()})  # all have the same norm
+    totals = {name: sums.pop(name) for name in ("flops", "grad_norm")}
+    return totals | averages(sums, tokens)
 
 
-def write_file(path: Path, save: Callable[[Path], None]) -> None:
-    """save(temporary path), then rename: `path` holds the old or the new, whole, whatever comes."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save(temporary)
-        with open(temporary, "r+b") as file:  # Windows flushes only what is open for writing
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}. Mend it, then go on by --resume") from None
-
-
-def write_checkpoint(path: Path, what: str, **content) -> None:
-    content |= {"format": FORMAT, "what": what}
-    write_file(path, lambda temporary: torch.save(content, temporary))
-
-
-def write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=1)
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def log(run: Run, kind: str, numbers: dict) -> None:
+def log(run, kind: str, numbers: dict) -> None:
     """Append a line to log.jsonl. By rank 0."""
-    line = {"kind": kind, "stage": run.state.stage, "step": run.state.step} | numbers
-    run.latest |= numbers  # for the progress bar
-    path = run.folder / "log.jsonl"
+    state, path = run.state, run.config.folder / "log.jsonl"
+    line = {"kind": kind, "stage": state.stage, "step": state.step} | numbers
+    run.shown |= numbers
     if rank():
         return
     try:
@@ -461,11 +365,20 @@ def log(run: Run, kind: str, numbers: dict) -> None:
         raise UserError(f"cannot write {path}: {error}") from None
 
 
-def make_optimizer(model: EncoderDecoder, weight_decay: float) -> torch.optim.AdamW:
+def progress(run, bar) -> None:
+    """Move the bar by an update, and show the numbers that say whether it works."""
+    names = ("nll", "spread", "swap_gap") if run.spec else ("loss",)
+    numbers = {name: f"{run.shown[name]:.2f}" for name in names if name in run.shown}
+    bar.set_postfix(numbers, refresh=False)
+    bar.update()
+
+
+def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
     """AdamW. Matrices are decayed; gains and position biases are not."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.dim() == 2 and "biases" not in name]
-    others = [p for name, p in named if p.dim() != 2 or "biases" in name]
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        decayed = p.dim() == 2 and "biases" not in name
+        (matrices if decayed else others).append(p)
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
@@ -485,26 +398,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def meet(collective: Callable, *arguments) -> None:
-    """Call a collective. A RuntimeError from it means that a process died."""
-    if processes() > 1:
-        try:
-            collective(*arguments)
-        except RuntimeError as error:
-            said = one_line(str(error))[:150]
-            raise UserError(f"a process of this job died: go on by --resume ({said})") from None
-
-
 def gather(thing) -> list:
     """The `thing` of every process, by rank."""
     everyone = [thing] * processes()
-    meet(dist.all_gather_object, everyone, thing)
+    if processes() > 1:
+        dist.all_gather_object(everyone, thing)
     return everyone
 
 
 def add_up(x: torch.Tensor) -> torch.Tensor:
     """x, summed over the processes in place."""
-    meet(dist.all_reduce, x)
+    if processes() > 1:
+        dist.all_reduce(x)
     return x
 
 
@@ -516,7 +421,7 @@ def gather_sums(sums: dict) -> dict[str, float]:
     return {name: sum(one[name] for one in everyone) for name in sums}
 
 
-def sum_gradients(model: EncoderDecoder) -> None:
+def sum_gradients(model) -> None:
     """Every gradient, summed over the processes, in one message. DDP sends while it computes."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if processes() > 1:
@@ -534,6 +439,9 @@ def join_processes() -> None:
 
 
 # ----------------------------------------------------------------------------- the program
+MOVABLE = ("device", "threads", "data")  # the settings that may change when a run moves
+
+
 def parse(argv: list[str]) -> tuple[Config, bool]:
     """The config, and whether it resumes a run. Exits with code 2 on bad usage."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -541,86 +449,58 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
         first.add_argument(name, nargs="?")
     known, _ = first.parse_known_args(argv)
     resume = known.resume is not None
-    settings = {}
+    defaults = {f.name: f.default for f in fields(Config)}
     if known.task in TASKS:
-        check_task(known.task)
-        settings = dict(TASKS[known.task].settings)
+        for name, value in TASKS[known.task].settings.items():
+            lookup(defaults, name, f"task {known.task}: its setting")
+            defaults[name] = value
     if known.init:  # T5's weights are large and need no big steps
-        settings |= {"lr": 3e-4, "policy_lr": 1e-4}
+        defaults |= {"lr": 3e-4, "policy_lr": 1e-4}
+
     parser = Parser(
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="go on with this run folder, by its own "
-        f"settings; only --{', --'.join(MOVABLE)} may change",
-    )
+    only = f"--{', --'.join(MOVABLE)}"
+    text = f"go on with this run folder, by its own settings; only {only} may change"
+    parser.add_argument("--resume", metavar="RUN", help=text)
     for f in fields(Config):
-        text, low, high, choices = f.metadata.values()
-        text += f" [{low} to {high}]" if low is not None else ""
-        how = {"type": f.type, "choices": choices}
-        if f.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        default = argparse.SUPPRESS if resume else settings.get(f.name, f.default)
         if f.name in MOVABLE or not resume:
-            parser.add_argument(flag_name(f.name), default=default, help=text, **how)
+            add_flag(parser, f, argparse.SUPPRESS if resume else defaults[f.name])
     args = vars(parser.parse_args(argv))
     folder = args.pop("resume")
-    config = Config(**args)
     if resume:
-        config = replace(read_settings(Path(folder), Config), out=folder, **args)
-    if args.get("init") and any(w.split("=")[0] in ("--size", "--vocab-size") for w in argv):
-        parser.error("--init brings its own size and vocabulary: leave --size, --vocab-size out")
+        config = replace(read_config(Path(folder)), out=folder, **args)
+    else:
+        config = Config(**args)
+        if config.init and any(w.split("=")[0] in ("--size", "--vocab-size") for w in argv):
+            parser.error(
+                "--init brings its own size and vocabulary: leave out --size, --vocab-size"
+            )
     if wrong := config.problem():
         parser.error(wrong)
     return config, resume
 
 
-def check_task(name: str) -> None:
-    """UserError for a row of data.TASKS that names what does not exist. Called before all else."""
-    task, known = TASKS[name], {f.name: f.type for f in fields(Config)}
-    if not isinstance(task, Task) or not isinstance(task.settings, dict):
-        raise UserError(f"task {name}: data.TASKS needs a Task there, and its settings a dict")
-    for key, value in task.settings.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise UserError(f"task {name}: its settings have {key!r}, which is no setting{hint}")
-        types = (int, float) if known[key] is float else (known[key],)
-        if type(value) not in types:
-            raise UserError(
-                f"task {name}: its settings have {key} = {value!r}, which must be of "
-                f"type {known[key].__name__}"
-            )
-    tables = {
-        "metrics": ("eval.METRICS", METRICS),
-        "sample": ("data.SAMPLES", SAMPLES),
-        "reader": ("data.READERS", READERS),
-    }
-    for column, (where, table) in tables.items():
-        entry = getattr(task, column)
-        if entry not in table and (entry or column == "metrics"):
-            raise UserError(
-                f"task {name}: its {column} {entry!r} is no key of {where}, which has "
-                f"{', '.join(table)}"
-            )
+def add_flag(parser, f, default) -> None:
+    """A field of Config as a flag."""
+    low, high = f.metadata["low"], f.metadata["high"]
+    limits = "" if low is None else f" [{low} to {high}]"
+    how = {"type": f.type, "choices": f.metadata["choices"]}
+    if f.type is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    parser.add_argument(flag_name(f.name), default=default, help=f.metadata["help"] + limits, **how)
 
 
 def new_folder(folder: Path, overwrite: bool) -> None:
     """Make the run folder. An earlier run in it is refused or, with overwrite, removed."""
     names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
-    for stage in STAGES:
-        names += [
-            f"{stage}.pt",
-            *(
-                f"{split}.{stage}{kind}.txt"
-                for kind in ("", ".warmups")
-                for split in ("train", "valid", "test")
-            ),
-        ]
+    names += [f"{stage}.pt" for stage in STAGES]
+    for split in ("train", "valid", "test"):
+        names.append(f"{split}.ref.txt")
+        for stage in STAGES:
+            names += [f"{split}.{stage}.txt", f"{split}.{stage}.warmups.txt"]
     ours = [folder / name for name in names if (folder / name).exists()]
     if ours and not overwrite:
         whole = (folder / "config.json").exists() and (folder / "last.pt").exists()
@@ -631,7 +511,7 @@ def new_folder(folder: Path, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, Tokenizer]:
+def new_model(config, examples: list[Example]) -> tuple[EncoderDecoder, Tokenizer]:
     """Pretrained, or from scratch with a tokenizer of its own."""
     if config.init:
         folder = pretrained_folder(config.init)
@@ -639,32 +519,33 @@ def new_model(config: Config, examples: list[Example]) -> tuple[EncoderDecoder, 
         tokenizer = pretrained_tokenizer(folder, prompt_tags(examples), model.config.vocab_size)
     else:
         tokenizer = train_tokenizer(examples, config.vocab_size)
-        model = EncoderDecoder(
-            ModelConfig(
-                vocab_size=tokenizer.get_vocab_size(), dropout=config.dropout, **SIZES[config.size]
-            )
-        )
+        size = dict(SIZES[config.size], dropout=config.dropout)
+        model = EncoderDecoder(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **size))
     tokens = tokenizer.get_vocab_size() - len(special_ids(tokenizer))
     if config.estimator == "exact" and config.policy_steps and tokens**config.warmup_len > 1024:
         raise UserError(f"--estimator exact is for at most 1024 warmups, not {tokens}**W")
     return model, tokenizer
 
 
-def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]]:
-    """A run that is ready to train (resume: from where it stopped), and all splits as text."""
+def prepare(config, resume: bool) -> Run:
+    """A run that is ready to train. resume: from where it stopped. All that can fail fails first."""
     splits, origin = load(config)
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     translation_metrics(config)  # a language that cannot be scored should fail now
+    device = use_device(config.device)
     torch.manual_seed(config.seed)
-    pick_device(config.device)  # and a device that is not here before a run is overwritten
     if resume:
         tokenizer = load_tokenizer(config.folder / "tokenizer.json")
-        model = load_model(config.folder / "last.pt", tokenizer, "cpu", "state")
+        vocab_size = tokenizer.get_vocab_size()
+        model = load_model(config.folder / "last.pt", vocab_size, "cpu", "state")
     else:
         model, tokenizer = new_model(config, splits["train"])
+    if config.recompute and config.dropout and device.type == "mps":
+        raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
+
     data = {
-        split: encode_split(tokenizer, splits[split], config, split, scored=split != "train")
-        for split in ("train", "valid")
+        "train": encode_split(tokenizer, splits["train"], config, "train", scored=False),
+        "valid": encode_split(tokenizer, splits["valid"], config, "valid"),
     }
     if not data["train"].source:
         raise UserError(
@@ -675,54 +556,79 @@ def prepare(config: Config, resume: bool) -> tuple[Run, dict[str, list[Example]]
         ceiling(tokenizer, scored[:8], config)  # a metric that fails should fail now
         for lost in what_is_lost(tokenizer, scored, config):
             print(f"data: {lost}")
-    if not resume and rank() == 0:
+
+    run = Run(config, splits, data)
+    run.tokenizer, run.device, run.model = tokenizer, device, model.to(device)
+    model.encoder.recompute = model.decoder.recompute = config.recompute
+    if config.compile:
+        compile_stacks(model)
+    begin(run, resume)
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    print(
+        f"model: {config.init or config.size}, {size}, vocabulary {model.config.vocab_size}, on "
+        f"{device}; {len(data['train'].source)} training pairs"
+    )
+    return run
+
+
+def begin(run, resume: bool) -> None:
+    """Make the run folder, or take up what is in it."""
+    config = run.config
+    if len(set(gather(run.checksum))) > 1:
+        raise UserError("the processes of this job do not read the same data")
+    if resume:
+        restore(run)
+    elif rank() == 0:
         new_folder(config.folder, config.overwrite)
-        tokenizer.save(str(config.folder / "tokenizer.json"))
-    run = Run(config, splits, data, tokenizer, model)
+        run.tokenizer.save(str(config.folder / "tokenizer.json"))
+    gather(None)  # the others wait for the folder
     if not resume:
+        start_stage(run, "sft")
         save_state(run)
-        gather(None)  # the others wait for the file
-    restore(run)  # all start from what rank 0 wrote: the same weights, the same data
     if rank() == 0:  # only now: what --resume changed is known to be good
         write_json(config.folder / "config.json", asdict(config))
-    parameters = sum(p.numel() for p in run.model.parameters())
-    print(
-        f"model: {config.init or config.size}, {parameters / 1e6:.2f} M parameters, vocabulary "
-        f"{model.config.vocab_size}, on {run.device}; {len(data['train'].source)} training pairs"
-    )
-    return run, splits
+    else:  # each process samples warmups and dropout of its own
+        torch.manual_seed(hash((config.seed, rank(), run.state.step)))
 
 
-def report(run: Run, splits: dict[str, list[Example]]) -> None:
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=1)
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def report(run) -> None:
     """Decode the test split with each stage's best checkpoint: the table, and results.json."""
-    config, split = run.config, "test" if "test" in splits else "valid"
+    config, splits = run.config, run.examples
+    split = "test" if "test" in splits else "valid"
+    examples = splits[split]
     stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
-    rows = score_run(config.folder, stages, config, run.tokenizer, splits[split], split, run.device)
-    best = ceiling(run.tokenizer, splits[split], config)
-    texts = ("hypotheses", "warmups")  # eval.py writes them
+    rows = score_run(run, stages, examples, split)
+    best = ceiling(run.tokenizer, examples, config)
     packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
-    versions = {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
-    write_json(
-        config.folder / "results.json",
-        {
-            "task": config.task,
-            "pair": config.pair,
-            "data": config.data,
-            "split": split,
-            "rows": [{k: v for k, v in vars(row).items() if k not in texts} for row in rows],
-            "ceiling": best,
-            "signature": signatures(config, splits[split]),
-            "config": asdict(config),
-            "data_checksum": run.checksum,
-            "device": str(run.device),
-            "processes": processes(),
-            "versions": versions,
-        },
-    )
-    print_table(rows, best, config, splits[split], split)
-    show(config.folder, stages, config, run.tokenizer, splits[split][:3], run.device)
-    again = f"python eval.py {shell_word(config.folder)}"
-    print(f"\nsaved {config.folder / 'results.json'}. Score again: {again}")
+    saved = []
+    for row in rows:
+        numbers = asdict(row)
+        del numbers["hypotheses"], numbers["warmups"]  # eval.py writes them
+        saved.append(numbers)
+    results = {
+        "task": config.task,
+        "pair": config.pair,
+        "data": config.data,
+        "split": split,
+        "rows": saved,
+        "ceiling": best,
+        "signature": signatures(config, examples),
+        "config": asdict(config),
+        "data_checksum": run.checksum,
+        "device": str(run.device),
+        "processes": processes(),
+        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+    }
+    path = config.folder / "results.json"
+    write_json(path, results)
+    print_table(rows, best, config, examples, split)
+    show(run, stages, examples[:3])
+    print(f"\nsaved {path}. Score again: python eval.py {shell_word(config.folder)}")
 
 
 @program
@@ -732,14 +638,14 @@ def main(argv: list[str]) -> None:
     join_processes()
     if config.threads:
         torch.set_num_threads(config.threads)
-    run, splits = prepare(config, resume)
+    run = prepare(config, resume)
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, run.interrupt) for number in signals]
-    run.train()
+    train(run)
     for number, handler in zip(signals, before):  # all is saved: leave at once
         signal.signal(number, handler)
     if rank() == 0:
-        report(run, splits)
+        report(run)
     gather(None)
     if dist.is_initialized():
         dist.destroy_process_group()
