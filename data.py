@@ -754,153 +754,88 @@ THINGS = table("""house houses Haus Häuser n|book books Buch Bücher n|letter l
 door doors Tür Türen f|window windows Fenster Fenster n|table tables Tisch Tische m
 lamp lamps Lampe Lampen f|car cars Auto Autos n|picture pictures Bild Bilder n
 key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f|coat coats Mantel Mäntel m""")
-NAMES = "Anna Peter Maria Paul Lena Karl Sophie Jonas".split()
-# People take the first eight adjectives, things the last ten.
-ADJECTIVES = table("""young jung|friendly freundlich|old alt|small klein|big groß|new neu
-beautiful schön|strange seltsam|red rot|green grün|cheap billig|heavy schwer""")
-NUMBERS = table("two zwei|three drei|four vier|five fünf|twelve zwölf")
-# Verbs: English base, 3rd person, past; German 3rd person singular, plural, participle, separable
-# prefix, auxiliary. The first eight take people or things as object, the next six things only, the
-# last six no object.
-VERBS = table("""see sees saw sieht sehen gesehen - hat
-look_at looks_at looked_at sieht sehen gesehen an hat
-find finds found findet finden gefunden - hat
-look_for looks_for looked_for sucht suchen gesucht - hat
-fetch fetches fetched holt holen geholt ab hat
-forget forgets forgot vergisst vergessen vergessen - hat
-need needs needed braucht brauchen gebraucht - hat|paint paints painted malt malen gemalt - hat
-buy buys bought kauft kaufen gekauft - hat|sell sells sold verkauft verkaufen verkauft - hat
-choose chooses chose sucht suchen gesucht aus hat
-carry carries carried trägt tragen getragen - hat|open opens opened macht machen gemacht auf hat
-close closes closed macht machen gemacht zu hat
-sleep sleeps slept schläft schlafen geschlafen - hat
-work works worked arbeitet arbeiten gearbeitet - hat
-stay stays stayed bleibt bleiben geblieben - ist
-arrive arrives arrived kommt kommen gekommen an ist
-wake_up wakes_up woke_up wacht wachen gewacht auf ist
-travel travels travelled reist reisen gereist - ist""")
+ADJECTIVES = table("""old alt|small klein|big groß|new neu|beautiful schön|strange seltsam
+famous berühmt|cheap billig|ugly hässlich|heavy schwer""")
+# Verbs: English plural, singular, past; German singular, plural, participle, separable prefix.
+VERBS = table("""see sees saw sieht sehen gesehen -|find finds found findet finden gefunden -
+look_at looks_at looked_at sieht sehen gesehen an|paint paints painted malt malen gemalt -
+look_for looks_for looked_for sucht suchen gesucht -|fetch fetches fetched holt holen geholt ab
+forget forgets forgot vergisst vergessen vergessen -|buy buys bought kauft kaufen gekauft -
+sell sells sold verkauft verkaufen verkauft -|choose chooses chose sucht suchen gesucht aus
+carry carries carried trägt tragen getragen -|need needs needed braucht brauchen gebraucht -
+open opens opened macht machen gemacht auf|close closes closed macht machen gemacht zu""")
 TIMES = (
     table("today heute|every_day jeden_Tag|on_Monday am_Montag|now jetzt"),  # present
-    table("yesterday gestern|last_week letzte_Woche|in_{year} im_Jahr_{year}"),
-)  # past
-PLACES = table("""in_the_garden im_Garten|at_the_station am_Bahnhof|in_London in_London
-at_home zu_Hause|with_{en} mit_{de}""")
+    table("yesterday gestern|last_week letzte_Woche|in_{year} im_Jahr_{year}"),  # past
+)
 JOINS = table("because weil|although obwohl|if wenn")
-SAYS = table("says sagt say sagen|knows weiß know wissen|hopes hofft hope hoffen")
-# Endings for m f n plural, by case: of "der"; of "ein" (. is none); of adjectives after "der",
-# after "ein", and after a number.
+# For m f n plural: "der", an adjective after it, "ein", an adjective after that.
 ENDINGS = {
-    "nom": table("der die das die|. e . e|e e e en|er e es en|. . . e"),
-    "acc": table("den die das die|en e . e|en e e en|en e es en|. . . e"),
-    "dat": table("dem der dem den|em er em en|en en en en|en en en en|. . . en"),
+    "nominative": table("der die das die|e e e en|ein eine ein|er e es"),
+    "accusative": table("den die das die|en e e en|einen eine ein|en e es"),
 }
 
 
-def noun_phrase(r: random.Random, case: str, nouns: list, negated=False) -> tuple[str, str, bool]:
+def noun_phrase(r: random.Random, case: str, nouns: list) -> tuple[str, str, bool]:
     """English, German, plural? Article, adjective and noun agree in gender, number and case."""
-    if nouns is PEOPLE and r.random() < 0.15:
-        name = r.choice(NAMES)
-        return name, name, False
     en, en_plural, de, de_plural, gender = r.choice(nouns)
-    kind = r.choice(["the", "the", "a", "my", "number"])
-    plural = kind == "number" or (kind != "a" and r.random() < 0.3)
-    column = 3 if plural else "mfn".index(gender)
-    der, ein, after_der, after_ein, after_number = (row[column] for row in ENDINGS[case])
-    if kind == "the":
-        word_en, word_de, ending = "the", der, after_der
-    elif kind != "number":
-        stem = "mein" if kind == "my" else "kein" if negated else "ein"
-        word_en, word_de, ending = kind, stem + ein.strip("."), after_ein
-    else:
-        number = r.choice(NUMBERS) if r.random() < 0.7 else [str(r.randint(13, 99))] * 2
-        word_en, word_de, ending = *number, after_number
+    der, after_der, ein, after_ein = ENDINGS[case]
+    column = "mfn".index(gender)
+    plural, definite = r.random() < 0.3, r.random() < 0.6
     if plural:
-        en, de = en_plural, de_plural
-        if case == "dat" and de[-1] not in "ns":
-            de += "n"  # den Kindern
+        en, de, column, definite = en_plural, de_plural, 3, True
     if r.random() < 0.4:
-        good_en, good_de = r.choice(ADJECTIVES[:8] if nouns is PEOPLE else ADJECTIVES[2:])
-        en, de = f"{good_en} {en}", f"{good_de}{ending} {de}"
-    if word_en == "a" and en[0] in "aeiou":
-        word_en = "an"
-    return f"{word_en} {en}", f"{word_de} {de}", plural
+        good, gut = r.choice(ADJECTIVES)
+        ending = (after_der if definite else after_ein)[column]
+        en, de = f"{good} {en}", f"{gut}{ending} {de}"
+    if definite:
+        return f"the {en}", f"{der[column]} {de}", plural
+    an = "an" if en[0] in "aeiou" else "a"
+    return f"{an} {en}", f"{ein[column]} {de}", plural
 
 
 def clause(r: random.Random, order: str) -> tuple[str, str]:
     """One clause in English and German. order: of the German words.
 
-    The finite verb is second in a "main" clause, so the subject moves behind it when an adverbial
-    ("front") or another clause ("inv") comes first. In a subordinate clause ("sub") the verb is
-    last. Separable prefixes and participles close the clause."""
-    which = r.randrange(len(VERBS))
-    past, negated = r.random() < 0.5, r.random() < 0.2
-    base, third, simple_past, singular, many, participle, prefix, auxiliary = VERBS[which]
-    s_en, s_de, plural = noun_phrase(r, "nom", PEOPLE)
-    o_en = o_de = place_en = place_de = time_en = time_de = ""
-    if which < 14:
-        nouns = r.choice([PEOPLE, THINGS]) if which < 8 else THINGS
-        o_en, o_de, _ = noun_phrase(r, "acc", nouns, negated)
-    if order == "front" or r.random() < 0.5:
-        year = r.randint(1900, 1999)
-        time_en, time_de = (text.format(year=year) for text in r.choice(TIMES[past]))
-    if r.random() < 0.35:
-        en, de, _ = noun_phrase(r, "dat", PEOPLE)
-        place_en, place_de = (text.format(en=en, de=de) for text in r.choice(PLACES))
-    verb = simple_past if past else base if plural else third
-    if negated:
-        verb = ("did not " if past else "do not " if plural else "does not ") + base
-    no = "nicht" if negated and not o_de.startswith("kein") else ""
-    end = prefix.strip("-")
-    if past:  # English simple past, German perfect: hat … aufgemacht, ist … angekommen
-        finite = {"hat": ("hat", "haben"), "ist": ("ist", "sind")}[auxiliary][plural]
-        end += participle
+    The finite verb is second in a "main" clause, so the subject moves behind it when the time comes
+    first ("front"). In a subordinate clause ("sub") the verb is last. A separable prefix or a
+    participle closes the clause.
+    """
+    past = r.random() < 0.5
+    base, third, simple_past, singular, many, participle, prefix = r.choice(VERBS)
+    who, wer, plural = noun_phrase(r, "nominative", PEOPLE)
+    whom, wen, _ = noun_phrase(r, "accusative", THINGS)
+    year = r.randint(1900, 1999)
+    when, wann = (text.format(year=year) for text in r.choice(TIMES[past]))
+    prefix = prefix.strip("-")
+    if past:  # English simple past, German perfect: hat … aufgemacht
+        verb, finite, end = simple_past, "haben" if plural else "hat", prefix + participle
         last = f"{end} {finite}"
     else:
-        finite = many if plural else singular
+        verb, finite, end = base if plural else third, many if plural else singular, prefix
         last = end + finite  # a separable verb is one word at the end of a subordinate clause
-    rest = [o_de, no, place_de]
-    german = {
-        "main": [s_de, finite, time_de, *rest, end],
-        "front": [time_de, finite, s_de, *rest, end],
-        "sub": [s_de, time_de, *rest, last],
-        "inv": [finite, s_de, time_de, *rest, end],
-    }[order]
-    english = [s_en, verb, o_en, place_en]
-    english = [time_en, *english] if order == "front" else [*english, time_en]
-    return " ".join(filter(None, english)), " ".join(filter(None, german))
-
-
-def sentence(r: random.Random) -> tuple[str, str]:
-    """One sentence as (English, German)."""
-    kind = r.random()
-    join_en, join_de = r.choice(JOINS)
-    if kind < 0.55:
-        en, de = clause(r, "front" if kind < 0.25 else "main")
-    elif kind < 0.7:
-        en, de = clause(r, "main")
-        why_en, why_de = clause(r, "sub")
-        en, de = f"{en} {join_en} {why_en}", f"{de}, {join_de} {why_de}"
-    elif kind < 0.85:
-        why_en, why_de = clause(r, "sub")
-        en, de = clause(r, "inv")
-        en, de = f"{join_en} {why_en}, {en}", f"{join_de} {why_de}, {de}"
-    else:
-        who_en, who_de, plural = noun_phrase(r, "nom", PEOPLE)
-        says_en, says_de, say_en, say_de = r.choice(SAYS)
-        en, de = clause(r, "sub")
-        en = f"{who_en} {say_en if plural else says_en} that {en}"
-        de = f"{who_de} {say_de if plural else says_de}, dass {de}"
-    return en[0].upper() + en[1:] + ".", de[0].upper() + de[1:] + "."
+    if order == "front":
+        return f"{when} {who} {verb} {whom}", f"{wann} {finite} {wer} {wen} {end}".strip()
+    english = f"{who} {verb} {whom} {when}"
+    if order == "sub":
+        return english, f"{wer} {wann} {wen} {last}"
+    return english, f"{wer} {finite} {wann} {wen} {end}".strip()
 
 
 def built_in_translation(r: random.Random, config) -> Example:
-    """One pair of the built-in data, --pair de-en or en-de."""
+    """A sentence, --pair de-en or en-de: a clause, and often a second one that depends on it."""
     if config.pair not in ("de-en", "en-de"):
         raise UserError(f"the built-in data is de-en or en-de: for {config.pair} give --data DIR")
-    en, de = sentence(r)
-    return translation(config.pair, *((en, de) if config.pair == "en-de" else (de, en)))
+    en, de = clause(r, r.choice(["main", "front"]))
+    if r.random() < 0.5:
+        why, warum = r.choice(JOINS)
+        reason, grund = clause(r, "sub")
+        en, de = f"{en} {why} {reason}", f"{de}, {warum} {grund}"
+    pair = (en[0].upper() + en[1:] + ".", de[0].upper() + de[1:] + ".")
+    return translation(config.pair, *(pair if config.pair == "en-de" else pair[::-1]))
 
 
+NAMES = "Anna Peter Maria Paul Lena Karl Sophie Jonas".split()
 # Events: what, its verb in a headline, who answers, a detail.
 EVENTS = table("""fire broke_out firefighters smoke_could_be_seen_for_miles
 flood struck rescuers the_river_had_risen|storm hit engineers trees_blocked_several_roads

@@ -85,55 +85,57 @@ from warmup import sft_loss, target_tokens, warmup_loss
 
 
 # ----------------------------------------------------------------------------- equal compute
-def sft_flops(model, batch) -> int:
-    return update_flops(model.config, batch)
+# A forward pass takes 2 FLOPs for each parameter that meets a token, and 4·H·D in a layer for each
+# key that a token attends to. A backward pass takes two forward passes. Padding counts, because it
+# is computed; what --recompute repeats does not.
+def count(module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
-def policy_flops(model, batch, spec, rows, sampled) -> int:
-    return update_flops(
-        model.config, batch, rows, spec.length, drawn=sampled, scored=not spec.pause
-    )
-
-
-def update_flops(
-    model: ModelConfig,
-    batch,
-    computed: torch.Tensor | None = None,
-    W: int = 0,
-    *,
-    drawn: int = 0,
-    scored=False,
-) -> int:
-    """FLOPs of the matrix products of one update on a batch, padding included.
-
-    A product of sizes (i,j) and (j,k) takes 2·i·j·k. A backward pass costs two forward passes.
-    computed (B,): trained rows [start] prompt c <sep> y of each example; None: SFT. drawn: warmups
-    sampled for each example, forward only. scored: log P(c|x) is trained, too. What --recompute
-    repeats is not counted."""
+def encoder_flops(model, batch) -> int:
+    """Of a forward pass over the sources, with the keys and values that the decoder sees of them."""
     B, S = batch.source.shape
-    P, T = batch.prompt.size(1), batch.target.size(1)
-    E, inner = model.width, model.inner
-    ff = E * model.ff * (3 if model.gated else 2)
-    head = 2 * E * model.vocab_size  # of the output layer, for one token
-    real = (batch.target != model.pad_id).sum(1)  # (B,): padding does not reach the output layer
+    cross = sum(count(block.cross_attention.kv) for block in model.decoder.blocks)
+    scores = 2 * model.config.inner * S * model.config.encoder_layers
+    return 2 * B * S * (count(model.encoder) + cross + scores)
 
-    def decode(rows: int, tokens: float, keys: float) -> float:
-        """keys: decoder tokens that a token attends to, on average."""
-        per_layer = 6 * E * inner + ff + 2 * inner * (keys + S)
-        return 2 * rows * tokens * model.decoder_layers * per_layer
 
-    encode = 2 * B * S * model.encoder_layers * (4 * E * inner + ff + 2 * inner * S)
-    encode += 2 * B * S * model.decoder_layers * 2 * E * inner  # cross keys and values
-    if computed is None:
-        return round(3 * (encode + decode(B, P + T, P + T) + head * int(real.sum())))
-    rows, length = int(computed.sum()), P + W + 1 + T
-    flops = 3 * (encode + decode(rows, length, length) + head * int(computed @ real))
-    if scored:
-        flops += 3 * head * rows * W
-    if drawn:  # the prefix once, then one token at a time
-        flops += decode(B, 1 + P, 1 + P) + decode(B * drawn, W - 1, 1 + P + W / 2)
-        flops += head * B * drawn * W
-    return round(flops)
+def decoder_flops(model, tokens: int, keys: int, predicted: int) -> int:
+    """Of a forward pass over `tokens` tokens. predicted: those that the output layer sees."""
+    config = model.config
+    cross = sum(count(block.cross_attention.kv) for block in model.decoder.blocks)
+    scores = 2 * config.inner * keys * config.decoder_layers
+    products = tokens * (count(model.decoder) - cross + scores)
+    return 2 * (products + predicted * config.width * config.vocab_size)
+
+
+def sft_flops(model, batch) -> int:
+    """Of an SFT update on a batch."""
+    length = batch.prompt.size(1) + batch.target.size(1)
+    tokens = len(batch.source) * length
+    predicted = int(target_tokens(model, batch))  # padding does not reach the output layer
+    keys = length + batch.source.size(1)
+    return 3 * (encoder_flops(model, batch) + decoder_flops(model, tokens, keys, predicted))
+
+
+def policy_flops(model, batch, spec, rows: torch.Tensor, sampled: int) -> int:
+    """Of a policy update. rows (B,): trained rows [start] prompt c <sep> y of each example.
+
+    sampled: warmups drawn for each example, forward only.
+    """
+    B, S = batch.source.shape
+    W, prefix = spec.length, 1 + batch.prompt.size(1)
+    length = prefix + W + batch.target.size(1)
+    real = (batch.target != model.config.pad_id).sum(1)  # (B,)
+    predicted = int(rows @ real)
+    if not spec.pause:  # log P(c|x) is trained, too
+        predicted += int(rows.sum()) * W
+    trained = decoder_flops(model, int(rows.sum()) * length, length + S, predicted)
+    flops = 3 * (encoder_flops(model, batch) + trained)
+    if sampled:  # the prefix once, then one token at a time; the last is not read
+        tokens = B * prefix + B * sampled * (W - 1)
+        flops += decoder_flops(model, tokens, prefix + W // 2 + S, B * sampled * W)
+    return flops
 
 
 # ----------------------------------------------------------------------------- the stages
