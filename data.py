@@ -6,6 +6,9 @@ A task is a row of TASKS. Its data is looked for in this order, and the choice i
 DIR, then data/TASK/ (translation: data/TASK/PAIR/), then built-in data, generated from the seed.
 
     python data.py wmt --pair de-en             download real data into data/wmt/de-en/
+
+Signatures carry no types. A name means the same everywhere: config is a Config, tokenizer a
+tokenizers.Tokenizer, examples a list of Example, data an Encoded, task the name of a row of TASKS.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from dataclasses import dataclass, field, fields
 from functools import wraps
 from itertools import accumulate
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -41,6 +44,8 @@ PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this or
 
 
 class Example(NamedTuple):
+    """One item of a task, as text. (source, prompt) is x, and the target is y."""
+
     source: str
     prompt: str  # what the decoder reads before it writes; for translation, a tag such as <2de>
     target: str
@@ -58,7 +63,7 @@ class Task:
     settings: dict = field(default_factory=dict)  # defaults of Config for this task
 
     @property
-    def translates(self) -> bool:
+    def translates(self):
         return self.metrics == "translation"
 
 
@@ -120,23 +125,30 @@ TASKS = {
         ),
     ),
 }
+# The stages of a run, in the order of the table. The control comes before the policy there, because
+# a gain counts only against SFT with the same compute.
 STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # stage -> table row
 BASELINES = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, frozen"}  # --estimator
 
 
 # ----------------------------------------------------------------------------- settings
-def flag(default, help: str, low=None, high=None, choices=None):
+def flag(default, help, low=None, high=None, choices=None):
     """A setting: its default, what it means and in which unit, its range or its choices."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+    return field(default=default, metadata=dict(help=help, limits=(low, high), choices=choices))
 
 
-def flag_name(name: str) -> str:
+def flag_name(name):
+    """sft_steps -> --sft-steps."""
     return f"--{name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. Each is a flag (--sft-steps for sft_steps). Saved as config.json."""
+    """Every setting of a run. Each is a flag (--sft-steps for sft_steps). Saved as config.json.
+
+    Defaults are for the built-in translation data; a task's settings replace them. They are our
+    choice throughout: the paper's learning rates and batches are for mT5 on GPUs.
+    """
 
     task: str = flag("wmt", "what to train on", choices=TASKS)
     out: str = flag("", "run folder; default: runs/TASK")
@@ -193,24 +205,24 @@ class Config:
     threads: int = flag(0, "CPU threads; 0: torch's choice", 0, 1024)
 
     @property
-    def folder(self) -> Path:
+    def folder(self):
+        """Where the run is saved."""
         return Path(self.out or f"runs/{self.task}")
 
     @property
-    def stages(self) -> list[str]:
+    def stages(self):
         """In the order in which they are trained."""
         if not self.policy_steps:
             return ["sft"]
         return ["sft", "policy", "control"] if self.control else ["sft", "policy"]
 
-    def problem(self) -> str:
+    def problem(self):
         """What is wrong with the settings. "": nothing."""
         for f in fields(self):
             name, value = flag_name(f.name), getattr(self, f.name)
-            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-            types = (int, float) if f.type is float else (f.type,)
-            if type(value) not in types:
-                return f"{name} must be {f.type.__name__}, not {value!r}"
+            (low, high), choices = f.metadata["limits"], f.metadata["choices"]
+            if type(value) is not f.type:
+                return f"{name} must be of type {f.type.__name__}, not {value!r}"
             if low is not None and not low <= value <= high:
                 return f"{name} must lie between {low} and {high}"
             if choices and value not in choices:
@@ -231,93 +243,89 @@ class Encoded(NamedTuple):
 
     def pick(self, index) -> "Encoded":
         """These examples, in this order."""
-        return Encoded(*([column[i] for i in index] for column in self))
+        columns = []
+        for column in self:
+            columns.append([column[i] for i in index])
+        return Encoded(*columns)
 
 
-def special_ids(tokenizer) -> tuple[int, ...]:
-    """Ids that stand for no text: what a warmup may not contain."""
+def special_ids(tokenizer):
+    """Ids that stand for no text: what a warmup may not contain.
+
+    They are <pad>, </s>, <unk>, <sep>, the prompts' tags and, from T5, unused sentinels.
+    """
     return tuple(sorted(tokenizer.get_added_tokens_decoder()))
 
 
-def token_ids(tokenizer, texts, text_only: bool) -> list[np.ndarray]:
-    """An int32 array for each text. text_only: "</s>" in it is text, not a special token."""
-    special, unknown = special_ids(tokenizer), tokenizer.token_to_id(UNK)
+def token_ids(tokenizer, texts, text_only):
+    """An int32 array for each text.
+
+    text_only: a "</s>" that somebody wrote is text like any other. Else it is the special token.
+    """
     rows = []
     tokenizer.encode_special_tokens = text_only
     for at in range(0, len(texts), 4096):  # an encoding takes ten times the memory of its ids
         some = tokenizer.encode_batch_fast(texts[at : at + 4096], add_special_tokens=False)
         rows += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
     tokenizer.encode_special_tokens = False  # as it was
-    if text_only:  # T5's own tokenizer reads "</s>" as the special token all the same
-        rows = [np.where(np.isin(row, special), np.int32(unknown), row) for row in rows]
     return rows
 
 
-def encode(tokenizer, examples: list[Example]) -> Encoded:
-    """Token ids. Only prompts hold special tokens."""
-    sources, prompts, targets = zip(*examples)
-    data = Encoded(
-        token_ids(tokenizer, sources, text_only=True),
-        token_ids(tokenizer, prompts, text_only=False),
-        token_ids(tokenizer, targets, text_only=True),
-    )
+def encode(tokenizer, examples) -> Encoded:
+    """Examples as token ids. Only prompts hold special tokens, and every target ends in </s>."""
+    special = special_ids(tokenizer)
+    unknown = np.int32(tokenizer.token_to_id(UNK))
     end = np.int32(tokenizer.token_to_id(EOS))
-    source, target = data.source, [np.append(row, end) for row in data.target]
-    if ends_sources(tokenizer):
-        source = [np.append(row, end) for row in source]
-    return Encoded(source, data.prompt, target)
+    columns = []
+    for name, texts in zip(Example._fields, zip(*examples)):
+        rows = token_ids(tokenizer, texts, text_only=name != "prompt")
+        if name != "prompt":  # T5's own tokenizer reads "</s>" as the special token all the same
+            rows = [np.where(np.isin(row, special), unknown, row) for row in rows]
+        if name == "target" or (name == "source" and ends_sources(tokenizer)):
+            rows = [np.append(row, end) for row in rows]
+        columns.append(rows)
+    return Encoded(*columns)
 
 
-def ends_sources(tokenizer) -> bool:
+def ends_sources(tokenizer):
     """T5's sources end in </s>, as its targets. `pretrained_tokenizer` says so by this field."""
     return tokenizer.post_processor is not None
 
 
-def encode_split(tokenizer, examples: list[Example], config, split: str, scored=True) -> Encoded:
+def encode_split(tokenizer, examples, config, split, scored=True) -> Encoded:
     """A split as token ids, within the limits of the run. Prints what is cut or left out.
 
     scored: every example counts, so sources are cut and references stay whole. Else (training) a
     long target leaves its pair out; a long source does, too, where the task does not cut it.
+    A target that is cut in training would teach the model to stop in mid-sentence.
+    UserError if prompts differ in length: then padding would stand between prompt and y.
     """
     data = encode(tokenizer, examples)
     if len({len(prompt) for prompt in data.prompt}) > 1:
         raise UserError("all prompts of a task must have the same number of tokens")
     side = TASKS[config.task].cut or ("end" if scored else "")
-    most = config.max_source_tokens
-    long_source = lengths(data.source) > most
+    long_source = lengths(data.source) > config.max_source_tokens
     long_target = lengths(data.target) > config.max_target_tokens
-
-    count = f"of {len(examples)} {split} examples have a"
-    if long_source.any():
-        fate = f"their source loses its {side}" if side else "left out"
-        print(f"data: {long_source.sum()} {count} source over --max-source-tokens {most}: {fate}")
-    if long_target.any():
-        fate = "the reference stays whole, the output will be cut" if scored else "left out"
-        limit = f"--max-target-tokens {config.max_target_tokens}"
-        print(f"data: {long_target.sum()} {count} target over {limit}: {fate}")
-
+    cut_source = f"their source loses its {side}" if side else "left out"
+    cut_target = "the reference stays whole, the output will be cut" if scored else "left out"
+    for column, too_long, fate in (
+        ("source", long_source, cut_source),
+        ("target", long_target, cut_target),
+    ):
+        if too_long.any():
+            limit = f"--max-{column}-tokens {getattr(config, f'max_{column}_tokens')}"
+            count = f"{too_long.sum()} of {len(examples)} {split} examples"
+            print(f"data: {count} have a {column} over {limit}: {fate}")
     if not scored:
         out = long_target if side else long_source | long_target
         data = data.pick(np.flatnonzero(~out))
     kept_end = 1 if ends_sources(tokenizer) else 0  # the </s> stays
-    return data._replace(source=[cut(row, most, side, kept_end) for row in data.source])
-
-
-def lengths(rows: list[np.ndarray]) -> np.ndarray:
-    return np.array([len(row) for row in rows])
-
-
-def cut(row: np.ndarray, most: int, side: str, kept_end: int) -> np.ndarray:
-    """At most `most` tokens. side: which one goes; of its end the last kept_end tokens stay."""
-    if len(row) <= most:
-        return row
-    if side == "start":
-        return row[-most:]
-    return np.append(row[: most - kept_end], row[len(row) - kept_end :])
+    sources = [cut(row, config.max_source_tokens, side, kept_end) for row in data.source]
+    return data._replace(source=sources)
 
 
 # ----------------------------------------------------------------------------- batches
-def collate(data: Encoded, index) -> Batch:
+def collate(data, index) -> Batch:
     """The examples of index as one batch. Prompts have one length: padding would precede y."""
     columns = []
     for column in data.pick(index):
@@ -326,8 +334,11 @@ def collate(data: Encoded, index) -> Batch:
     return Batch(*columns)
 
 
-def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray]:
-    """Runs of examples in the order of key, each of B · (longest S + longest T) <= batch_tokens."""
+def bucket(data, batch_tokens, key):
+    """Runs of examples in the order of key: arrays of their indices.
+
+    Each run has B · (longest S + longest T) <= batch_tokens, padding included, or one example.
+    """
     batches, run = [], []
     S = T = 0
     for i in np.argsort(key, kind="stable"):
@@ -343,10 +354,11 @@ def bucket(data: Encoded, batch_tokens: int, key: np.ndarray) -> list[np.ndarray
 class Batches:
     """Endless training batches of similar lengths. (seed, epoch, position) fixes the next one.
 
-    N processes take turns: `next` moves on by N batches and returns the rank-th of them.
+    N processes take turns: `next` moves on by N batches and returns the rank-th of them. So they
+    share an epoch without talking to each other.
     """
 
-    def __init__(self, data: Encoded, batch_tokens: int, seed: int, rank=0, processes=1):
+    def __init__(self, data, batch_tokens, seed, rank=0, processes=1):
         self.data, self.batch_tokens, self.seed = data, batch_tokens, seed
         self.rank, self.processes = rank, processes
         self.seek(0, 0)
@@ -360,7 +372,7 @@ class Batches:
             self.position += 1
         return collate(self.data, index)
 
-    def seek(self, epoch: int, position: int) -> None:
+    def seek(self, epoch, position):
         """Go to this place. Seed and epoch fix the order of the batches."""
         self.epoch, self.position = epoch, position
         rng = np.random.default_rng([self.seed, epoch])
@@ -371,7 +383,8 @@ class Batches:
         self.order = [batches[i] for i in rng.permutation(len(batches))]
 
 
-def in_order(data: Encoded, batch_tokens: int, what: str) -> Iterator[tuple[np.ndarray, Batch]]:
+# ===== plumbing: reading config.json, where data comes from, tokenizers, built-in data, download
+def in_order(data, batch_tokens, what):
     """Every example once, longest sources first, with its indices. The progress bar says `what`."""
     longest_first = -lengths(data.source)
     with tqdm(total=len(data.source), desc=what, unit="example", delay=2, leave=False) as bar:
@@ -380,57 +393,71 @@ def in_order(data: Encoded, batch_tokens: int, what: str) -> Iterator[tuple[np.n
             bar.update(len(index))
 
 
-# ===== plumbing: reading config.json, where data comes from, tokenizers, built-in data, download
-def read_config(folder: Path) -> Config:
+def lengths(rows):
+    """(examples,): the number of tokens in each row."""
+    return np.array([len(row) for row in rows])
+
+
+def cut(row, most, side, kept_end):
+    """At most `most` tokens of a row. side: "start" or "end", the one that goes.
+
+    kept_end: so many tokens at the end stay all the same, as T5's </s>.
+    """
+    if len(row) <= most:
+        return row
+    if side == "start":
+        return row[-most:]
+    return np.append(row[: most - kept_end], row[len(row) - kept_end :])
+
+
+def read_config(folder) -> Config:
     """The settings in a run's config.json. UserError if they are not those of this program."""
     path = folder / "config.json"
     if not path.exists():
-        runs = [*folder.parent.glob("*/config.json"), *folder.glob("*/config.json")]
-        known = ", ".join(sorted(str(run.parent) for run in runs)[:8])
-        here = f": runs here are {known}" if known else ""
-        raise UserError(
-            f"no run in {folder}{here}. If one was killed there before its first checkpoint, start "
-            "it again with --overwrite"
-        )
+        raise UserError(f"no run in {folder}: it has no config.json. Start one by train.py --out")
     saved = read_json(path)
-    names = [f.name for f in fields(Config)]
-    if missing := [flag_name(name) for name in names if name not in saved]:
-        raise UserError(
-            f"{path} has no {missing[0]}: this run is of another version of the program. Train it "
-            "again, with --overwrite"
-        )
-    lookup(TASKS, saved["task"], f"{path}: the task")
-    config = Config(**{name: saved[name] for name in names})
+    if saved.keys() != {f.name for f in fields(Config)}:
+        raise UserError(f"{path} is of another version of the program: train again, --overwrite")
+    config = Config(**saved)
     if wrong := config.problem():
         raise UserError(f"{path} is not what train.py wrote: {wrong}")
     return config
 
 
-def lookup(table: dict, key: str, what: str):
-    """table[key]. UserError if it is not there."""
+def lookup(table, key, what):
+    """table[key]. UserError, which begins with `what`, if it is not there.
+
+    The names in a row of TASKS are written by hand, so a slip must be said clearly.
+    """
     if key not in table:
         raise UserError(f"{what} {key!r} does not exist: there are {', '.join(table)}")
     return table[key]
 
 
-def load(config) -> tuple[dict[str, list[Example]], str]:
-    """The splits of a task, and where they come from: "built-in" or a folder. Prints the choice."""
-    task, folder = TASKS[config.task], task_folder(config.task, config.pair)
-    name, origin = f"task {config.task}:", config.data
+def load(config):
+    """The splits of a task, and where they come from: "built-in" or a folder. Prints the choice.
+
+    -> {split: [Example]}, origin. "test" may be missing: then validation stands in for it.
+    UserError if there is no data, or if it cannot be read.
+    """
+    task = TASKS[config.task]
+    folder = task_folder(config.task, config.pair)
+    said = f"task {config.task}:"
+    origin = config.data
     if not origin:
         origin = str(folder) if task.reader and folder.is_dir() else "built-in"
-    if origin != "built-in" and task.reader:
-        origin = str(Path(origin).resolve())
-        reader = lookup(READERS, task.reader, f"{name} its reader")
-        splits = read_splits(Path(origin), *reader(config.pair))
-    elif origin != "built-in":
-        raise UserError(f"{name} all data is generated: leave --data out")
-    elif task.generator:
-        generator = lookup(GENERATORS, task.generator, f"{name} its generator")
+    if origin == "built-in" and task.generator:
+        generator = lookup(GENERATORS, task.generator, f"{said} its generator")
         splits = generate_splits(generator, config)
-    else:
+    elif origin == "built-in":
         how = f"python data.py fills {folder}, or " if config.task in CORPORA else ""
-        raise UserError(f"{name} there is no built-in data: {how}--data DIR")
+        raise UserError(f"{said} there is no built-in data: {how}--data DIR")
+    elif task.reader:
+        origin = str(Path(origin).resolve())
+        reader = lookup(READERS, task.reader, f"{said} its reader")
+        splits = read_splits(Path(origin), *reader(config.pair))
+    else:
+        raise UserError(f"{said} all data is generated: leave --data out")
     print(f"data: {origin}, {config.pair}" if task.translates else f"data: {origin}")
     if "test" not in splits:
         print("data: no test split, so the validation split, which picks the checkpoint, is scored")
@@ -443,8 +470,11 @@ def load(config) -> tuple[dict[str, list[Example]], str]:
 LANGUAGES = dict(de="German", en="English", fr="French", ru="Russian", zh="Chinese", cs="Czech")
 
 
-def source_prefix(config) -> str:
-    """What a pretrained model finds before its source. From scratch: nothing."""
+def source_prefix(config):
+    """What a pretrained model finds before its source. From scratch: nothing.
+
+    T5 was trained on several tasks at once and knows them by such words (Raffel et al. §2.4).
+    """
     languages = [LANGUAGES.get(language, language) for language in config.pair.split("-")]
     return TASKS[config.task].prefix.format(*languages) if config.init else ""
 
@@ -453,7 +483,7 @@ def source_prefix(config) -> str:
 SPLITS = {"train": ["train"], "valid": ["valid", "val", "dev"], "test": ["test"]}  # file names
 
 
-def wrong_pair(pair: str) -> str:
+def wrong_pair(pair):
     """What is wrong with --pair. "": nothing."""
     languages = pair.split("-")
     if len(languages) == len(set(languages)) == 2 and all(map(str.isalpha, languages)):
@@ -461,7 +491,7 @@ def wrong_pair(pair: str) -> str:
     return f"--pair takes two language codes, of letters alone, such as de-en: not {pair!r}"
 
 
-def task_folder(task: str, pair: str) -> Path:
+def task_folder(task, pair):
     """data/TASK, or data/TASK/PAIR, where a pair's folder serves both directions."""
     folder = Path("data") / task
     if not TASKS[task].translates:
@@ -470,8 +500,12 @@ def task_folder(task: str, pair: str) -> Path:
     return reverse if reverse.is_dir() and not (folder / pair).is_dir() else folder / pair
 
 
-def read_lines(path: Path | None) -> list[str]:
-    """The lines of a text file, plain or .gz, stripped. None: of standard input. Else UserError."""
+def read_lines(path):
+    """The lines of a text file, plain or .gz, stripped. None: of standard input.
+
+    UserError if it is not UTF-8, is damaged, or has the line ends of old Macs: all of it would be
+    one line.
+    """
     # utf-8-sig: Windows editors begin files with a mark. Only newlines end lines: U+2028 is text
     how = dict(mode="rt", encoding="utf-8-sig", newline="\n")
     name = path or "standard input"
@@ -491,7 +525,7 @@ def read_lines(path: Path | None) -> list[str]:
     return lines
 
 
-def find_file(folder: Path, split: str, ending: str) -> Path | None:
+def find_file(folder, split, ending) -> Path | None:
     """The file of a split, SPLIT.ENDING or SPLIT.ENDING.gz. None: there is no test split."""
     names = [f"{name}.{end}" for name in SPLITS[split] for end in (ending, f"{ending}.gz")]
     for name in names:
@@ -501,8 +535,11 @@ def find_file(folder: Path, split: str, ending: str) -> Path | None:
         raise UserError(f"no {split} split in {folder}: expected {names[0]}, plain or .gz")
 
 
-def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, list[Example]]:
-    """The splits of a folder. row makes an Example of line i of each file that a split has."""
+def read_splits(folder, endings, row):
+    """{split: [Example]} of a folder. row makes an Example of line i of each file of a split.
+
+    endings: of these files, such as "de" and "en". UserError if one is missing, but for "test".
+    """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
     splits = {}
@@ -515,14 +552,19 @@ def read_splits(folder: Path, endings: list[str], row: Callable) -> dict[str, li
     return splits
 
 
-def read_split(paths: list[Path], row: Callable, split: str) -> list[Example]:
-    """Examples with an empty side are left out of training. Elsewhere that would change the score."""
+def read_split(paths: list[Path], row, split):
+    """The examples of one split.
+
+    Those with an empty side are left out of training. Elsewhere that would change the score, so it
+    is a UserError, as are a line that cannot be read and files of different lengths.
+    """
     names = " and ".join(map(str, paths))
     columns = [read_lines(path) for path in paths]
     counts = [str(len(lines)) for lines in columns]
     if len(set(counts)) > 1:
         raise UserError(f"{names} have {' and '.join(counts)} lines: they must be as many")
-    examples, empty = [], 0
+    examples = []
+    empty = 0
     for number, lines in enumerate(zip(*columns), 1):
         try:
             example = Example(*row(*lines))
@@ -543,18 +585,22 @@ def read_split(paths: list[Path], row: Callable, split: str) -> list[Example]:
     return examples
 
 
-def translation(pair: str, source: str, target: str) -> Example:
+def translation(pair, source, target) -> Example:
     """The prompt names the target language."""
     return Example(source, f"<2{pair.split('-')[1]}>", target)
 
 
-def xsum_row(line: str) -> Example:
+def xsum_row(line) -> Example:
+    """A JSON object with "document" and "summary". A line of text each: they may hold line ends."""
     row = json.loads(line)
     return Example(one_line(row["document"]), "", one_line(row["summary"]))
 
 
-def logiqa_row(line: str) -> Example:
-    """LogiQA 2.0: text, question, four options and the number of the right one."""
+def logiqa_row(line) -> Example:
+    """LogiQA 2.0: text, question, four options and the number of the right one.
+
+    ValueError or LookupError if one of them is missing. read_split turns it into one line.
+    """
     row = json.loads(line)
     options = [one_line(option) for option in row["options"]]
     if len(options) != 4 or type(row["answer"]) is not int or row["answer"] not in range(4):
@@ -575,7 +621,7 @@ READERS = {
 WORD = r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}]+|\s+(?!\S)|\s+"
 
 
-def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
+def train_tokenizer(examples, vocab_size) -> Tokenizer:
     """Byte-level byte-pair encoding of source and target together, GPT-2's way.
 
     All 256 bytes are tokens and nothing is normalised: text in any script comes back as it was.
@@ -602,14 +648,20 @@ def train_tokenizer(examples: list[Example], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def prompt_tags(examples: list[Example]) -> list[str]:
-    """The words of prompts that are one token each, such as <2de>."""
+def prompt_tags(examples):
+    """The words of prompts that are one token each, such as <2de>.
+
+    A tag in pieces would make prompts of different lengths, and teach nothing.
+    """
     words = {word for example in examples for word in example.prompt.split()}
     return sorted(word for word in words if word.startswith("<"))
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizer.json, of ours or of a T5. Else UserError."""
+def load_tokenizer(path) -> Tokenizer:
+    """A tokenizer.json, of ours or of a T5. Else UserError.
+
+    Ids with gaps would make rows of the embedding that no text can reach.
+    """
     try:
         tokenizer = Tokenizer.from_file(str(path))
         vocab = tokenizer.get_vocab()
@@ -620,7 +672,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Tokenizer:
+def pretrained_tokenizer(folder, tags, vocab_size) -> Tokenizer:
     """The tokenizer of a T5, with <sep> and tags in place of its first sentinels, <extra_id_0> …
 
     So no embedding is resized: the sentinels stand for masked spans in pretraining and for nothing
@@ -639,7 +691,7 @@ def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Toke
     sentinels = [match[0] for match in found]
     ours = [token for token in (SEP, *tags) if token not in vocab]  # our own exports have them
     content = json.loads(tokenizer.to_str())
-    is_t5 = content["model"]["type"] == "Unigram" and vocab[PAD] == 0 and vocab[EOS] == 1
+    is_t5 = content["model"]["type"] == "Unigram" and vocab.get(PAD) == 0 and vocab.get(EOS) == 1
     if not is_t5 or len(vocab) > vocab_size or len(sentinels) < len(ours):
         raise UserError(f"the tokenizer in {folder} is not that of a T5 with {vocab_size} tokens")
 
@@ -657,15 +709,19 @@ def pretrained_tokenizer(folder: Path, tags: list[str], vocab_size: int) -> Toke
     return tokenizer
 
 
-def add_special(tokenizer, texts: list[str]) -> None:
+def add_special(tokenizer, texts):
+    """Make special tokens of texts. Pieces of the vocabulary keep their ids."""
     tokenizer.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in texts])
 
 
-def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message: whole numbers, and bytes for all else."""
+def protobuf(data: bytes):
+    """(field number, value) of a protobuf message: whole numbers, and bytes for all else.
+
+    Read by hand: the protobuf package would be one more to install, for one file of a few models.
+    """
     stream = io.BytesIO(data)
 
-    def varint() -> int:
+    def varint():
         """7 bits a byte, lowest first; the top bit says that more follow."""
         byte = stream.read(1)[0]
         return byte if byte < 128 else byte % 128 + 128 * varint()
@@ -678,7 +734,7 @@ def protobuf(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             yield number, stream.read(varint() if kind == 2 else {1: 8, 5: 4}[kind])
 
 
-def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
+def read_spiece(path, vocab_size) -> Tokenizer:
     """SentencePiece's spiece.model, a protobuf, as the pipeline that T5's tokenizer.json holds.
 
     T5 (100) and umT5 (300) expect sentinels <extra_id_N> behind the pieces, counted backwards.
@@ -720,11 +776,12 @@ def read_spiece(path: Path, vocab_size: int) -> Tokenizer:
 
 
 # ----------------------------------------------------------------------------- built-in data
-def pointers(r: random.Random, config) -> Example:
+def pointers(r, config) -> Example:
     """y = f^hops(start): a random permutation f of --symbols letters, 1 to --hops look-ups.
 
     The source holds f as one word "ij", and so one token, for each f(i) = j. One decoder layer can
-    look up one word per token that it writes. So two hops need a token in between: a warmup."""
+    look up one word per token that it writes. So two hops need a token in between: a warmup.
+    """
     letters = "abcdefghijklmnopqrstuvwxyz"[: config.symbols]
     hops = r.randint(min(1, config.hops), config.hops)
     source = " ".join(i + j for i, j in zip(letters, r.sample(letters, len(letters))))
@@ -732,15 +789,15 @@ def pointers(r: random.Random, config) -> Example:
     return question._replace(target=chain(question)[-1])
 
 
-def chain(example: Example) -> list[str]:
+def chain(example):
     """The symbols that a question passes through: start, f(start), f(f(start)), … the answer."""
     f = dict(example.source.split())  # a word "ij" is the pair (i, j)
     hops, start = example.prompt.removeprefix("<").split("hops> ")
     return list(accumulate(range(int(hops)), lambda symbol, _: f[symbol], initial=start))
 
 
-def table(text: str) -> list[list[str]]:
-    """Rows end at | or a new line, words at a space; _ is a space within a word."""
+def table(text):
+    """Words in rows. Rows end at | or a new line, words at a space; _ is a space within a word."""
     rows = text.replace(" ", "\t").replace("_", " ").replace("\n", "|").split("|")
     return [row.split("\t") for row in rows]
 
@@ -755,7 +812,7 @@ door doors Tür Türen f|window windows Fenster Fenster n|table tables Tisch Tis
 lamp lamps Lampe Lampen f|car cars Auto Autos n|picture pictures Bild Bilder n
 key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f|coat coats Mantel Mäntel m""")
 ADJECTIVES = table("""old alt|small klein|big groß|new neu|beautiful schön|strange seltsam
-famous berühmt|cheap billig|ugly hässlich|heavy schwer""")
+famous berühmt|clean sauber|ugly hässlich|heavy schwer""")
 # Verbs: English plural, singular, past; German singular, plural, participle, separable prefix.
 VERBS = table("""see sees saw sieht sehen gesehen -|find finds found findet finden gefunden -
 look_at looks_at looked_at sieht sehen gesehen an|paint paints painted malt malen gemalt -
@@ -776,8 +833,8 @@ ENDINGS = {
 }
 
 
-def noun_phrase(r: random.Random, case: str, nouns: list) -> tuple[str, str, bool]:
-    """English, German, plural? Article, adjective and noun agree in gender, number and case."""
+def noun_phrase(r, case, nouns):
+    """(English, German, plural?). Article, adjective and noun agree in gender, number and case."""
     en, en_plural, de, de_plural, gender = r.choice(nouns)
     der, after_der, ein, after_ein = ENDINGS[case]
     column = "mfn".index(gender)
@@ -794,7 +851,7 @@ def noun_phrase(r: random.Random, case: str, nouns: list) -> tuple[str, str, boo
     return f"{an} {en}", f"{ein[column]} {de}", plural
 
 
-def clause(r: random.Random, order: str) -> tuple[str, str]:
+def clause(r, order):
     """One clause in English and German. order: of the German words.
 
     The finite verb is second in a "main" clause, so the subject moves behind it when the time comes
@@ -822,7 +879,7 @@ def clause(r: random.Random, order: str) -> tuple[str, str]:
     return english, f"{wer} {finite} {wann} {wen} {end}".strip()
 
 
-def built_in_translation(r: random.Random, config) -> Example:
+def built_in_translation(r, config) -> Example:
     """A sentence, --pair de-en or en-de: a clause, and often a second one that depends on it."""
     if config.pair not in ("de-en", "en-de"):
         raise UserError(f"the built-in data is de-en or en-de: for {config.pair} give --data DIR")
@@ -844,10 +901,12 @@ SITES = "school hospital library factory station museum market hotel".split()
 TOWNS = "Leeds Cardiff Oxford Derby Perth Bangor Newry Dundee Exeter Lincoln".split()
 
 
-def news(r: random.Random, config) -> Example:
+def news(r, config) -> Example:
     """A short news item, and the sentence that sums it up: what, where, how many were hurt."""
     event, verb, helpers, detail = r.choice(EVENTS)
-    site, name, hours = r.choice(SITES), r.choice(NAMES), r.choice(["two", "three", "six"])
+    site = r.choice(SITES)
+    name = r.choice(NAMES)
+    hours = r.choice(["two", "three", "six"])
     town, other = r.sample(TOWNS, 2)
     hurt = r.choice(["no", "two", "three", "four", "five"])
     details = [
@@ -866,7 +925,7 @@ def news(r: random.Random, config) -> Example:
 TRAITS = table("older oldest youngest|taller tallest shortest|faster fastest slowest")
 
 
-def puzzle(r: random.Random, config) -> Example:
+def puzzle(r, config) -> Example:
     """Who of four people is the oldest, …? Three comparisons fix their order. y is a letter."""
     more, most, least = r.choice(TRAITS)
     people = r.sample(NAMES, 4)  # in their order: people[0] is the most
@@ -881,7 +940,7 @@ def puzzle(r: random.Random, config) -> Example:
     return multiple_choice(" ".join(clues), f"Who is {asked}?", options, answer)
 
 
-def multiple_choice(text: str, question: str, options: list[str], answer: int) -> Example:
+def multiple_choice(text, question, options, answer) -> Example:
     """The source lists the options by letter; y is the letter."""
     listed = " ".join(f"({letter}) {option}" for letter, option in zip("ABCD", options))
     return Example(f"{text} {question} {listed}", "", "ABCD"[answer])
@@ -895,48 +954,42 @@ GENERATORS = {
 }
 
 
-def check_example(task: str, example) -> None:
-    """UserError unless a generator gave an Example of text, with two full sides."""
-    said = f"task {task}: its generator gave"
-    if not isinstance(example, Example):
-        raise UserError(f"{said} {example!r:.80}, not an Example")
-    for name, value in zip(Example._fields, example):
-        if not isinstance(value, str) or (name != "prompt" and not value.strip()):
-            raise UserError(f"{said} the {name} {value!r:.80}, not a text")
+def check_example(task, example):
+    """UserError unless a generator gave an Example of text, with two full sides.
+
+    Generators are what a class writes first. An error here names the task; later it would not.
+    """
+    texts = isinstance(example, Example) and all(isinstance(text, str) for text in example)
+    if not texts or not example.source.strip() or not example.target.strip():
+        said = f"gave {example!r:.200}, not an Example of texts with a source and a target"
+        raise UserError(f"task {task}: its generator {said}")
 
 
-def generate_splits(generate: Callable, config) -> dict[str, list[Example]]:
+def generate_splits(generate, config):
     """--built-in-size training examples; 500 of validation and of test, at most a quarter of it.
 
     The split of an example is a hash of its longer side. So no seed's training data holds another
     seed's test item, and no direction of translation the other's.
     """
-    held_out = min(500, max(1, config.built_in_size // 4))
-    wanted = {"train": config.built_in_size, "valid": held_out, "test": held_out}
+    size = config.built_in_size
+    held_out = min(500, max(1, size // 4))
+    wanted = {"train": size, "valid": held_out, "test": held_out}
     splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice
     r = random.Random(f"{config.seed}")
     in_vain = 0  # draws since the last that was taken
-    prompt = None
-    while any(len(splits[split]) < count for split, count in wanted.items()):
+    while any(len(splits[split]) < wanted[split] for split in wanted):
         example = generate(r, config)
         check_example(config.task, example)
-        prompt = prompt or example.prompt
-        if len(example.prompt.split()) != len(prompt.split()):
-            raise UserError(
-                f"task {config.task}: its prompts differ in length: {prompt!r}, {example.prompt!r}"
-            )
         longer = max(example.source, example.target, key=lambda text: (len(text), text))
-        split = {0: "test", 1: "valid"}.get(zlib.crc32(longer.encode()) % 20, "train")
+        number = zlib.crc32(longer.encode()) % 20
+        split = {0: "test", 1: "valid"}.get(number, "train")
         in_vain += 1
         if len(splits[split]) < wanted[split] and example not in splits[split]:
             splits[split][example] = None
             in_vain = 0
         if in_vain == 10000:
-            symbols = " or raise --symbols" if generate is pointers else ""
-            raise UserError(
-                "10,000 draws in a row gave no new example: lower --built-in-size (now "
-                f"{config.built_in_size}){symbols}"
-            )
+            said = f"lower --built-in-size (now {size}), or let the task have more examples"
+            raise UserError(f"10,000 draws in a row gave no new example: {said}")
     return {split: list(rows) for split, rows in splits.items()}
 
 
@@ -965,14 +1018,14 @@ BUTTONS = (
 ).split("|")
 
 
-def members(archive: Path) -> Iterator[tuple[Path, str]]:
+def members(archive):
     """Path and text of each file in a tar archive. Nothing is unpacked to disk."""
     with tarfile.open(archive, "r:gz") as tar:
         for member in filter(tarfile.TarInfo.isfile, tar):
             yield Path(member.name), tar.extractfile(member).read().decode()
 
 
-def download_wmt(get: Callable, a: str, b: str) -> Iterator[tuple[str, str]]:
+def download_wmt(get, a, b):
     """News Commentary v18.1, data.statmt.org: free for research, for all else ask its owners.
     FLORES-200 dev and devtest, github.com/facebookresearch/flores: CC BY-SA 4.0."""
     a, b = sorted((a, b))
@@ -991,7 +1044,7 @@ def download_wmt(get: Callable, a: str, b: str) -> Iterator[tuple[str, str]]:
             yield from ((wanted[path.name], line) for line in text.strip().split("\n"))
 
 
-def download_multi30k(get: Callable, a: str, b: str) -> Iterator[tuple[str, str]]:
+def download_multi30k(get, a, b):
     """Multi30k task 1, github.com/multi30k/dataset: no licence stated; for research."""
     for split, ours in (("train", "train"), ("val", "valid"), ("test_2016_flickr", "test")):
         for lang in (a, b):
@@ -999,7 +1052,7 @@ def download_multi30k(get: Callable, a: str, b: str) -> Iterator[tuple[str, str]
             yield from ((f"{ours}.{lang}", line) for line in read_lines(path))
 
 
-def download_xsum(get: Callable) -> Iterator[tuple[str, str]]:
+def download_xsum(get):
     """XSum, github.com/EdinburghNLP/XSum: the articles are the BBC's; for research."""
     ids = json.loads(get(*XSUM_IDS).read_bytes())
     ours = {"train": "train", "validation": "valid", "test": "test"}
@@ -1020,7 +1073,7 @@ def download_xsum(get: Callable) -> Iterator[tuple[str, str]]:
         raise ValueError(f"the archive lacks {len(split_of)} articles")
 
 
-def download_logiqa(get: Callable) -> Iterator[tuple[str, str]]:
+def download_logiqa(get):
     """LogiQA 2.0, github.com/csitfun/LogiQA2.0: CC BY-NC-SA 4.0."""
     for split, ours in (("train", "train"), ("dev", "valid"), ("test", "test")):
         path = get(f"{GITHUB}/csitfun/LogiQA2.0/main/logiqa/DATA/LOGIQA/{split}.txt", None)
@@ -1038,8 +1091,12 @@ CORPORA = {
 }
 
 
-def download(task: str, pair: str, folder: Path) -> None:
-    """Fill folder with the real data of a task. A file that is there already stays as it is."""
+def download(task, pair, folder):
+    """Fill folder with the real data of a task. A file that is there already stays as it is.
+
+    Files are written under another name and renamed: an interrupted download leaves no half file.
+    UserError if the network fails, or if what comes is not what we expected.
+    """
     lines, languages = CORPORA[task]
     sides = pair.split("-") if languages else ["jsonl"]
     files: dict[str, list[str]] = {f"{split}.{side}": [] for split in SPLITS for side in sides}
@@ -1047,7 +1104,7 @@ def download(task: str, pair: str, folder: Path) -> None:
     # Windows does not remove a file that an archive's reader still holds open after an error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
 
-        def get(url: str, sha256: str | None) -> Path:
+        def get(url, sha256):
             path = Path(work) / url.rsplit("/", 1)[1]
             try:
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
@@ -1060,16 +1117,9 @@ def download(task: str, pair: str, folder: Path) -> None:
                 files[name].append(line)
             if not all(files.values()):
                 raise ValueError("a split has no lines")
-        except (
-            OSError,
-            EOFError,
-            zlib.error,
-            tarfile.TarError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of the archive, of JSON, of a page in place of a file
             raise UserError(f"a file of {task} is not what we expected: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -1082,7 +1132,23 @@ def download(task: str, pair: str, folder: Path) -> None:
 
 
 # ----------------------------------------------------------------------------- the program
-def shell_word(path: str | Path) -> str:
+def add_flags(parser, defaults):
+    """The fields of Config that defaults names, as flags of a command line.
+
+    defaults: {field: default}. argparse.SUPPRESS: a flag that is not given is not in the result.
+    """
+    for f in fields(Config):
+        if f.name not in defaults:
+            continue
+        low, high = f.metadata["limits"]
+        text = f.metadata["help"] if low is None else f"{f.metadata['help']} [{low} to {high}]"
+        how = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag_name(f.name), default=defaults[f.name], help=text, **how)
+
+
+def shell_word(path):
     """A path as one word of a command line, for the commands that the program prints."""
     if sys.platform != "win32":
         return shlex.quote(str(path))
@@ -1090,9 +1156,12 @@ def shell_word(path: str | Path) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in two lines what is wrong with the usage: the error, and what may have been meant."""
+    """Says in two lines what is wrong with the usage: the error, and what may have been meant.
 
-    def error(self, message: str) -> NoReturn:
+    argparse prints the whole usage, 60 lines here, and the error scrolls away.
+    """
+
+    def error(self, message) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
@@ -1101,10 +1170,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def program(run):
-    """Decorator of a script's main(argv): 0, or 1 after one line that says what is wrong."""
+    """Decorator of a script's main(argv): 0, or 1 after one line that says what is wrong.
+
+    A traceback is for our own errors. What the user can mend is said in a line, without one.
+    """
 
     @wraps(run)
-    def main(argv: list[str] | None = None) -> int:
+    def main(argv: list[str] | None = None):
         try:
             for stream in (sys.stdout, sys.stderr):
                 # a file gets UTF-8, as all our files; not every terminal has every character
@@ -1134,7 +1206,7 @@ def program(run):
 
 
 @program
-def main(argv: list[str]) -> None:
+def main(argv):
     """The program: python data.py TASK."""
     parser = Parser(description="Download real data.", allow_abbrev=False)
     parser.add_argument("task", choices=CORPORA)

@@ -6,9 +6,11 @@
     python eval.py runs/wmt --input text.de     new text: one line in, one line out
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 
-A `run` below is anything that has a config, a tokenizer and a device, such as train.Run.
+A `run` below is anything that has a config, a tokenizer and a device, such as train.Run. Other
+names are those of data.py and warmup.py. hypotheses and warmups are texts, "" for no warmup.
 """
 
+import argparse
 import json
 import re
 import sys
@@ -35,9 +37,9 @@ from data import (
     TASKS,
     UNK,
     Config,
-    Encoded,
     Example,
     Parser,
+    add_flags,
     chain,
     collate,
     encode,
@@ -56,7 +58,6 @@ from data import (
 )
 from model import UserError, load_model, one_line, precision, save_pretrained, use_device
 from warmup import (
-    Batch,
     WarmupSpec,
     direct_logprobs,
     evaluate_warmups,
@@ -68,8 +69,8 @@ from warmup import (
 )
 
 
-def warmup_spec(stage: str, config, tokenizer) -> WarmupSpec | None:
-    """What stands before y after a stage. None: nothing."""
+def warmup_spec(stage, config, tokenizer) -> WarmupSpec | None:
+    """What stands before y in a stage. None: nothing, as in SFT and its control."""
     if stage != "policy" or config.estimator == "sft":
         return None
     return WarmupSpec(
@@ -83,7 +84,7 @@ def warmup_spec(stage: str, config, tokenizer) -> WarmupSpec | None:
 
 # ----------------------------------------------------------------------------- likelihood
 @torch.no_grad()
-def validate(model, data: Encoded, config, spec) -> dict[str, float]:
+def validate(model, data, config, spec):
     """Held-out numbers, no dropout. nll: nats per target token, </s> included.
 
     Without a spec: -log P₀(y|x). With one: -log of the mean of P(y|x,c) over --eval-samples sampled
@@ -106,11 +107,12 @@ def validate(model, data: Encoded, config, spec) -> dict[str, float]:
     return averages(sums, tokens)
 
 
-def add_sums(sums: dict, new: dict) -> dict:
+def add_sums(sums, new):
+    """Numbers of one more batch, added by name."""
     return {name: sums.get(name, 0) + value for name, value in new.items()}
 
 
-def averages(sums: dict, tokens) -> dict[str, float]:
+def averages(sums, tokens):
     """Batch sums, with the count of "examples" among them, as means.
 
     Loss and nll are per target token, the swap gap per swapped example, all else per example.
@@ -133,9 +135,10 @@ class Output(NamedTuple):
     ended: bool  # by </s>; False: cut at --max-target-tokens
 
 
-def decode_batch(model, tokenizer, batch: Batch, config, spec, c=None) -> list[Output]:
-    """y ends at </s> or at --max-target-tokens, whatever stands beside it.
+def decode_batch(model, tokenizer, batch, config, spec, c=None):
+    """An Output for each example: a greedy warmup, then y by beam search.
 
+    y ends at </s> or at --max-target-tokens, whatever stands beside it in the batch.
     c (B,W): the warmups to write y after. None: the greedy ones.
     """
     device = next(model.parameters()).device
@@ -159,9 +162,10 @@ def decode_batch(model, tokenizer, batch: Batch, config, spec, c=None) -> list[O
     return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
 
 
-def to_text(tokenizer, rows: list[list[int]]) -> list[str]:
+def to_text(tokenizer, rows: list[list[int]]):
     """A line of text for each row of ids, without special tokens."""
-    eos, lines = tokenizer.token_to_id(EOS), []
+    eos = tokenizer.token_to_id(EOS)
+    lines = []
     for row, text in zip(rows, tokenizer.decode_batch(rows, skip_special_tokens=True)):
         if eos not in row:  # a row that was cut may end with some bytes of a character
             text = text.rstrip("\ufffd")
@@ -170,7 +174,7 @@ def to_text(tokenizer, rows: list[list[int]]) -> list[str]:
     return lines
 
 
-def decode_split(model, tokenizer, data: Encoded, config, spec) -> list[Output]:
+def decode_split(model, tokenizer, data, config, spec):
     """The outputs in the order of the data."""
     outputs = {}
     for index, batch in in_order(data, config.batch_tokens, "decoding"):
@@ -179,34 +183,34 @@ def decode_split(model, tokenizer, data: Encoded, config, spec) -> list[Output]:
 
 
 # ----------------------------------------------------------------------------- metrics
-# A task's function gets the config, examples, hypotheses and warmups: texts, "" for no warmup.
+# A task has one function in METRICS. It returns {name: number}, all of them rows of the table.
 
 
-def translation_scores(config, examples, hypotheses, warmups) -> dict[str, float]:
+def translation_scores(config, examples, hypotheses, warmups):
     """BLEU and chrF++ of the whole corpus, 0 to 100."""
     references = [[example.target for example in examples]]
     metrics = translation_metrics(config)
     return {name: m.corpus_score(hypotheses, references).score for name, m in metrics.items()}
 
 
-def pointer_scores(config, examples, hypotheses, warmups) -> dict[str, float]:
+def pointer_scores(config, examples, hypotheses, warmups):
     """Exact match by hops, from 0 to 1.
 
     hit rate: the share of warmups that begin with the symbols in between. Nobody labelled them.
     """
     right = defaultdict(list)
+    written = any(warmups)
     for example, hypothesis, warmup in zip(examples, hypotheses, warmups):
         start, *between, answer = chain(example)
         hops = len(between) + 1
-        name = "1 hop" if len(between) == 0 else f"{hops} hops"
-        right[name].append(hypothesis == answer)
-        if any(warmups) and between:
+        right["1 hop" if hops == 1 else f"{hops} hops"].append(hypothesis == answer)
+        if written and between:
             right["hit rate"].append(warmup.split()[: len(between)] == between)
     return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
 
 
-def compute_metrics(config, examples, hypotheses, warmups) -> dict[str, float]:
-    """By the task's function in METRICS."""
+def compute_metrics(config, examples, hypotheses, warmups):
+    """By the task's function in METRICS. UserError if it fails: it may be a student's own."""
     task = f"task {config.task}:"
     metrics = lookup(METRICS, TASKS[config.task].metrics, f"{task} its metrics")
     try:
@@ -217,8 +221,11 @@ def compute_metrics(config, examples, hypotheses, warmups) -> dict[str, float]:
         raise UserError(f"{task} {said}") from error
 
 
-def ceiling(tokenizer, examples, config) -> dict[str, float]:
-    """What a perfect model would score: the references as token ids, up to the limit, and back."""
+def ceiling(tokenizer, examples, config):
+    """What a perfect model would score: the references as token ids, up to the limit, and back.
+
+    T5's vocabulary has no Chinese, for example. Without this row that would look like a bad model.
+    """
     rows = [row[: config.max_target_tokens].tolist() for row in encode(tokenizer, examples).target]
     return compute_metrics(config, examples, to_text(tokenizer, rows), [""] * len(rows))
 
@@ -240,74 +247,49 @@ class Row:
     warmups: list[str]
 
 
-def score_run(run, stages: list[str], examples: list[Example], split: str) -> list[Row]:
-    """Decode and score the best checkpoints of stages on a split."""
-    config, tokenizer, rows = run.config, run.tokenizer, []
+def score_run(run, stages, examples, split):
+    """Decode and score the best checkpoints of stages on a split: a Row for each.
+
+    Checkpoints were chosen on validation, so the test split is looked at once.
+    """
+    config = run.config
+    tokenizer = run.tokenizer
+    rows = []
     data = encode_split(tokenizer, examples, config, split)
     for stage in stages:
         cost = training_cost(config.folder, "sft", stage)  # first: decoding takes long
         torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
         model, spec = load_stage(run, stage)
         outputs = decode_split(model, tokenizer, data, config, spec)
-        hypotheses = [output.text for output in outputs]
-        warmups = [output.warmup for output in outputs]
-        row = Row(
-            stage,
-            row_name(stage, config),
-            compute_metrics(config, examples, hypotheses, warmups),
-            nll=round(validate(model, data, config, spec)["nll"], 4),
-            at_limit=sum(not output.ended for output in outputs),
-            hypotheses=hypotheses,
-            warmups=warmups,
-            **cost,
-        )
-        rows.append(row)
+        texts = {
+            "hypotheses": [output.text for output in outputs],
+            "warmups": [output.warmup for output in outputs],
+        }
+        metrics = compute_metrics(config, examples, **texts)
+        nll = round(validate(model, data, config, spec)["nll"], 4)
+        at_limit = sum(not output.ended for output in outputs)
+        name = row_name(stage, config)
+        rows.append(Row(stage, name, metrics, nll, **cost, at_limit=at_limit, **texts))
     return rows
 
 
-def load_stage(run, stage: str):
-    """The best model of a stage, and what stands before its y."""
-    path = run.config.folder / f"{stage}.pt"
-    model = load_model(path, run.tokenizer.get_vocab_size(), run.device)
-    return model, warmup_spec(stage, run.config, run.tokenizer)
-
-
-def row_name(stage: str, config) -> str:
-    return BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
-
-
-def training_cost(folder: Path, *stages: str) -> dict[str, int | float]:
-    """Updates, FLOPs and seconds of these stages together, from log.jsonl."""
-    records = [r for r in read_log(folder) if r["kind"] == "train" and r["stage"] in stages]
-    return {
-        "updates": len(records),
-        "flops": sum(record["flops"] for record in records),
-        "seconds": round(sum(record["seconds"] for record in records), 1),
-    }
-
-
-def print_table(rows: list[Row], best: dict, config, examples, split: str) -> None:
+def print_table(rows, best, config, examples, split):
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage.
 
     best: what `ceiling` says.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    width = max([9, *(len(name) + 1 for name in names)])
-
-    def line(name: str, scores: dict) -> str:
-        cells = [f"{scores[n]:.2f}" if n in scores else "-" for n in names]
-        return f"{name:20}" + "".join(f"{cell:>{width}}" for cell in cells)
-
+    lines = [["", *names, "NLL/token", "updates", "TFLOP", "seconds"]]
+    for row in rows:
+        tflop = f"{row.flops / 1e12:,.2f}"
+        cost = [f"{row.nll:.3f}", str(row.updates), tflop, f"{row.seconds:.0f}"]
+        lines.append([row.name, *cells(names, row.metrics), *cost])
+    lines.append(["ceiling", *cells(names, best)])
+    width = max([10, *(len(name) + 2 for name in names)])
     pair = f" {config.pair}" if TASKS[config.task].translates else ""
     print(f"\n{config.task}{pair}, {split} split, {len(examples)} examples")
-    header = "".join(f"{name:>{width}}" for name in names)
-    print(f"{'':20}{header}{'NLL/token':>11}{'updates':>9}{'TFLOP':>10}{'seconds':>9}")
-    for row in rows:
-        tflop = f"{row.flops / 1e12:10,.2f}"
-        print(
-            f"{line(row.name, row.metrics)}{row.nll:11.3f}{row.updates:9}{tflop}{row.seconds:9.0f}"
-        )
-    print(line("ceiling", best))
+    for title, *line in lines:
+        print(f"{title:20}" + "".join(f"{cell:>{width}}" for cell in line))
     for row in rows:
         if row.at_limit:
             print(f"{row.name}: {cut_outputs(row.at_limit, len(examples), config)}")
@@ -315,9 +297,12 @@ def print_table(rows: list[Row], best: dict, config, examples, split: str) -> No
         print(f"{name}: {signature}")
 
 
-# ----------------------------------------------------------------------------- the estimator at work
-def show(run, stages: list[str], examples: list[Example]) -> None:
-    """Print examples with what each stage writes, and the estimator at work."""
+# ----------------------------------------------------------------------------- at work
+def show(run, stages, examples):
+    """Print examples with what each stage writes, and the estimator at work.
+
+    Stages in the outer loop: one model in memory at a time.
+    """
     config, tokenizer = run.config, run.tokenizer
     torch.manual_seed(config.seed)
     data = encode_split(tokenizer, examples, config, "shown")
@@ -341,13 +326,14 @@ def show(run, stages: list[str], examples: list[Example]) -> None:
         print("\n".join(page))
 
 
-def samples_at_work(model, tokenizer, one: Encoded, config, spec, scored: bool) -> list[str]:
+def samples_at_work(model, tokenizer, one, config, spec, scored):
     """K sampled warmups of one example, as in a policy update. A line for each that differs:
 
     how often drawn, log P(c|x), y after c. scored, that is with a reference: also the reward
     R = log P(y|x,c), and the weights a and b of one draw.
     """
-    K, device = config.samples, next(model.parameters()).device
+    K = config.samples
+    device = next(model.parameters()).device
     batch = collate(one, [0]).to(device)
     with precision(config.dtype, device), torch.no_grad():
         memory = model.encode(batch.source)
@@ -376,7 +362,8 @@ BLEU_TOKENIZERS = {  # of sacreBLEU; 13a, for all other languages, needs spaces 
 }
 
 
-def bleu_tokenizer(config) -> str:
+def bleu_tokenizer(config):
+    """sacreBLEU's name for how to find the words of the target language."""
     language = config.pair.split("-")[1].lower()
     for name, codes in BLEU_TOKENIZERS.items():
         if language in codes.split():
@@ -384,7 +371,7 @@ def bleu_tokenizer(config) -> str:
     return "13a"
 
 
-def translation_metrics(config) -> dict:
+def translation_metrics(config):
     """sacreBLEU's BLEU, with its tokenizer for languages without spaces, and chrF++.
 
     {} for other tasks. UserError where sacreBLEU lacks a tokenizer.
@@ -411,27 +398,34 @@ class AnyScript:
     In a script without spaces each character is a word.
     """
 
-    def tokenize(self, text: str) -> list[str]:
+    def tokenize(self, text):
         text = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
         return re.sub(f"([{NO_SPACES}])", r" \1 ", text).split()
 
 
-def rouge_scorer(examples) -> tuple[RougeScorer, str]:
+def rouge_scorer(examples):
     """rouge-score, and what to say of it. Its own tokenizer keeps a-z and 0-9 alone.
 
     So it is used where at most 5 % of the references' letters and digits are others, such as é,
     and no reference would be lost as a whole.
     """
-    kinds, version = ["rouge1", "rouge2", "rougeL"], f"rouge-score {version_of('rouge-score')}"
-    letters = [[c.isascii() for c in example.target.lower() if c.isalnum()] for example in examples]
-    kept, count = sum(map(sum, letters)), sum(map(len, letters))
-    if kept >= 0.95 * count and all(any(row) for row in letters if row):
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    version = f"rouge-score {version_of('rouge-score')}"
+    kept = count = 0
+    lost = False  # a whole reference
+    for example in examples:
+        letters = [c for c in example.target.lower() if c.isalnum()]
+        ascii_letters = [c for c in letters if c.isascii()]
+        kept += len(ascii_letters)
+        count += len(letters)
+        lost |= bool(letters) and not ascii_letters
+    if kept >= 0.95 * count and not lost:
         return RougeScorer(kinds, use_stemmer=True), f"{version}, its own words, Porter stemmer"
     words = "words of any script, characters where a script has no spaces, no stemmer"
     return RougeScorer(kinds, tokenizer=AnyScript()), f"{version}, {words}"
 
 
-def rouge_scores(config, examples, hypotheses, warmups) -> dict[str, float]:
+def rouge_scores(config, examples, hypotheses, warmups):
     """Mean F1 of ROUGE-1, -2 and -L, times 100."""
     scorer, _ = rouge_scorer(examples)
     sums = Counter()
@@ -441,8 +435,11 @@ def rouge_scores(config, examples, hypotheses, warmups) -> dict[str, float]:
     return {name: 100 * value / len(examples) for name, value in sums.items()}
 
 
-def option_scores(config, examples, hypotheses, warmups) -> dict[str, float]:
-    """Accuracy and macro-F1 over the answers that occur, in percent. Other words are wrong."""
+def option_scores(config, examples, hypotheses, warmups):
+    """Accuracy and macro-F1 over the answers that occur, in percent. Other words are wrong.
+
+    F1 beside accuracy: who always answers A is right in a quarter of the questions.
+    """
     answers = [example.target for example in examples]
     hits = Counter(y for y, h in zip(answers, hypotheses) if y == h)
     f1 = [2 * hits[y] / (answers.count(y) + hypotheses.count(y)) for y in sorted(set(answers))]
@@ -457,63 +454,93 @@ METRICS = {
 }
 
 
-def signatures(config, examples) -> dict[str, str]:
-    """How each metric was computed; sacreBLEU's own description of it."""
+def signatures(config, examples):
+    """How each metric was computed; sacreBLEU's own description of it.
+
+    A score without it cannot be compared with another paper's (Post 2018).
+    """
     if TASKS[config.task].metrics == "summaries":
         return {"ROUGE": rouge_scorer(examples)[1]}
-    targets, said = [example.target for example in examples], {}
+    targets = [example.target for example in examples]
+    said = {}
     for name, metric in translation_metrics(config).items():
         metric.corpus_score(targets, [targets])  # a signature counts the references
         said[name] = str(metric.get_signature())
     return said
 
 
-def cut_outputs(at_limit: int, count: int, config) -> str:
+def cells(names, scores):
+    """Numbers of a row of the table. Not every row has every metric."""
+    return [f"{scores[name]:.2f}" if name in scores else "-" for name in names]
+
+
+def cut_outputs(at_limit, count, config):
+    """What to say of outputs that did not end by themselves: their scores are not the model's."""
     return (
         f"{at_limit} of {count} outputs were cut at --max-target-tokens {config.max_target_tokens}"
     )
 
 
-def what_is_lost(tokenizer, examples, config) -> list[str]:
-    """What a tokenizer cannot read or write, as lines for the user. A space may change its kind."""
-    data, unknown = encode(tokenizer, examples), tokenizer.token_to_id(UNK)
+def what_is_lost(tokenizer, examples, config):
+    """What a tokenizer cannot read or write, as lines for the user. A space may change its kind.
+
+    Said before training: afterwards the hours are spent. Nothing is said of characters that the
+    task's metric does not see.
+    """
+    data = encode(tokenizer, examples)
+    unknown = tokenizer.token_to_id(UNK)
     in_source = 100 * np.mean(np.concatenate(data.source) == unknown)
     in_target = 100 * np.mean(np.concatenate(data.target) == unknown)
     shares = f"<unk> is {in_source:.1f} % of source tokens, {in_target:.1f} % of target tokens"
-    targets = [one_line(example.target) for example in examples]
     texts = to_text(tokenizer, [row.tolist() for row in data.target])
-    pairs = [(a, b) for a, b in zip(targets, map(one_line, texts)) if a != b]
-
-    nothing = [""] * len(targets)
-    scores = compute_metrics(config, examples, texts, nothing)
-    if not pairs or scores == compute_metrics(config, examples, targets, nothing):
-        return [f"this tokenizer cannot read all sources: {shares}"] if in_source >= 1 else []
     lost = Counter()
-    for target, text in pairs:
+    cases = 0
+    for example, text in zip(examples, texts):
+        target, text = one_line(example.target), one_line(text)
+        cases += target != text
         lost += Counter(target) - Counter(text)
+    nothing = [""] * len(texts)
+    targets = [example.target for example in examples]
+    scores = cases and compute_metrics(config, examples, texts, nothing)
+    if not cases or scores == compute_metrics(config, examples, targets, nothing):
+        return [f"this tokenizer cannot read all sources: {shares}"] if in_source >= 1 else []
     del lost[" "]
     commonest = [c if c.isprintable() else f"U+{ord(c):04X}" for c, _ in lost.most_common(5)]
     best = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-    advice = ". Choose another --init" if len(pairs) > len(targets) / 2 else ""
+    share = 100 * cases / len(examples)
+    advice = ". Choose another --init" if share > 50 else ""
     return [
-        f"this tokenizer cannot write {100 * len(pairs) / len(targets):.1f} % of the targets: a "
-        f"perfect model would score {best}. {shares}. Most often lost: {' '.join(commonest)}{advice}"
+        f"this tokenizer cannot write {share:.1f} % of the targets: a perfect model would score "
+        f"{best}. {shares}. Most often lost: {' '.join(commonest)}{advice}"
     ]
 
 
 # ----------------------------------------------------------------------------- the log
-def resume_command(folder: Path) -> str:
+def resume_command(folder):
     return f"python train.py --resume {shell_word(folder)}"
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The records of log.jsonl. UserError if it cannot be read."""
+def read_log(folder):
+    """The records of log.jsonl. UserError if it cannot be read: its costs go into the table."""
     path = folder / "log.jsonl"
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [record for record in records if record["kind"] and record["stage"]]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is incomplete ({error}): try again, or --resume") from None
+
+
+def training_cost(folder, *stages: str):
+    """Updates, FLOPs and seconds of these stages together, from log.jsonl.
+
+    FLOPs, not seconds, make compute equal: a busy machine must not change the table.
+    """
+    records = [r for r in read_log(folder) if r["kind"] == "train" and r["stage"] in stages]
+    return {
+        "updates": len(records),
+        "flops": sum(record["flops"] for record in records),
+        "seconds": round(sum(record["seconds"] for record in records), 1),
+    }
 
 
 PANELS = {  # title: kind of record, its number
@@ -525,21 +552,22 @@ PANELS = {  # title: kind of record, its number
 NO_METRICS = "kind stage step nll reward spread ess entropy distinct swap_gap over_empty".split()
 
 
-def plot(config, out: Path) -> None:
+def plot(config, out):
     """log.jsonl as a page of curves, a PNG. UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot draws by matplotlib: pip install matplotlib") from None
     curves = defaultdict(list)
+    metrics = set()
     cost = {"sft": 0}  # FLOPs so far of each stage, SFT's included
     for record in read_log(config.folder):
-        stage = record["stage"]
+        kind, stage = record["kind"], record["stage"]
         cost[stage] = cost.get(stage, cost["sft"]) + record.get("flops", 0)
         for name, value in record.items():
-            curves[record["kind"], name, stage].append((cost[stage] / 1e12, value))
-    # what --eval-decode logged: each metric has a panel of its own
-    metrics = {name for kind, name, _ in curves if kind == "valid" and name not in NO_METRICS}
+            curves[kind, name, stage].append((cost[stage] / 1e12, value))
+        if kind == "valid":
+            metrics |= record.keys() - set(NO_METRICS)  # what --eval-decode logged
     panels = PANELS | {f"{name}, validation": ("valid", name) for name in sorted(metrics)}
 
     rows = (len(panels) + 1) // 2
@@ -549,7 +577,7 @@ def plot(config, out: Path) -> None:
         axis = figure.add_subplot(rows, 2, number, title=title, xlabel="TFLOP, SFT's included")
         for stage, color in zip(STAGES, ("black", "gray", "C0")):
             if curve := curves[kind, name, stage]:
-                draw_curve(axis, curve, kind, color, row_name(stage, config))
+                draw_curve(axis, kind, *zip(*curve), color=color, label=row_name(stage, config))
         if number == 1:
             axis.set_yscale("log")
             axis.legend(frameon=False)  # each stage has one colour in all panels
@@ -557,27 +585,27 @@ def plot(config, out: Path) -> None:
     print(f"wrote {out}")
 
 
-def draw_curve(axis, curve: list, kind: str, color: str, name: str) -> None:
+def draw_curve(axis, kind, x, y, **how):
     """Validations as dots. Updates thin, and over them their running mean."""
-    x, y = zip(*curve)
     if kind == "valid":
-        axis.plot(x, y, color=color, marker="o", markersize=3, linewidth=0.8, label=name)
+        axis.plot(x, y, marker="o", markersize=3, linewidth=0.8, **how)
         return
-    axis.plot(x, y, color=color, linewidth=0.5, alpha=0.3)
+    axis.plot(x, y, linewidth=0.5, alpha=0.3, **how)
     reach = len(y) // 40
     smooth = [np.mean(y[max(0, i - reach) : i + reach + 1]) for i in range(len(y))]
-    axis.plot(x, smooth, color=color, linewidth=1.8, label=name)
+    axis.plot(x, smooth, linewidth=1.8, **how)
 
 
 # ----------------------------------------------------------------------------- new text, export
-def read_input(file: str, config, tokenizer) -> list[Example]:
+def read_input(file, config, tokenizer):
     """The lines of --input as examples without a target. An empty line has an empty source.
 
     A line is a source. Where a task has prompts, as the toy, a tab and the prompt follow.
     """
     known = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     tags = [tag for tag in known if re.fullmatch(r"<(?!pad|unk|sep|extra_id_|unused_|/).*>", tag)]
-    prefix, examples = source_prefix(config), []
+    prefix = source_prefix(config)
+    examples = []
     for number, line in enumerate(read_lines(None if file == "-" else Path(file)), 1):
         example = Example(line, "", "")
         if TASKS[config.task].translates:
@@ -594,8 +622,11 @@ def read_input(file: str, config, tokenizer) -> list[Example]:
     return examples
 
 
-def answer(run, stage: str, file: str, show_warmup: bool) -> None:
-    """--input: print y for each line, in order, and an empty line for an empty one."""
+def answer(run, stage, file, show_warmup):
+    """--input: print y for each line, in order, and an empty line for an empty one.
+
+    What else there is to say goes to standard error, so that the output is a file of its own.
+    """
     config, tokenizer = run.config, run.tokenizer
     examples = read_input(file, config, tokenizer)
     filled = [example for example in examples if example.source]
@@ -615,7 +646,7 @@ def answer(run, stage: str, file: str, show_warmup: bool) -> None:
         print(f"note: {cut_outputs(at_limit, len(outputs), config)}", file=sys.stderr)
 
 
-def export(run, stage: str, out: Path) -> None:
+def export(run, stage, out):
     """A stage as a folder that transformers and --init load, with its tokenizer."""
     model, _ = load_stage(run, stage)
     names = {
@@ -636,6 +667,27 @@ def export(run, stage: str, out: Path) -> None:
 
 
 # ----------------------------------------------------------------------------- the program
+def score_and_show(run, stages, examples, split):
+    """score_run, printed with three examples: the rows, and the ceiling."""
+    rows = score_run(run, stages, examples, split)
+    best = ceiling(run.tokenizer, examples, run.config)
+    print_table(rows, best, run.config, examples, split)
+    show(run, stages, examples[:3])
+    return rows, best
+
+
+def load_stage(run, stage):
+    """The best model of a stage, and what stands before its y. UserError if it is not there."""
+    path = run.config.folder / f"{stage}.pt"
+    model = load_model(path, run.tokenizer.get_vocab_size(), run.device)
+    return model, warmup_spec(stage, run.config, run.tokenizer)
+
+
+def row_name(stage, config):
+    """A stage's name in the table: baselines take the policy stage's place."""
+    return BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
+
+
 class Finished(NamedTuple):
     """A run that is scored."""
 
@@ -644,7 +696,7 @@ class Finished(NamedTuple):
     device: torch.device
 
 
-def parse(argv: list[str]):
+def parse(argv):
     """The flags, and the run's settings with what they change. Exits with code 2 on bad usage."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
@@ -657,13 +709,9 @@ def parse(argv: list[str]):
     add("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
     add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: policy, else sft")
     add("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
-    changes = ["beams", "max_target_tokens", "batch_tokens", "data", "device", "threads"]
-    add("--beams", type=int, help="beam width, 1: greedy; default: the run's --beams")
-    add("--max-target-tokens", type=int, help="where y ends; default: the run's")
-    add("--batch-tokens", type=int, help="fewer take less memory; default: the run's")
-    add("--data", help="folder of the data, if it has moved since training")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default: the run's --device")
-    add("--threads", type=int, help="CPU threads; default: the run's --threads")
+    changeable = ("beams", "max_target_tokens", "batch_tokens", "data", "device", "threads")
+    more = parser.add_argument_group("settings of the run that may differ from its own")
+    add_flags(more, dict.fromkeys(changeable, argparse.SUPPRESS))
     args = parser.parse_args(argv)
 
     given = [name for name in ("split", "input", "show", "export", "plot") if getattr(args, name)]
@@ -675,15 +723,15 @@ def parse(argv: list[str]):
         parser.error("--plot takes the name of a .png file")
     if args.show_warmup and given != ["input"]:
         parser.error("--show-warmup goes with --input alone")
-    changed = {name: getattr(args, name) for name in changes if getattr(args, name) is not None}
-    config = replace(read_config(args.run), out=str(args.run), **changed)
+    changes = {name: value for name, value in vars(args).items() if name in changeable}
+    config = replace(read_config(args.run), out=str(args.run), **changes)
     if wrong := config.problem():
         parser.error(wrong)
     return args, config
 
 
 @program
-def main(argv: list[str]) -> None:
+def main(argv):
     """The program: score a run, or do what a flag says instead."""
     args, config = parse(argv)
     if args.plot:
@@ -710,37 +758,34 @@ def main(argv: list[str]) -> None:
         score_split(run, stages, args)
 
 
-def score_split(run, stages: list[str], args) -> None:
+def score_split(run, stages, args):
     """The table, files of outputs and references, and how to compare them. Or --show."""
-    config = run.config
-    if not (config.folder / "results.json").exists():  # train.py's last file
-        print(f"note: this run is not finished. Go on with: {resume_command(config.folder)}")
+    config, folder = run.config, run.config.folder
+    if not (folder / "results.json").exists():  # train.py's last file
+        print(f"note: this run is not finished. Go on with: {resume_command(folder)}")
     splits, _ = load(config)
-    split = args.split
+    split = args.split or "test"
     if split not in splits:
-        split = "test" if "test" in splits else "valid"
+        split = "valid"
     examples = splits[split]
     if args.show:
         return show(run, stages, examples[: args.show])
-    rows = score_run(run, stages, examples, split)
-    print_table(rows, ceiling(run.tokenizer, examples, config), config, examples, split)
-
-    files = {f"{split}.ref.txt": [one_line(example.target) for example in examples]}
+    rows, _ = score_and_show(run, stages, examples, split)
+    files = {"ref": [one_line(example.target) for example in examples]}
     for row in rows:
-        files[f"{split}.{row.stage}.txt"] = row.hypotheses
+        files[row.stage] = row.hypotheses
         if any(row.warmups):
-            files[f"{split}.{row.stage}.warmups.txt"] = row.warmups
+            files[f"{row.stage}.warmups"] = row.warmups
     for name, texts in files.items():
-        path = config.folder / name
+        path = folder / f"{split}.{name}.txt"
         lines = "".join(text + "\n" for text in texts)
         path.write_text(lines, encoding="utf-8", newline="\n")
         print(f"wrote {path}")
-    show(run, stages, examples[:3])
     if len(rows) > 1 and TASKS[config.task].translates:
-        print(f"\ncompare, by paired bootstrap:\n{significance_command(stages, config, split)}")
+        print(f"compare, by paired bootstrap:\n{significance_command(stages, config, split)}")
 
 
-def significance_command(stages: list[str], config, split: str) -> str:
+def significance_command(stages, config, split):
     """sacreBLEU's paired bootstrap (Koehn 2004) against the control, else against SFT."""
     baseline_first = sorted(stages, key=lambda stage: stage != "control")
     files = [shell_word(config.folder / f"{split}.{name}.txt") for name in ("ref", *baseline_first)]

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,36 +50,17 @@ class ModelConfig:
     eos_id: int = 1
 
     @property
-    def inner(self) -> int:
+    def inner(self):
         return self.heads * self.head_size
 
     @property
-    def attention_scale(self) -> float:
+    def attention_scale(self):
         """1 for T5, which does not divide by sqrt(D): its query weights are smaller instead."""
         return self.head_size**-0.5 if self.scaled else 1.0
 
 
-SIZES = {
-    "toy": dict(
-        width=64,
-        head_size=16,
-        ff=256,
-        encoder_layers=0,
-        decoder_layers=1,
-        tied=False,
-        absolute=False,
-    ),
-    "puzzle": dict(width=64, head_size=16, ff=256, encoder_layers=3, decoder_layers=1, tied=False),
-    "nano": dict(width=64, heads=2, head_size=32, ff=256, encoder_layers=2, decoder_layers=2),
-    "tiny": dict(width=192, heads=6, head_size=32, ff=512, encoder_layers=3, decoder_layers=3),
-    "small": dict(),  # the defaults above
-    "t5-small": dict(width=512, heads=8, ff=2048, encoder_layers=6, decoder_layers=6),
-    "t5-base": dict(width=768, heads=12, ff=3072, encoder_layers=12, decoder_layers=12),
-}
-
-
 # ----------------------------------------------------------------------------- building blocks
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
+def attention(q, k, v, bias, scale=1.0):
     """softmax(scale q kᵀ + bias) v: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D), fused where torch can.
 
     bias, broadcast to (B,H,L,S), holds position bias and masks. scale is 1 for T5. No dropout of
@@ -91,23 +71,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
+def plain_attention(q, k, v, bias, scale=1.0):
     """The same in plain algebra. Tests hold `attention` to it, forward and backward."""
     scores = scale * (q @ k.transpose(-1, -2)) + bias  # (B,H,L,S)
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
+def split_heads(x, parts, heads):
     """(N,L,parts·H·D) -> (parts,N,H,L,D)."""
     return x.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
+def linear(inputs, outputs):
     """A matrix: T5's linear layers have no bias."""
     return nn.Linear(inputs, outputs, bias=False)
 
 
-def rms_norm(config) -> nn.RMSNorm:
+def rms_norm(config):
     """x / sqrt(mean(x²) + 1e-6) * weight: T5's layer norm subtracts no mean and adds no bias."""
     return nn.RMSNorm(config.width, eps=1e-6)
 
@@ -115,11 +95,11 @@ def rms_norm(config) -> nn.RMSNorm:
 class Dropout(nn.Module):
     """Zero each element with probability p and scale the rest by 1/(1-p), in training only."""
 
-    def __init__(self, p: float):
+    def __init__(self, p):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if self.training and self.p and x.device.type == "cpu":
             return cpu_dropout(x, self.p)  # a faster form; p is rounded to 1/256
         return F.dropout(x, self.p, self.training)
@@ -132,7 +112,7 @@ class SelfAttention(nn.Module):
         self.qkv = linear(config.width, 3 * config.inner)  # one product, not three
         self.out = linear(config.inner, config.width)
 
-    def forward(self, x: Tensor, bias: Tensor, cache, layer: int) -> Tensor:
+    def forward(self, x, bias, cache, layer):
         q, k, v = split_heads(self.qkv(x), 3, self.heads)  # (N,H,L,D) each
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (N,H,past+L,D)
@@ -154,11 +134,11 @@ class CrossAttention(nn.Module):
         self.kv = linear(config.width, 2 * config.inner)
         self.out = linear(config.inner, config.width)
 
-    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, states):
         """Encoder states (B,S,E) -> keys and values, (B,H,S,D) each."""
         return split_heads(self.kv(states), 2, self.heads).unbind()
 
-    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+    def forward(self, x, kv, bias):
         N, L, _ = x.shape
         B = len(kv[0])
         q = self.q(x).view(B, N // B * L, self.heads, -1)  # (B,K·L,H,D)
@@ -175,7 +155,7 @@ class FeedForward(nn.Module):
         self.down = linear(config.ff, config.width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.up(x)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)
@@ -188,7 +168,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention (decoder), feed-forward; each x + dropout(f(norm(x)))."""
 
-    def __init__(self, config, decoder: bool):
+    def __init__(self, config, decoder):
         super().__init__()
         self.self_attention, self.self_norm = SelfAttention(config), rms_norm(config)
         if decoder:
@@ -196,9 +176,9 @@ class Block(nn.Module):
         self.feed_forward, self.ff_norm = FeedForward(config), rms_norm(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, bias, memory=None, cache=None, layer=0) -> Tensor:
-        own = self.self_attention(self.self_norm(x), bias, cache, layer)
-        x = x + self.dropout(own)
+    def forward(self, x, bias, memory=None, cache=None, layer=0):
+        read = self.self_attention(self.self_norm(x), bias, cache, layer)
+        x = x + self.dropout(read)
         if memory is not None:
             seen = self.cross_attention(self.cross_norm(x), memory.kv[layer], memory.bias)
             x = x + self.dropout(seen)
@@ -212,15 +192,16 @@ class PositionBias(nn.Module):
     The encoder looks both ways and splits its buckets by sign. The decoder looks back only.
     """
 
-    def __init__(self, config, bidirectional: bool):
+    def __init__(self, config, bidirectional):
         super().__init__()
         self.bidirectional = bidirectional
         self.buckets, self.max_distance = config.buckets, config.max_distance
         self.weight = nn.Parameter(torch.zeros(config.buckets, config.heads))
 
-    def bucket(self, distance: Tensor) -> Tensor:
+    def bucket(self, distance):
         """distance = key position - query position, any shape -> bucket index, same shape."""
-        n, offset = self.buckets, torch.zeros_like(distance)
+        n = self.buckets
+        offset = torch.zeros_like(distance)
         if self.bidirectional:
             n //= 2
             offset = (distance > 0).long() * n
@@ -233,7 +214,7 @@ class PositionBias(nn.Module):
         far = exact + (ratio * (n - exact)).long()
         return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
 
-    def forward(self, length: int) -> Tensor:
+    def forward(self, length):
         """(1,H,L,L), L the length. In the decoder the future is MASKED."""
         at = torch.arange(length, device=self.weight.device)
         distance = at[None, :] - at[:, None]  # (L,L)
@@ -244,7 +225,7 @@ class PositionBias(nn.Module):
         return bias.permute(2, 0, 1)[None].contiguous()
 
 
-def sinusoids(start: int, end: int, width: int, device) -> Tensor:
+def sinusoids(start, end, width, device):
     """(end-start,width): sin and cos of positions from start on (Vaswani et al. §3.5).
 
     Their wavelengths go from 2π to 20,000π.
@@ -257,7 +238,7 @@ def sinusoids(start: int, end: int, width: int, device) -> Tensor:
 class Stack(nn.Module):
     """All blocks of the encoder or the decoder, with the biases they share and a final norm."""
 
-    def __init__(self, config, decoder: bool):
+    def __init__(self, config, decoder):
         super().__init__()
         layers = config.decoder_layers if decoder else config.encoder_layers
         biases = 1 if config.shared_bias else layers
@@ -266,11 +247,11 @@ class Stack(nn.Module):
         self.norm, self.dropout = rms_norm(config), Dropout(config.dropout)
         self.recompute = False  # True: keep a block's input only; backward computes the rest again
 
-    def position_biases(self, length: int) -> list[Tensor]:
+    def position_biases(self, length):
         """One (1,H,L,L) per layer, or a single one that all layers share; causal in the decoder."""
         return [bias(length) for bias in self.biases]
 
-    def forward(self, x: Tensor, biases: list[Tensor], memory=None, cache=None) -> Tensor:
+    def forward(self, x, biases, memory=None, cache=None):
         x = self.dropout(x)
         device = x.device.type
         if torch.is_autocast_enabled(device) and device != "cpu":
@@ -295,7 +276,7 @@ class Memory:
     kv: list[tuple[Tensor, Tensor]]  # per decoder layer: keys and values, (B,H,S,D) each
     bias: Tensor  # (B,1,1,S): 0 at a source token, MASKED at padding
 
-    def select(self, examples: Tensor) -> "Memory":
+    def select(self, examples) -> "Memory":
         """examples (n,) -> the memory of n decoder rows, each with a copy of its example's."""
         kv = [(k.index_select(0, examples), v.index_select(0, examples)) for k, v in self.kv]
         return Memory(kv, self.bias[examples])
@@ -307,21 +288,22 @@ class Cache:
     Its places double when they are used up: most rows end long before the limit.
     """
 
-    def __init__(self, decoder, room: int):
+    def __init__(self, decoder, room):
         self.decoder, self.room = decoder, room
         self.places, self.length = 0, 0  # a token has a place; `length` places are used
         self.kv = [None] * len(decoder.blocks)  # (N,2,H,places,D) each, made on first use
 
-    def reserve(self, end: int) -> list[Tensor]:
+    def reserve(self, end):
         """See to it that `end` tokens have a place. -> the position biases of all places."""
         if end > self.places:
             self.places = min(self.room, max(64, 2 * end))
             self.biases = self.decoder.position_biases(self.places)  # sliced at every step
         return self.biases
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, layer, k, v):
         """Write L new places, return all so far: (N,H,L,D) x2 -> (N,H,length+L,D) x2."""
-        kv, end = self.kv[layer], self.length + k.size(2)
+        kv = self.kv[layer]
+        end = self.length + k.size(2)
         if kv is None:
             kv = torch.stack([k, v], 1)[:, :, :, :0]  # (N,2,H,0,D)
         if kv.size(3) < self.places:
@@ -331,7 +313,7 @@ class Cache:
         kv[:, 1, :, self.length : end] = v
         return kv[:, 0, :, :end], kv[:, 1, :, :end]
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows):
         """Keep these rows in this order: expand B rows to B·K, or follow the surviving beams."""
         self.kv = [kv.index_select(0, rows) for kv in self.kv]
 
@@ -349,7 +331,7 @@ class EncoderDecoder(nn.Module):
             self.output = linear(config.width, config.vocab_size)
         self.init_weights()
 
-    def init_weights(self) -> None:
+    def init_weights(self):
         """1/sqrt(fan-in), as T5: products have variance 1. Unscaled queries are sqrt(D) smaller.
 
         Our choice: with a tied output, logits and what layers add to the residual stream start at
@@ -379,7 +361,7 @@ class EncoderDecoder(nn.Module):
         else:
             nn.init.normal_(self.output.weight, std=small * wide)
 
-    def embed(self, tokens: Tensor, past: int = 0) -> Tensor:
+    def embed(self, tokens, past=0):
         """tokens (N,L), of which the first is at position `past` -> (N,L,E).
 
         T5's embeddings are sqrt(E) larger and its queries sqrt(D) smaller than `scaled` ones: its
@@ -395,7 +377,7 @@ class EncoderDecoder(nn.Module):
             x = x + places.to(x.dtype)
         return x
 
-    def encode(self, source: Tensor) -> Memory:
+    def encode(self, source) -> Memory:
         """source (B,S), padded on the right with pad_id -> Memory. Every row needs a real token."""
         padding = (source == self.config.pad_id)[:, None, None, :] * MASKED  # (B,1,1,S)
         biases = [bias + padding for bias in self.encoder.position_biases(source.size(1))]
@@ -403,7 +385,7 @@ class EncoderDecoder(nn.Module):
         kv = [block.cross_attention.project(states) for block in self.decoder.blocks]
         return Memory(kv, padding)
 
-    def decode(self, tokens: Tensor, memory, cache=None) -> Tensor:
+    def decode(self, tokens, memory, cache=None):
         """tokens (N,L), after those in the cache -> hidden states (N,L,E).
 
         N = B·K rows share the memory of B examples; ValueError if they do not divide. Rows are
@@ -421,7 +403,7 @@ class EncoderDecoder(nn.Module):
         cache.length = end
         return hidden
 
-    def output_layer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def output_layer(self, hidden):
         """(hidden, weight (V,E)) whose product is the logits."""
         if not self.config.tied:
             return hidden, self.output.weight
@@ -429,19 +411,12 @@ class EncoderDecoder(nn.Module):
             hidden = hidden * self.config.width**-0.5
         return hidden, self.embedding.weight
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden):
         """hidden (...,E) -> logits (...,V) in float32, or in float64 for a float64 model."""
         logits = F.linear(*self.output_layer(hidden))
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def token_logprobs(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        *,
-        temperature: float = 1.0,
-        forbidden: Tensor | None = None,
-    ) -> Tensor:
+    def token_logprobs(self, hidden, targets, *, temperature=1.0, forbidden=None):
         """log softmax(logits / temperature)[targets]: (tokens,E), (tokens,) -> (tokens,), float32.
 
         forbidden: ids of probability 0.
@@ -457,7 +432,7 @@ class EncoderDecoder(nn.Module):
         return TokenLogProbs.apply(hidden, weight, targets, forbidden)  # a faster form
 
 
-def plain_token_logprobs(hidden, weight, targets, forbidden=None) -> Tensor:
+def plain_token_logprobs(hidden, weight, targets, forbidden=None):
     """log softmax(hidden weightᵀ)[targets], with all tokens x V logits."""
     logits = hidden @ weight.T  # (tokens,V)
     if forbidden is not None:
@@ -467,7 +442,7 @@ def plain_token_logprobs(hidden, weight, targets, forbidden=None) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- decoding
-def read_prefix(model, memory, prefix: Tensor, room: int, copies: int):
+def read_prefix(model, memory, prefix, room, copies):
     """Read prefix (B,prefix) once per example, then copy the rows: cache, hidden (N,E)."""
     cache = Cache(model.decoder, prefix.size(1) + room)
     hidden = model.decode(prefix, memory, cache)[:, -1]  # (B,E)
@@ -476,13 +451,13 @@ def read_prefix(model, memory, prefix: Tensor, room: int, copies: int):
     return cache, hidden[rows]
 
 
-def next_logits(model, hidden: Tensor, forbidden: Tensor | None) -> Tensor:
+def next_logits(model, hidden, forbidden):
     """hidden (N,E) -> logits (N,V), -inf for forbidden ids."""
     logits = model.logits(hidden)
     return logits if forbidden is None else logits.index_fill_(1, forbidden, -torch.inf)
 
 
-def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
+def draw(probs):
     """probs (N,V), not normalised -> a token of each row and the row's sum, (N,1) both.
 
     Inverts the cumulative distribution: the token is the first whose cumulative sum exceeds
@@ -499,19 +474,15 @@ def draw(probs: Tensor) -> tuple[Tensor, Tensor]:
     return token.clamp(max=probs.size(1) - 1), total  # clamp: if the sum is nan, none is found
 
 
+def greedy(probs):
+    """As `draw`, but always the likeliest token."""
+    return probs.argmax(-1, keepdim=True), probs.sum(-1, keepdim=True)
+
+
 @torch.no_grad()
 def sample_tokens(
-    model,
-    memory,
-    prefix: Tensor,
-    length: int,
-    *,
-    samples: int = 1,
-    temperature: float = 1.0,
-    forbidden: Tensor | None = None,
-    stop: int | None = None,
-    fill: int = 0,
-) -> tuple[Tensor, Tensor]:
+    model, memory, prefix, length, *, samples=1, temperature=1.0, forbidden=None, stop=None, fill=0
+):
     """Write `length` tokens after prefix (B,prefix): tokens, their log-probs, (B,K,length) both.
 
     K = samples independent draws per example. temperature 0 is greedy. No top-k or top-p: a policy
@@ -527,10 +498,7 @@ def sample_tokens(
             hidden = hidden / temperature
         logits = next_logits(model, hidden, forbidden)  # (N,V)
         probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (N,V), not normalised
-        if temperature == 0:
-            token, total = probs.argmax(-1, keepdim=True), probs.sum(-1, keepdim=True)  # (N,1)
-        else:
-            token, total = draw(probs)  # (N,1)
+        token, total = greedy(probs) if temperature == 0 else draw(probs)  # (N,1) both
         log_prob = (probs.gather(1, token) / total).log()  # (N,1)
         tokens[:, t] = torch.where(done, fill, token[:, 0])
         log_probs[:, t] = torch.where(done, 0.0, log_prob[:, 0])
@@ -544,12 +512,12 @@ def sample_tokens(
     return tokens.view(shape), log_probs.view(shape)
 
 
-def take(rows: Tensor, index: Tensor) -> Tensor:
+def take(rows, index):
     """rows (B,n,L), index (B,m) -> (B,m,L): the rows of each example in the order of its index."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.size(2)))
 
 
-def candidates(logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def candidates(logits, scores):
     """The best 2n ways to go on from n open beams, best first.
 
     logits (B·n,V), scores (B,n) -> new scores, the beam that goes on, its next token: (B,2n) each.
@@ -564,23 +532,16 @@ def candidates(logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def beam_search(
-    model,
-    memory,
-    prefix: Tensor,
-    length: int,
-    *,
-    beams: int = 4,
-    length_penalty: float = 1.0,
-    forbidden: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, forbidden=None):
     """The n = beams best continuations of prefix (B,prefix): tokens (B,n,length), scores (B,n).
 
     score = sum of log-probs / (tokens written, </s> included) ** length_penalty, best first. Each
     step looks at 2n candidates, so that n stay open when some end. An example stops when its best
     open beam, at its present length, cannot beat its worst finished one.
     """
-    B, n, device = len(prefix), beams, prefix.device
+    B = len(prefix)
+    n = beams
+    device = prefix.device
     cache, hidden = read_prefix(model, memory, prefix, length, n)  # hidden (B·n,E)
     first_row = torch.arange(B, device=device)[:, None] * n  # (B,1) of each example
     tokens = prefix.new_full((B, n, length), model.config.pad_id)  # open beams
@@ -612,8 +573,8 @@ def beam_search(
     return ended, ended_scores
 
 
-# ===== plumbing: two fast paths; errors; device, precision, compile; checkpoints, ours and T5's
-def cpu_dropout(x: Tensor, p: float) -> Tensor:
+# ===== plumbing: two fast paths; sizes; errors; device, precision, compile; checkpoints
+def cpu_dropout(x, p):
     """`Dropout` for the CPU. torch draws a random float per element; a random byte decides as well.
 
     With torch's dropout an SFT step (size small) takes 1.12 to 1.22 times as long.
@@ -676,7 +637,7 @@ class TokenLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def one_chunk(hidden, weight, targets, forbidden) -> tuple[Tensor, Tensor, Tensor]:
+def one_chunk(hidden, weight, targets, forbidden):
     """n tokens: log-probs (n,), exp(logits - max) (n,V), and its row sums (n,1)."""
     logits = (hidden @ weight.T).float()  # (n,V)
     if forbidden is not None:
@@ -688,16 +649,35 @@ def one_chunk(hidden, weight, targets, forbidden) -> tuple[Tensor, Tensor, Tenso
     return (picked - top - total.log()).squeeze(1), exps, total
 
 
+SIZES = {
+    "toy": dict(
+        width=64,
+        head_size=16,
+        ff=256,
+        encoder_layers=0,
+        decoder_layers=1,
+        tied=False,
+        absolute=False,
+    ),
+    "puzzle": dict(width=64, head_size=16, ff=256, encoder_layers=3, decoder_layers=1, tied=False),
+    "nano": dict(width=64, heads=2, head_size=32, ff=256, encoder_layers=2, decoder_layers=2),
+    "tiny": dict(width=192, heads=6, head_size=32, ff=512, encoder_layers=3, decoder_layers=3),
+    "small": dict(),  # the defaults above
+    "t5-small": dict(width=512, heads=8, ff=2048, encoder_layers=6, decoder_layers=6),
+    "t5-base": dict(width=768, heads=12, ff=3072, encoder_layers=12, decoder_layers=12),
+}
+
+
 class UserError(Exception):
     """Something that the user can mend. Printed as one line, exit code 1, no traceback."""
 
 
-def one_line(text: str) -> str:
+def one_line(text):
     """Line ends and runs of spaces become one space."""
     return " ".join(text.split())
 
 
-def use_device(name: str) -> torch.device:
+def use_device(name):
     """Set torch up for a device, and return it. auto: CUDA, else the CPU; Apple's mps by name only.
 
     Under torchrun each process has its own GPU. Nothing was ever run on mps.
@@ -719,7 +699,7 @@ def use_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def precision(dtype: str, device: torch.device) -> torch.autocast:
+def precision(dtype, device):
     """Matrix products in bfloat16 if so named (auto: on CUDA). Weights stay float32."""
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     # no cache of cast weights: sampling would fill it without gradients, and scoring would use it
@@ -739,12 +719,12 @@ def decoding():
         torch.clear_autocast_cache()
 
 
-def all_true(done: Tensor, step: int) -> bool:
+def all_true(done, step):
     """Whether decoding may stop. To look makes the host wait for a GPU: only at each 8th step."""
     return (step % 8 == 7 or not done.is_cuda) and bool(done.all())
 
 
-def compile_stacks(model, **how) -> None:
+def compile_stacks(model, **how):
     """torch.compile of encoder and decoder, with dynamic shapes: no two batches are alike."""
     # graphs: with gradients or not, with dropout or not, and where a length is 1 or two are equal
     torch._dynamo.config.recompile_limit = 32
@@ -756,7 +736,7 @@ def compile_stacks(model, **how) -> None:
 FORMAT = "warmup checkpoint 5"
 
 
-def write_file(path: Path, save: Callable[[Path], None]) -> None:
+def write_file(path, save):
     """save(temporary path), then rename: `path` holds the old or the new, whole, whatever comes."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -769,14 +749,14 @@ def write_file(path: Path, save: Callable[[Path], None]) -> None:
         raise UserError(f"cannot write {path}: {error}. Mend it, then go on by --resume") from None
 
 
-def save_checkpoint(path: Path, what: str, model, **more) -> None:
+def save_checkpoint(path, what, model, **more):
     """The model and more, as a file that load_checkpoint reads. what: "stage" or "state"."""
     content = {"format": f"{FORMAT}, {what}", "config": asdict(model.config)}
     content |= {"model": model.state_dict()} | more
     write_file(path, lambda temporary: torch.save(content, temporary))
 
 
-def load_checkpoint(path: Path, what: str) -> dict:
+def load_checkpoint(path, what):
     """What save_checkpoint wrote. UserError for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -791,67 +771,68 @@ def load_checkpoint(path: Path, what: str) -> dict:
         raise UserError(f"cannot read the checkpoint {path} ({said})") from None
 
 
-def load_model(path: Path, vocab_size: int, device, what: str = "stage") -> EncoderDecoder:
+def load_model(path, vocab_size, device, what="stage") -> EncoderDecoder:
     """The model of a checkpoint. vocab_size: of the tokenizer that belongs to it."""
     checkpoint = load_checkpoint(path, what)
-    model = build(ModelConfig(**checkpoint["config"]), checkpoint["model"])
+    model = empty_model(ModelConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"], assign=True)
     if model.config.vocab_size != vocab_size:
         raise UserError(f"{path} does not fit the tokenizer.json beside it: they are of two runs")
     return model.to(device).eval()
 
 
-def build(config, weights: dict[str, Tensor]) -> EncoderDecoder:
-    """A model with these weights. RuntimeError if they are not those of the config."""
-    with torch.device("meta"):  # shapes without memory: the weights become the parameters
-        model = EncoderDecoder(config)
-    model.load_state_dict(weights, assign=True)
-    return model
+def empty_model(config) -> EncoderDecoder:
+    """A model of shapes without memory: load_state_dict(…, assign=True) makes weights of it."""
+    with torch.device("meta"):
+        return EncoderDecoder(config)
 
 
 # ----------------------------------------------------------------------------- T5's checkpoints
-T5_SIZES = {  # in config.json: our name, the largest that we believe
-    "vocab_size": ("vocab_size", 2**20),
-    "d_model": ("width", 2**20),
-    "num_heads": ("heads", 2**20),
-    "d_kv": ("head_size", 2**20),
-    "d_ff": ("ff", 2**20),
-    "num_layers": ("encoder_layers", 1000),
-    "num_decoder_layers": ("decoder_layers", 1000),
-    "relative_attention_num_buckets": ("buckets", 2**20),
-    "relative_attention_max_distance": ("max_distance", 2**20),
+T5_SIZES = {  # in config.json: our name
+    "vocab_size": "vocab_size",
+    "d_model": "width",
+    "num_heads": "heads",
+    "d_kv": "head_size",
+    "d_ff": "ff",
+    "num_layers": "encoder_layers",
+    "num_decoder_layers": "decoder_layers",
+    "relative_attention_num_buckets": "buckets",
+    "relative_attention_max_distance": "max_distance",
 }
-IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # of all T5s
+T5_IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+T5_FIXED = ("layer_norm_epsilon", *T5_IDS)  # of all T5s
+T5_USUAL = T5_IDS | {
+    "layer_norm_epsilon": 1e-6,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "tie_word_embeddings": True,
+}
 
 
-def t5_config(settings: dict) -> ModelConfig:
+def t5_config(settings) -> ModelConfig:
     """Hugging Face's config.json of a T5 v1.0, v1.1, Flan-T5, mT5, umT5 or byT5. Else UserError."""
+    # null is as good as nothing, and some defaults are not written
+    settings = {name: value for name, value in settings.items() if value is not None}
     family = settings.get("model_type")
     if family not in ("t5", "mt5", "umt5"):
         raise UserError(f"a model of type {family!r} is not a T5: we read t5, mt5 and umt5")
-    # null is as good as nothing; some defaults are not written
-    settings = {name: value for name, value in settings.items() if value is not None}
-    settings.setdefault("num_decoder_layers", settings.get("num_layers"))
-    settings.setdefault("relative_attention_num_buckets", 32)
-    settings.setdefault("relative_attention_max_distance", 128)
-
-    sizes = {}
-    for name, (ours, most) in T5_SIZES.items():
-        value = settings.get(name)
-        if type(value) is not int or not 1 <= value <= most:
-            raise UserError(f"config.json has {name} = {value!r}, which no T5 has")
-        sizes[ours] = value
-    if not 4 <= sizes["buckets"] <= sizes["max_distance"]:
-        raise UserError("config.json has relative_attention buckets that no T5 has")
-
+    settings = T5_USUAL | {"num_decoder_layers": settings.get("num_layers")} | settings
     dense = "gated-gelu" if settings.get("is_gated_act") else settings.get("dense_act_fn", "relu")
-    activation = settings.get("feed_forward_proj", dense)
+    activation = settings.setdefault("feed_forward_proj", dense)
+    sizes = {ours: settings.get(name) for name, ours in T5_SIZES.items()}
+    wrong = [name for name in T5_SIZES if not is_size(settings.get(name))]
+    wrong += [name for name in T5_FIXED if settings[name] != T5_USUAL[name]]
     if activation not in ("relu", "gated-gelu"):
-        raise UserError(f"config.json has feed_forward_proj = {activation!r}, which no T5 has")
-    for name, usual in {"layer_norm_epsilon": 1e-6, **IDS}.items():
-        if settings.get(name, usual) != usual:
-            raise UserError(f"config.json has {name} = {settings[name]!r}: a T5 has {usual!r}")
+        wrong.append("feed_forward_proj")
+    if not wrong and not 4 <= sizes["buckets"] <= sizes["max_distance"]:
+        wrong.append("relative_attention_num_buckets")
+    if not wrong and max(sizes["encoder_layers"], sizes["decoder_layers"]) > 1000:
+        wrong.append("num_layers")
+    if wrong:
+        name = wrong[0]
+        raise UserError(f"config.json has {name} = {settings.get(name)!r}, which no T5 has")
     # transformers 5 writes tie_word_embeddings = true for all, and the truth under another name
-    tied = settings.get("scale_decoder_outputs", settings.get("tie_word_embeddings", True))
+    tied = settings.get("scale_decoder_outputs", settings["tie_word_embeddings"])
     return ModelConfig(
         **sizes,
         gated=activation == "gated-gelu",
@@ -862,47 +843,44 @@ def t5_config(settings: dict) -> ModelConfig:
     )
 
 
-def t5_names(config) -> dict[str, list[str]]:
+def is_size(value):
+    """A whole number as a model may have: more would take the machine's memory for its names."""
+    return type(value) is int and 1 <= value <= 2**20
+
+
+T5_PARTS = {  # of a block: T5's number of its part, and the tensors there
+    "self_attention.qkv": (0, "SelfAttention.q SelfAttention.k SelfAttention.v"),
+    "self_attention.out": (0, "SelfAttention.o"),
+    "self_norm": (0, "layer_norm"),
+    "cross_attention.q": (1, "EncDecAttention.q"),
+    "cross_attention.kv": (1, "EncDecAttention.k EncDecAttention.v"),
+    "cross_attention.out": (1, "EncDecAttention.o"),
+    "cross_norm": (1, "layer_norm"),
+    "feed_forward.up": (2, "DenseReluDense.wi"),
+    "feed_forward.down": (2, "DenseReluDense.wo"),
+    "ff_norm": (2, "layer_norm"),
+}
+
+
+def t5_tensors(name, config):
     """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0."""
-    attention_part = {
-        "self_attention.qkv": ["SelfAttention.q", "SelfAttention.k", "SelfAttention.v"],
-        "self_attention.out": ["SelfAttention.o"],
-        "self_norm": ["layer_norm"],
-    }
-    cross_part = {
-        "cross_attention.q": ["EncDecAttention.q"],
-        "cross_attention.kv": ["EncDecAttention.k", "EncDecAttention.v"],
-        "cross_attention.out": ["EncDecAttention.o"],
-        "cross_norm": ["layer_norm"],
-    }
-    gate_and_up = ["DenseReluDense.wi_0", "DenseReluDense.wi_1"]  # wi_0 is the gate
-    feed_forward_part = {
-        "feed_forward.up": gate_and_up if config.gated else ["DenseReluDense.wi"],
-        "feed_forward.down": ["DenseReluDense.wo"],
-        "ff_norm": ["layer_norm"],
-    }
-    names = {"embedding.weight": ["shared.weight"]}
-    if not config.tied:
-        names["output.weight"] = ["lm_head.weight"]
-
-    def add_stack(stack: str, layers: int, parts: list[dict]) -> None:
-        names[f"{stack}.norm.weight"] = [f"{stack}.final_layer_norm.weight"]
-        for i in range(layers):
-            for number, part in enumerate(parts):  # T5 numbers the parts of a block
-                layer = f"{stack}.block.{i}.layer.{number}"
-                for ours, theirs in part.items():
-                    name = f"{stack}.blocks.{i}.{ours}.weight"
-                    names[name] = [f"{layer}.{each}.weight" for each in theirs]
-            if i == 0 or not config.shared_bias:
-                bias = "layer.0.SelfAttention.relative_attention_bias.weight"
-                names[f"{stack}.biases.{i}.weight"] = [f"{stack}.block.{i}.{bias}"]
-
-    add_stack("encoder", config.encoder_layers, [attention_part, feed_forward_part])
-    add_stack("decoder", config.decoder_layers, [attention_part, cross_part, feed_forward_part])
-    return names
+    if name in ("embedding.weight", "output.weight"):
+        return ["shared.weight" if name == "embedding.weight" else "lm_head.weight"]
+    stack, kind, *place = name.removesuffix(".weight").split(".", 3)
+    if kind == "norm":
+        return [f"{stack}.final_layer_norm.weight"]
+    block = f"{stack}.block.{place[0]}.layer"
+    if kind == "biases":
+        return [f"{block}.0.SelfAttention.relative_attention_bias.weight"]
+    number, tensors = T5_PARTS[place[1]]
+    if number == 2 and stack == "encoder":
+        number = 1  # there is no cross-attention before it
+    if config.gated:
+        tensors = tensors.replace("wi", "wi_0 DenseReluDense.wi_1")  # wi_0 is the gate
+    return [f"{block}.{number}.{tensor}.weight" for tensor in tensors.split()]
 
 
-def pretrained_folder(source: str | Path) -> Path:
+def pretrained_folder(source):
     """The folder itself, or where the hub's files of that name lie once they are downloaded."""
     if Path(source).is_dir():
         return Path(source)
@@ -923,7 +901,7 @@ def pretrained_folder(source: str | Path) -> Path:
         raise UserError(f"{source}: no folder here, and the hub did not give it ({name})") from None
 
 
-def read_json(path: Path) -> dict:
+def read_json(path):
     """A JSON object. UserError if there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) | {}  # TypeError if it is no object
@@ -931,7 +909,7 @@ def read_json(path: Path) -> dict:
         raise UserError(f"cannot read {path} as a JSON object: {error}") from None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder):
     """All tensors of model*.safetensors, else of pytorch_model*.bin: one file, or shards."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
@@ -955,7 +933,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def untangle(tensors: dict[str, Tensor], config, settings: dict) -> ModelConfig:
+def untangle(tensors, config, settings) -> ModelConfig:
     """Remove copies and leftovers from tensors; say whether the output layer is really tied."""
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
         copy = tensors.pop(name, None)
@@ -976,7 +954,7 @@ def untangle(tensors: dict[str, Tensor], config, settings: dict) -> ModelConfig:
     return config
 
 
-def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
+def load_pretrained(source, **changes) -> EncoderDecoder:
     """A T5 in float32 from a Hugging Face folder or hub name.
 
     changes: ModelConfig fields, such as dropout. Every tensor is used or named in a UserError.
@@ -984,37 +962,41 @@ def load_pretrained(source: str | Path, **changes) -> EncoderDecoder:
     folder = pretrained_folder(source)
     settings = read_json(folder / "config.json")
     config = replace(t5_config(settings), **changes)
-    tensors, weights = read_weights(folder), {}
+    tensors = read_weights(folder)
+    weights = {}
     try:
         config = untangle(tensors, config, settings)
-        for ours, theirs in t5_names(config).items():
+        model = empty_model(config)
+        for ours in model.state_dict():
+            theirs = t5_tensors(ours, config)
             weights[ours] = torch.cat([tensors.pop(name) for name in theirs]).float()
             if not weights[ours].isfinite().all():
                 raise ValueError(f"{theirs[0]} holds numbers that are not finite")
         if tensors:
             raise ValueError(f"it also holds {', '.join(sorted(tensors)[:3])}")
-        return build(config, weights)
+        model.load_state_dict(weights, assign=True)
+        return model
     except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         wrong = f"it lacks {error}" if isinstance(error, KeyError) else one_line(str(error))[:250]
         raise UserError(f"{folder} is not what its config.json says: {wrong}") from None
 
 
-def save_pretrained(model, folder: Path) -> None:
+def save_pretrained(model, folder):
     """Write config.json and pytorch_model.bin that transformers loads, to the same logits."""
     config = model.config
     if config.scaled or config.absolute:
         raise UserError("only --init runs export: a T5 has neither our scaling nor our positions")
     tensors = {}
-    for ours, theirs in t5_names(config).items():
-        whole = model.get_parameter(ours).detach().cpu()
+    for ours, whole in model.state_dict().items():
+        theirs = t5_tensors(ours, config)
         if ours == "output.weight" and not config.shared_bias:
             whole = whole * config.width**0.5  # transformers 5 scales umT5's untied output, too
-        parts = [part.clone() for part in whole.chunk(len(theirs))]
+        parts = [part.clone().cpu() for part in whole.chunk(len(theirs))]
         tensors |= zip(theirs, parts)
 
     kind, architecture = ("t5", "T5") if config.shared_bias else ("umt5", "UMT5")
-    settings = {theirs: getattr(config, ours) for theirs, (ours, _) in T5_SIZES.items()}
-    settings |= IDS | {
+    settings = {theirs: getattr(config, ours) for theirs, ours in T5_SIZES.items()}
+    settings |= T5_IDS | {
         "model_type": kind,
         "architectures": [f"{architecture}ForConditionalGeneration"],
         "is_encoder_decoder": True,

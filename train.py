@@ -6,6 +6,8 @@
 
 A run folder holds config.json, tokenizer.json, log.jsonl, last.pt (all that --resume needs), the
 best checkpoint of each stage by validation (sft.pt, policy.pt, control.pt), and results.json.
+
+`run` is a Run, batch a warmup.Batch, spec a warmup.WarmupSpec. Other names are those of data.py.
 """
 
 import argparse
@@ -24,7 +26,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
@@ -33,11 +34,9 @@ from data import (
     TASKS,
     Batches,
     Config,
-    Encoded,
-    Example,
     Parser,
     encode_split,
-    flag_name,
+    add_flags,
     load,
     load_tokenizer,
     lookup,
@@ -55,13 +54,10 @@ from eval import (
     ceiling,
     compute_metrics,
     decode_split,
-    print_table,
     resume_command,
-    score_run,
-    show,
+    score_and_show,
     signatures,
     training_cost,
-    translation_metrics,
     validate,
     warmup_spec,
     what_is_lost,
@@ -88,53 +84,57 @@ from warmup import sft_loss, target_tokens, warmup_loss
 # A forward pass takes 2 FLOPs for each parameter that meets a token, and 4·H·D in a layer for each
 # key that a token attends to. A backward pass takes two forward passes. Padding counts, because it
 # is computed; what --recompute repeats does not.
-def count(module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def count(modules):
+    """The parameters of these modules."""
+    return sum(p.numel() for module in modules for p in module.parameters())
 
 
-def encoder_flops(model, batch) -> int:
-    """Of a forward pass over the sources, with the keys and values that the decoder sees of them."""
+def encoder_flops(model, batch):
+    """A forward pass over the sources, with the keys and values that the decoder sees of them."""
     B, S = batch.source.shape
-    cross = sum(count(block.cross_attention.kv) for block in model.decoder.blocks)
+    cross = [block.cross_attention.kv for block in model.decoder.blocks]
     scores = 2 * model.config.inner * S * model.config.encoder_layers
-    return 2 * B * S * (count(model.encoder) + cross + scores)
+    return 2 * B * S * (count([model.encoder, *cross]) + scores)
 
 
-def decoder_flops(model, tokens: int, keys: int, predicted: int) -> int:
-    """Of a forward pass over `tokens` tokens. predicted: those that the output layer sees."""
+def decoder_flops(model, batch, tokens, length, predicted):
+    """A forward pass over `tokens` tokens in rows of `length`.
+
+    predicted: how many of them the output layer sees.
+    """
     config = model.config
-    cross = sum(count(block.cross_attention.kv) for block in model.decoder.blocks)
+    cross = [block.cross_attention.kv for block in model.decoder.blocks]
+    keys = length + batch.source.size(1)
     scores = 2 * config.inner * keys * config.decoder_layers
-    products = tokens * (count(model.decoder) - cross + scores)
+    products = tokens * (count([model.decoder]) - count(cross) + scores)
     return 2 * (products + predicted * config.width * config.vocab_size)
 
 
-def sft_flops(model, batch) -> int:
-    """Of an SFT update on a batch."""
+def sft_flops(model, batch):
+    """An SFT update on a batch."""
     length = batch.prompt.size(1) + batch.target.size(1)
-    tokens = len(batch.source) * length
     predicted = int(target_tokens(model, batch))  # padding does not reach the output layer
-    keys = length + batch.source.size(1)
-    return 3 * (encoder_flops(model, batch) + decoder_flops(model, tokens, keys, predicted))
+    decoder = decoder_flops(model, batch, len(batch.source) * length, length, predicted)
+    return 3 * (encoder_flops(model, batch) + decoder)
 
 
-def policy_flops(model, batch, spec, rows: torch.Tensor, sampled: int) -> int:
-    """Of a policy update. rows (B,): trained rows [start] prompt c <sep> y of each example.
+def policy_flops(model, batch, spec, rows, sampled):
+    """A policy update. rows (B,): trained rows [start] prompt c <sep> y of each example.
 
     sampled: warmups drawn for each example, forward only.
     """
-    B, S = batch.source.shape
-    W, prefix = spec.length, 1 + batch.prompt.size(1)
+    B = len(rows)
+    W = spec.length
+    N = int(rows.sum())
+    prefix = 1 + batch.prompt.size(1)
     length = prefix + W + batch.target.size(1)
     real = (batch.target != model.config.pad_id).sum(1)  # (B,)
-    predicted = int(rows @ real)
-    if not spec.pause:  # log P(c|x) is trained, too
-        predicted += int(rows.sum()) * W
-    trained = decoder_flops(model, int(rows.sum()) * length, length + S, predicted)
-    flops = 3 * (encoder_flops(model, batch) + trained)
+    predicted = int(rows @ real) + (0 if spec.pause else N * W)  # log P(c|x) is trained, too
+    decoder = decoder_flops(model, batch, N * length, length, predicted)
+    flops = 3 * (encoder_flops(model, batch) + decoder)
     if sampled:  # the prefix once, then one token at a time; the last is not read
         tokens = B * prefix + B * sampled * (W - 1)
-        flops += decoder_flops(model, tokens, prefix + W // 2 + S, B * sampled * W)
+        flops += decoder_flops(model, batch, tokens, prefix + W // 2, B * sampled * W)
     return flops
 
 
@@ -150,50 +150,56 @@ class State:
 
 
 class Run:
-    """Model, data and state of one training run. `start_stage` adds what a stage needs."""
+    """Model, data and state of one training run.
 
-    def __init__(self, config, examples: dict[str, list[Example]], data: dict[str, Encoded]):
+    `prepare` adds the model, the tokenizer and the device. `start_stage` adds what changes with the
+    stage: state, spec, batches, optimizer.
+    """
+
+    def __init__(self, config, examples, data):
         self.config, self.examples, self.data = config, examples, data
         self.checksum = checksum(examples, data)
         self.stop = False  # True: save after this update, and leave
 
-    def interrupt(self, *_) -> None:
+    def interrupt(self, *_):
         """Ctrl-C: finish the update, save, leave. A second one leaves at once."""
         if self.stop:
             raise KeyboardInterrupt(f"go on with: {resume_command(self.config.folder)}")
         self.stop = True
 
 
-def train(run) -> None:
+def train(run):
     """All stages in turn, from wherever the state stands."""
-    config, stages = run.config, run.config.stages
-    begun = stages.index(run.state.stage)
-    updates = [config.sft_steps, config.policy_steps, 2 * config.policy_steps]  # last: a guess
-    done = sum(updates[:begun]) + run.state.step
-    with tqdm(initial=done, unit="update", mininterval=1, disable=rank() > 0) as bar:
-        for number, stage in enumerate(stages[begun:], begun):
-            if stage != run.state.stage:
-                start_stage(run, stage)
-            updates[number] = run.state.total
-            bar.total = sum(updates[: len(stages)])
-            bar.set_description(stage)
+    stages = run.config.stages
+    for stage in stages[stages.index(run.state.stage) :]:
+        if stage != run.state.stage:
+            start_stage(run, stage)
+        state = run.state
+        hidden = rank() > 0
+        with tqdm(
+            total=state.total, initial=state.step, desc=stage, unit="update", disable=hidden
+        ) as bar:
             train_stage(run, bar)
 
 
-def start_stage(run, stage: str) -> None:
-    """Fresh optimizer, batches and counters. Later stages begin at the best SFT weights."""
-    config, tokenizer = run.config, run.tokenizer
-    total = config.policy_steps if stage == "policy" else config.sft_steps
+def start_stage(run, stage):
+    """Fresh optimizer, batches and counters. Later stages begin at the best SFT weights.
+
+    Two stages are our choice: the paper does not say how warmups are initialised. A policy from
+    scratch would sample noise, and y would learn to ignore it.
+    """
+    config, tokenizer, folder = run.config, run.tokenizer, run.config.folder
+    total, tokens = config.sft_steps, config.batch_tokens
+    if stage == "policy":
+        total, tokens = config.policy_steps, config.policy_batch_tokens
+        if config.estimator in ("pause", "sft"):
+            tokens *= config.samples  # as many target tokens as K samples would hold
     if stage == "control":  # as many SFT updates as cost what the policy stage cost
-        sft = training_cost(config.folder, "sft")
-        policy = training_cost(config.folder, "policy")
+        sft, policy = training_cost(folder, "sft"), training_cost(folder, "policy")
         total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
     if stage != "sft":
-        best = load_model(config.folder / "sft.pt", tokenizer.get_vocab_size(), "cpu")
+        best = load_model(folder / "sft.pt", tokenizer.get_vocab_size(), "cpu")
         run.model.load_state_dict(best.state_dict())
-    tokens = config.policy_batch_tokens if stage == "policy" else config.batch_tokens
-    if stage == "policy" and config.estimator in ("pause", "sft"):
-        tokens *= config.samples  # as many target tokens as K samples would hold
     run.state = State(stage, total=total)
     run.shown = {}  # beside the progress bar
     run.spec = warmup_spec(stage, config, tokenizer)
@@ -201,7 +207,7 @@ def start_stage(run, stage: str) -> None:
     run.optimizer = make_optimizer(run.model, config.weight_decay)
 
 
-def learning_rate(config, state) -> float:
+def learning_rate(config, state):
     """Linear up over lr_rampup_steps (at most a quarter of the stage), then down towards 0."""
     peak = config.lr if state.stage == "sft" else config.policy_lr
     ramp = min(config.lr_rampup_steps, state.total // 4)
@@ -210,8 +216,11 @@ def learning_rate(config, state) -> float:
     return peak * min(rise, fall)
 
 
-def batch_loss(run, batch) -> tuple[torch.Tensor, dict]:
-    """The stage's loss of a micro-batch, a sum over target tokens; diagnostics and FLOPs."""
+def batch_loss(run, batch):
+    """The stage's loss of a micro-batch, a sum over target tokens; diagnostics and FLOPs.
+
+    They are sums, too, so that micro-batches and processes of unequal sizes add up.
+    """
     config, spec, model = run.config, run.spec, run.model
     here = batch.to(run.device)  # FLOPs are counted on the CPU: no waiting for a GPU
     if run.state.stage == "policy":  # baselines, too: they differ in the warmup alone
@@ -226,8 +235,11 @@ def batch_loss(run, batch) -> tuple[torch.Tensor, dict]:
     return loss, numbers
 
 
-def train_stage(run, bar) -> None:
-    """The updates of one stage: THE training loop."""
+def train_stage(run, bar):
+    """The updates of one stage: THE training loop.
+
+    UserError if the gradient is not finite. KeyboardInterrupt after Ctrl-C, once all is saved.
+    """
     config, state, model, optimizer = run.config, run.state, run.model, run.optimizer
     if state.step == 0 and state.stage != "sft" and state.best == math.inf:
         validate_and_save(run)  # where the stage begins: the best SFT weights
@@ -270,18 +282,17 @@ def train_stage(run, bar) -> None:
 
 
 # ===== plumbing: validation and saving, resuming, the log, processes, the program
-def validate_and_save(run) -> None:
-    """Validate; keep the weights if they are the stage's best; save the state. By rank 0."""
+def validate_and_save(run):
+    """Validate; keep the weights if they are the stage's best; save the state. By rank 0.
+
+    The best is by likelihood, not by a metric: it is there for every task, and it is what both
+    stages raise.
+    """
     config, state = run.config, run.state
     if rank() == 0:
-        data = run.data["valid"]
-        numbers = validate(run.model, data, config, run.spec)
+        numbers = validate(run.model, run.data["valid"], config, run.spec)
         if config.eval_decode:
-            some = data.pick(range(len(data.source))[: config.eval_decode])
-            outputs = decode_split(run.model, run.tokenizer, some, config, run.spec)
-            examples = run.examples["valid"][: config.eval_decode]
-            hypotheses, warmups, _ = zip(*outputs)
-            numbers |= compute_metrics(config, examples, list(hypotheses), list(warmups))
+            numbers |= decode_some(run)
         log(run, "valid", numbers)
         if numbers["nll"] < state.best:
             state.best = numbers["nll"]
@@ -291,8 +302,20 @@ def validate_and_save(run) -> None:
     save_state(run)
 
 
-def save_state(run) -> None:
-    """last.pt: everything that the next update depends on. By rank 0."""
+def decode_some(run):
+    """The metrics of the first --eval-decode validation examples."""
+    config, data, examples = run.config, run.data["valid"], run.examples["valid"]
+    index = range(len(examples))[: config.eval_decode]
+    outputs = decode_split(run.model, run.tokenizer, data.pick(index), config, run.spec)
+    hypotheses, warmups, _ = zip(*outputs)
+    return compute_metrics(config, examples[: len(index)], list(hypotheses), list(warmups))
+
+
+def save_state(run):
+    """last.pt: everything that the next update depends on. By rank 0.
+
+    log_bytes says how much of log.jsonl belongs to it. What came later is cut off on resuming.
+    """
     if rank():
         return
     log_file = run.config.folder / "log.jsonl"
@@ -309,10 +332,11 @@ def save_state(run) -> None:
     )
 
 
-def restore(run) -> None:
+def restore(run):
     """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
 
     On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
+    UserError if the data or the log is not that of the run.
     """
     config = run.config
     saved = load_checkpoint(config.folder / "last.pt", "state")
@@ -320,7 +344,8 @@ def restore(run) -> None:
         raise UserError(f"the data in {config.data} is not what this run was trained on")
     if saved["state"]["stage"] not in config.stages:
         raise UserError(f"{config.folder} is in a stage that its config.json now leaves out")
-    log_file, log_bytes = config.folder / "log.jsonl", saved["log_bytes"]
+    log_file = config.folder / "log.jsonl"
+    log_bytes = saved["log_bytes"]
     if log_bytes and not (log_file.exists() and log_file.stat().st_size >= log_bytes):
         raise UserError(f"{log_file} is incomplete: bring it back, or start a new run")
     if rank() == 0 and log_file.exists():  # forget what came after the checkpoint
@@ -335,27 +360,30 @@ def restore(run) -> None:
     torch.set_rng_state(saved["random"])
 
 
-def checksum(examples: dict[str, list[Example]], data: dict[str, Encoded]) -> int:
-    """A number that changes with any text or token id that training or validation reads."""
+def checksum(examples, data):
+    """A number that changes with any text or token id that training or validation reads.
+
+    Ids alone would miss a change between two characters that are both <unk>.
+    """
     crc = 0
     for split, columns in data.items():
-        for example in examples[split]:
-            crc = zlib.crc32(json.dumps(example).encode(), crc)
+        crc = zlib.crc32(json.dumps(examples[split]).encode(), crc)
         for column in columns:
             crc = zlib.crc32(np.concatenate(column), crc)
     return crc
 
 
-def summary(sums: dict, norm: torch.Tensor, tokens: int) -> dict:
-    """An update's sums over all processes, as a record of log.jsonl."""
+def summary(sums, norm, tokens):
+    """An update's sums over all processes, as a record of log.jsonl: averages, and totals."""
     sums = gather_sums(sums | {"grad_norm": norm / processes()})  # all have the same norm
     totals = {name: sums.pop(name) for name in ("flops", "grad_norm")}
     return totals | averages(sums, tokens)
 
 
-def log(run, kind: str, numbers: dict) -> None:
-    """Append a line to log.jsonl. By rank 0."""
-    state, path = run.state, run.config.folder / "log.jsonl"
+def log(run, kind, numbers):
+    """Append a line to log.jsonl. By rank 0. docs/guide.md explains its numbers."""
+    state = run.state
+    path = run.config.folder / "log.jsonl"
     line = {"kind": kind, "stage": state.stage, "step": state.step} | numbers
     run.shown |= numbers
     if rank():
@@ -367,7 +395,7 @@ def log(run, kind: str, numbers: dict) -> None:
         raise UserError(f"cannot write {path}: {error}") from None
 
 
-def progress(run, bar) -> None:
+def progress(run, bar):
     """Move the bar by an update, and show the numbers that say whether it works."""
     names = ("nll", "spread", "swap_gap") if run.spec else ("loss",)
     numbers = {name: f"{run.shown[name]:.2f}" for name in names if name in run.shown}
@@ -375,8 +403,12 @@ def progress(run, bar) -> None:
     bar.update()
 
 
-def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW. Matrices are decayed; gains and position biases are not."""
+def make_optimizer(model, weight_decay):
+    """AdamW. Matrices are decayed; gains and position biases are not.
+
+    Our choice: the paper does not name its optimizer. β₂ = 0.98 and ε = 1e-9 are those of Vaswani
+    et al. §5.3, because our stages are short.
+    """
     matrices, others = [], []
     for name, p in model.named_parameters():
         decayed = p.dim() == 2 and "biases" not in name
@@ -391,46 +423,50 @@ def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
 # writes while the others wait.
 
 
-def processes() -> int:
+def processes():
+    """How many there are. 1: no torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
+def rank():
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gather(thing) -> list:
-    """The `thing` of every process, by rank."""
+    """The `thing` of every process, by rank. All wait here for the slowest."""
     everyone = [thing] * processes()
     if processes() > 1:
         dist.all_gather_object(everyone, thing)
     return everyone
 
 
-def add_up(x: torch.Tensor) -> torch.Tensor:
+def add_up(x) -> torch.Tensor:
     """x, summed over the processes in place."""
     if processes() > 1:
         dist.all_reduce(x)
     return x
 
 
-def gather_sums(sums: dict) -> dict[str, float]:
+def gather_sums(sums):
     """Named numbers, summed over the processes. Tensors come in one transfer from a GPU."""
     names = [name for name, value in sums.items() if torch.is_tensor(value)]
     values = torch.stack([sums[name].float() for name in names]).tolist()
     everyone = gather(sums | dict(zip(names, values)))
-    return {name: sum(one[name] for one in everyone) for name in sums}
+    totals = {}
+    for one in everyone:
+        totals = add_sums(totals, one)
+    return totals
 
 
-def sum_gradients(model) -> None:
+def sum_gradients(model):
     """Every gradient, summed over the processes, in one message. DDP sends while it computes."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if processes() > 1:
         vector_to_parameters(add_up(parameters_to_vector(gradients)), gradients)
 
 
-def join_processes() -> None:
+def join_processes():
     """Under torchrun: meet the others, by NCCL between GPUs and by gloo else. Rank 0 prints."""
     if dist.is_torchelastic_launched():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -444,18 +480,20 @@ def join_processes() -> None:
 MOVABLE = ("device", "threads", "data")  # the settings that may change when a run moves
 
 
-def parse(argv: list[str]) -> tuple[Config, bool]:
-    """The config, and whether it resumes a run. Exits with code 2 on bad usage."""
+def parse(argv):
+    """The config, and whether it resumes a run. Exits with code 2 on bad usage.
+
+    --help shows the defaults of the task that stands beside it.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--task", "--init", "--resume"):  # what the other flags depend on
         first.add_argument(name, nargs="?")
     known, _ = first.parse_known_args(argv)
-    resume = known.resume is not None
     defaults = {f.name: f.default for f in fields(Config)}
-    if known.task in TASKS:
-        for name, value in TASKS[known.task].settings.items():
-            lookup(defaults, name, f"task {known.task}: its setting")
-            defaults[name] = value
+    task = TASKS.get(known.task, TASKS["wmt"])
+    for name in task.settings:
+        lookup(defaults, name, f"task {known.task}: its setting")
+    defaults |= task.settings
     if known.init:  # T5's weights are large and need no big steps
         defaults |= {"lr": 3e-4, "policy_lr": 1e-4}
 
@@ -467,54 +505,47 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     only = f"--{', --'.join(MOVABLE)}"
     text = f"go on with this run folder, by its own settings; only {only} may change"
     parser.add_argument("--resume", metavar="RUN", help=text)
-    for f in fields(Config):
-        if f.name in MOVABLE or not resume:
-            add_flag(parser, f, argparse.SUPPRESS if resume else defaults[f.name])
+    if known.resume is None:
+        add_flags(parser, defaults)
+    else:
+        add_flags(parser, dict.fromkeys(MOVABLE, argparse.SUPPRESS))
     args = vars(parser.parse_args(argv))
     folder = args.pop("resume")
-    if resume:
-        config = replace(read_config(Path(folder)), out=folder, **args)
-    else:
-        config = Config(**args)
-        if config.init and any(w.split("=")[0] in ("--size", "--vocab-size") for w in argv):
-            parser.error(
-                "--init brings its own size and vocabulary: leave out --size, --vocab-size"
-            )
+    config = replace(read_config(Path(folder)), out=folder, **args) if folder else Config(**args)
     if wrong := config.problem():
         parser.error(wrong)
-    return config, resume
+    if known.init and any(word.split("=")[0] in ("--size", "--vocab-size") for word in argv):
+        parser.error("--init brings its own size and vocabulary: leave --size, --vocab-size out")
+    return config, folder is not None
 
 
-def add_flag(parser, f, default) -> None:
-    """A field of Config as a flag."""
-    low, high = f.metadata["low"], f.metadata["high"]
-    limits = "" if low is None else f" [{low} to {high}]"
-    how = {"type": f.type, "choices": f.metadata["choices"]}
-    if f.type is bool:
-        how = {"action": argparse.BooleanOptionalAction}
-    parser.add_argument(flag_name(f.name), default=default, help=f.metadata["help"] + limits, **how)
+def new_folder(folder, overwrite):
+    """Make the run folder. An earlier run in it is refused or, with overwrite, removed.
 
-
-def new_folder(folder: Path, overwrite: bool) -> None:
-    """Make the run folder. An earlier run in it is refused or, with overwrite, removed."""
+    Only files that this program writes are removed. A slip in --out must not cost
+    somebody's work.
+    """
     names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
-    names += [f"{stage}.pt" for stage in STAGES]
-    for split in ("train", "valid", "test"):
-        names.append(f"{split}.ref.txt")
-        for stage in STAGES:
-            names += [f"{split}.{stage}.txt", f"{split}.{stage}.warmups.txt"]
+    for stage in STAGES:
+        names.append(f"{stage}.pt")
+        for split in ("train", "valid", "test"):  # eval.py's
+            names += [f"{split}.{stage}.txt", f"{split}.{stage}.warmups.txt", f"{split}.ref.txt"]
     ours = [folder / name for name in names if (folder / name).exists()]
     if ours and not overwrite:
-        whole = (folder / "config.json").exists() and (folder / "last.pt").exists()
-        what = "a run: --resume it," if whole else f"a {ours[0].name}:"
-        raise UserError(f"{folder} holds {what} --overwrite it, or choose another --out")
-    for path in ours:
+        raise UserError(
+            f"{folder} holds a {ours[0].name}: --resume or --overwrite that run, or choose another "
+            "--out"
+        )
+    for path in set(ours):
         path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def new_model(config, examples: list[Example]) -> tuple[EncoderDecoder, Tokenizer]:
-    """Pretrained, or from scratch with a tokenizer of its own."""
+def new_model(config, examples):
+    """A model and its tokenizer: pretrained, or from scratch.
+
+    UserError if the weights cannot be loaded, or if `exact` would enumerate too many warmups.
+    """
     if config.init:
         folder = pretrained_folder(config.init)
         model = load_pretrained(folder, dropout=config.dropout)
@@ -529,12 +560,16 @@ def new_model(config, examples: list[Example]) -> tuple[EncoderDecoder, Tokenize
     return model, tokenizer
 
 
-def prepare(config, resume: bool) -> Run:
-    """A run that is ready to train. resume: from where it stopped. All that can fail fails first."""
+def prepare(config, resume) -> Run:
+    """A run that is ready to train. resume: from where it stopped.
+
+    All that can fail fails here, before an earlier run is overwritten and before hours are spent.
+    """
     splits, origin = load(config)
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
-    translation_metrics(config)  # a language that cannot be scored should fail now
     device = use_device(config.device)
+    if config.recompute and config.dropout and device.type == "mps":
+        raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
     torch.manual_seed(config.seed)
     if resume:
         tokenizer = load_tokenizer(config.folder / "tokenizer.json")
@@ -542,20 +577,17 @@ def prepare(config, resume: bool) -> Run:
         model = load_model(config.folder / "last.pt", vocab_size, "cpu", "state")
     else:
         model, tokenizer = new_model(config, splits["train"])
-    if config.recompute and config.dropout and device.type == "mps":
-        raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
+    scored = splits.get("test", splits["valid"])
+    ceiling(tokenizer, scored[:8], config)  # a metric that fails should fail now
 
     data = {
         "train": encode_split(tokenizer, splits["train"], config, "train", scored=False),
         "valid": encode_split(tokenizer, splits["valid"], config, "valid"),
     }
     if not data["train"].source:
-        raise UserError(
-            "all training pairs are too long: raise --max-source-tokens or --max-target-tokens"
-        )
+        limits = "--max-source-tokens or --max-target-tokens"
+        raise UserError(f"all training pairs are too long: raise {limits}")
     if rank() == 0:
-        scored = splits.get("test", splits["valid"])
-        ceiling(tokenizer, scored[:8], config)  # a metric that fails should fail now
         for lost in what_is_lost(tokenizer, scored, config):
             print(f"data: {lost}")
 
@@ -565,15 +597,15 @@ def prepare(config, resume: bool) -> Run:
     if config.compile:
         compile_stacks(model)
     begin(run, resume)
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    size = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"model: {config.init or config.size}, {size}, vocabulary {model.config.vocab_size}, on "
-        f"{device}; {len(data['train'].source)} training pairs"
+        f"model: {config.init or config.size}, {size:.2f} M parameters, vocabulary "
+        f"{model.config.vocab_size}, on {device}; {len(data['train'].source)} training pairs"
     )
     return run
 
 
-def begin(run, resume: bool) -> None:
+def begin(run, resume):
     """Make the run folder, or take up what is in it."""
     config = run.config
     if len(set(gather(run.checksum))) > 1:
@@ -593,24 +625,23 @@ def begin(run, resume: bool) -> None:
         torch.manual_seed(hash((config.seed, rank(), run.state.step)))
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path, content):
+    """Write a file as a whole or not at all: it may be read while the run goes on."""
     text = json.dumps(content, indent=1)
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def report(run) -> None:
-    """Decode the test split with each stage's best checkpoint: the table, and results.json."""
+def report(run):
+    """Score the test split with each stage's best checkpoint: the table, and results.json."""
     config, splits = run.config, run.examples
     split = "test" if "test" in splits else "valid"
-    examples = splits[split]
     stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
-    rows = score_run(run, stages, examples, split)
-    best = ceiling(run.tokenizer, examples, config)
+    rows, best = score_and_show(run, stages, splits[split], split)
     packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
     saved = []
     for row in rows:
         numbers = asdict(row)
-        del numbers["hypotheses"], numbers["warmups"]  # eval.py writes them
+        del numbers["hypotheses"], numbers["warmups"]  # eval.py writes them into files
         saved.append(numbers)
     results = {
         "task": config.task,
@@ -619,7 +650,7 @@ def report(run) -> None:
         "split": split,
         "rows": saved,
         "ceiling": best,
-        "signature": signatures(config, examples),
+        "signature": signatures(config, splits[split]),
         "config": asdict(config),
         "data_checksum": run.checksum,
         "device": str(run.device),
@@ -628,13 +659,11 @@ def report(run) -> None:
     }
     path = config.folder / "results.json"
     write_json(path, results)
-    print_table(rows, best, config, examples, split)
-    show(run, stages, examples[:3])
     print(f"\nsaved {path}. Score again: python eval.py {shell_word(config.folder)}")
 
 
 @program
-def main(argv: list[str]) -> None:
+def main(argv):
     """The program: prepare, train, report. Ctrl-C and SIGTERM finish the update and save."""
     config, resume = parse(argv)
     join_processes()

@@ -45,7 +45,7 @@ class WarmupSpec:
 
 
 @lru_cache  # made once: to send it to a GPU takes longer than to use it
-def tensor_of(ids: tuple[int, ...], device) -> Tensor:
+def tensor_of(ids, device):
     return torch.tensor(ids, dtype=torch.long, device=device)  # long: an empty list would be float
 
 
@@ -61,34 +61,32 @@ class Batch:
         columns = (self.source, self.prompt, self.target)
         return Batch(*(x.to(device, non_blocking=True) for x in columns))
 
-    def select(self, examples: Tensor) -> "Batch":
-        """examples (n,) -> these, in this order."""
-        return Batch(self.source[examples], self.prompt[examples], self.target[examples])
 
-
-def target_tokens(model, batch) -> Tensor:
+def target_tokens(model, batch):
     """How many target tokens a batch has, </s> included, as a () tensor."""
     return (batch.target != model.config.pad_id).sum()
 
 
-def with_start(model, prompt: Tensor) -> Tensor:
+def with_start(model, prompt):
     """(N,prompt) -> (N,1+prompt): the start token, T5's pad id, in front of the prompt."""
     start = prompt.new_full((len(prompt), 1), model.config.pad_id)  # (N,1)
     return torch.cat([start, prompt], 1)
 
 
-def sum_logprobs(model, hidden: Tensor, target: Tensor) -> Tensor:
+def sum_logprobs(model, hidden, target):
     """hidden (N,T,E), target (N,T) -> (N,): the sum of each row's target log-probs.
 
     Only real tokens reach the output layer. It is the largest product, and padding is much of T.
     """
-    row, at = (target != model.config.pad_id).nonzero(as_tuple=True)  # (tokens,) each
+    real = target != model.config.pad_id  # (N,T)
+    row, at = real.nonzero(as_tuple=True)  # (tokens,) each
     log_probs = model.token_logprobs(hidden[row, at], target[row, at])  # (tokens,)
-    return log_probs.new_zeros(len(target)).index_add(0, row, log_probs)
+    sums = log_probs.new_zeros(len(target))  # (N,)
+    return sums.index_add(0, row, log_probs)
 
 
 # ----------------------------------------------------------------------------- stage 1: SFT
-def direct_logprobs(model, memory, batch) -> Tensor:
+def direct_logprobs(model, memory, batch):
     """log P₀(y|x), no warmup: the decoder reads [start] prompt y. -> (B,) sums over tokens."""
     prefix = with_start(model, batch.prompt)  # (B,1+prompt)
     tokens = torch.cat([prefix, batch.target[:, :-1]], 1)  # (B,prompt+T)
@@ -97,7 +95,7 @@ def direct_logprobs(model, memory, batch) -> Tensor:
     return sum_logprobs(model, hidden[:, before_y:], batch.target)
 
 
-def sft_loss(model, batch) -> Tensor:
+def sft_loss(model, batch):
     """Supervised fine-tuning: -Σ log P₀(y|x), a sum over tokens, which train.py divides."""
     memory = model.encode(batch.source)
     return -direct_logprobs(model, memory, batch).sum()
@@ -105,16 +103,15 @@ def sft_loss(model, batch) -> Tensor:
 
 # ----------------------------------------------------------------------------- stage 2: warmups
 @decoding()
-def sample_warmups(
-    model, memory, prompt: Tensor, spec, samples: int, temperature: float | None = None
-) -> tuple[Tensor, Tensor]:
+def sample_warmups(model, memory, prompt, spec, samples, temperature=None):
     """Draw K = samples warmups per example from P(c|x): c (B,K,W), log P(c|x) (B,K). No autograd.
 
     temperature None: the spec's; 0: greedy.
     """
     if spec.pause:
         c = prompt.new_full((len(prompt), samples, spec.length), spec.sep_id)  # (B,K,W)
-        return c, torch.zeros(c.shape[:2], device=c.device)
+        log_pi = torch.zeros(c.shape[:2], device=c.device)
+        return c, log_pi
     if temperature is None:
         temperature = spec.temperature
     c, log_probs = sample_tokens(
@@ -137,7 +134,7 @@ class Scores(NamedTuple):
     rows: Tensor  # (B,) on the CPU: how many warmups of each example were computed
 
 
-def score(model, memory, batch, c: Tensor, spec) -> Scores:
+def score(model, memory, batch, c, spec) -> Scores:
     """Score warmups c (B,K,W) by the targets of the batch: of equal warmups of an example only one.
 
     Where few are equal, that does not pay: K rows that share one memory are faster.
@@ -150,7 +147,7 @@ def score(model, memory, batch, c: Tensor, spec) -> Scores:
     return Scores(log_pi, log_p, torch.full((B,), K))
 
 
-def score_rows(model, memory, batch, c: Tensor, spec) -> tuple[Tensor, Tensor]:
+def score_rows(model, memory, batch, c, spec):
     """One teacher-forced pass over [start] prompt c <sep> y: log P(c|x), log P(y|x,c), (B,K) both.
 
     The plain form of `score`. An example's K rows share its memory.
@@ -172,7 +169,7 @@ def score_rows(model, memory, batch, c: Tensor, spec) -> tuple[Tensor, Tensor]:
     return log_pi.view(B, K), log_p.view(B, K)
 
 
-def warmup_logprobs(model, hidden: Tensor, c: Tensor, spec) -> Tensor:
+def warmup_logprobs(model, hidden, c, spec):
     """log P(c|x) of c (N,W) from hidden (N,W,E): (N,), by the distribution that was sampled."""
     if spec.pause:
         return hidden.new_zeros(len(c))
@@ -185,33 +182,31 @@ def warmup_logprobs(model, hidden: Tensor, c: Tensor, spec) -> Tensor:
     return log_probs.view(c.shape).sum(1)
 
 
-def all_warmups(spec, vocab_size: int) -> Tensor:
+def all_warmups(spec, vocab_size):
     """Every warmup that can be sampled, (all,W), for `exact` and tests. About V^W: toys only."""
     tokens = [i for i in range(vocab_size) if i not in spec.forbidden]
-    rows = itertools.product(tokens, repeat=spec.length)
-    return torch.tensor(list(rows))
+    return torch.tensor([*itertools.product(tokens, repeat=spec.length)])
 
 
 # ----------------------------------------------------------------------------- the estimators
 # Each is a choice of two weights for the surrogate (2): a_k moves the warmup, b_k moves the target.
 # R (B,K) -> a, b (B,K). R_k = log p_k is the sum of the target's log-probs after warmup c_k.
-Weights = tuple[Tensor, Tensor]
 
 
-def num_samples(R: Tensor) -> int:
+def num_samples(R):
     """K. ValueError for K = 1, where a sample cannot be compared with the others."""
     if R.size(-1) < 2:
         raise ValueError("this estimator compares warmups: it needs --samples 2 or more")
     return R.size(-1)
 
 
-def mean_of_others(x: Tensor) -> Tensor:
+def mean_of_others(x):
     """(B,K) -> (B,K): mean_{j≠k} x_j, to subtract from x_k. It does not depend on sample k."""
     others = x.sum(-1, keepdim=True) - x
     return others / (num_samples(x) - 1)
 
 
-def marginal(R: Tensor) -> Weights:
+def marginal(R):
     """a = w - 1/K, b = w, w = softmax(R): our reading of the paper. Eq. (1):
 
     ∇ log P(y|x) = E_{c~pi}[ r(c) (∇ log pi + ∇ log p) ],  r(c) = p / P(y|x)                   (1)
@@ -225,14 +220,15 @@ def marginal(R: Tensor) -> Weights:
     return w - 1 / K, w
 
 
-def jensen(R: Tensor) -> Weights:
+def jensen(R):
     """a = (R_k - mean_{j≠k} R_j)/K, b = 1/K: exact for E_c[log p] <= log P(y|x) (LaTRO, JEPO)."""
     K = num_samples(R)
     a = (R - mean_of_others(R)) / K
-    return a, torch.full_like(R, 1 / K)
+    b = torch.full_like(R, 1 / K)
+    return a, b
 
 
-def iwae(R: Tensor) -> Weights:
+def iwae(R):
     """a = log mean_j p_j - log mean_{j≠k} p_j, b = w: exact for E[log mean_K p] (VIMCO, JEPO)."""
     K = num_samples(R)
     log_mean = R.logsumexp(-1, keepdim=True) - math.log(K)  # (B,1)
@@ -242,7 +238,7 @@ def iwae(R: Tensor) -> Weights:
     return log_mean - log_mean_of_others, R.softmax(-1)
 
 
-def prob(R: Tensor) -> Weights:
+def prob(R):
     """a = (p_k - mean_{j≠k} p_j)/K, b = p_k/K: exact for P(y|x) itself (VeriFree).
 
     p underflows where targets are long.
@@ -252,22 +248,23 @@ def prob(R: Tensor) -> Weights:
     return (p - mean_of_others(p)) / K, p / K
 
 
-def grpo(R: Tensor) -> Weights:
+def grpo(R):
     """a = (R_k - mean R)/(std R + 1e-4)/K, b = 1/K: the exact gradient of nothing (GRPO)."""
     K = num_samples(R)
     centred = R - R.mean(-1, keepdim=True)
     std = R.std(-1, keepdim=True)
-    return centred / (std + 1e-4) / K, torch.full_like(R, 1 / K)
+    b = torch.full_like(R, 1 / K)
+    return centred / (std + 1e-4) / K, b
 
 
-def best(R: Tensor) -> Weights:
+def best(R):
     """a = b = 1 for the best sample, 0 for the others: hard EM. The exact gradient of nothing."""
     top = R.argmax(-1, keepdim=True)  # (B,1)
     weight = torch.zeros_like(R).scatter(-1, top, 1.0)
     return weight, weight
 
 
-def truncated(R: Tensor, log_pi: Tensor) -> Weights:
+def truncated(R, log_pi):
     """a = b = softmax(log pi + R): exact for log Σ pi p over a set of DISTINCT warmups (RAG).
 
     A repeat must come with log pi = -inf (see `weights`). Else sampling would count it once, and
@@ -278,7 +275,7 @@ def truncated(R: Tensor, log_pi: Tensor) -> Weights:
     return posterior, posterior
 
 
-def frozen(R: Tensor) -> Weights:
+def frozen(R):
     """a = 0, b = 1/K: the baseline without policy gradient. y learns to read c."""
     K = R.size(-1)
     return torch.zeros_like(R), torch.full_like(R, 1 / K)
@@ -287,7 +284,7 @@ def frozen(R: Tensor) -> Weights:
 ESTIMATORS = {f.__name__: f for f in (marginal, jensen, iwae, prob, grpo, best, truncated, frozen)}
 
 
-def weights(estimator: str, R: Tensor, log_pi: Tensor, c: Tensor) -> Weights:
+def weights(estimator, R, log_pi, c):
     """a, b (B,K) by the estimator's name. For `exact`, c (B,K,W) must be all_warmups."""
     if estimator == "exact":
         return truncated(R, log_pi)
@@ -297,26 +294,28 @@ def weights(estimator: str, R: Tensor, log_pi: Tensor, c: Tensor) -> Weights:
     return ESTIMATORS[estimator](R)
 
 
-def earliest_equal(c: Tensor) -> Tensor:
+def earliest_equal(c):
     """c (B,K,W) -> (B,K): the first place where the same example has an equal warmup."""
     same = (c[:, :, None] == c[:, None]).all(-1)  # (B,K,K)
     return same.int().argmax(-1)  # of equals, argmax takes the first
 
 
-def first_occurrence(c: Tensor) -> Tensor:
+def first_occurrence(c):
     """c (B,K,W) -> (B,K): False where an earlier warmup of the same example is equal."""
     k = torch.arange(c.size(1), device=c.device)
     return earliest_equal(c) == k
 
 
-def surrogate(a: Tensor, b: Tensor, log_pi: Tensor, log_p: Tensor) -> Tensor:
+def surrogate(a, b, log_pi, log_p):
     """loss = -Σ_k [ sg(a_k) log P(c_k|x) + sg(b_k) log P(y|x,c_k) ]  (2), summed over the batch.
 
     Its gradient is the estimator. Its value is no metric, and may rise while all is well: it is
     about -R per example where Σ a = 0 and Σ b = 1, as with `marginal`. log_p keeps its graph:
     without it the target half of (1) would vanish in silence.
     """
-    return -(a.detach() * log_pi + b.detach() * log_p).sum()
+    for_warmup = a.detach() * log_pi  # (B,K)
+    for_target = b.detach() * log_p  # (B,K)
+    return -(for_warmup + for_target).sum()
 
 
 class PolicyLoss(NamedTuple):
@@ -327,9 +326,7 @@ class PolicyLoss(NamedTuple):
     rows: Tensor  # (B,) on the CPU: computed warmups. What an update costs depends on it
 
 
-def warmup_loss(
-    model, batch, spec, estimator: str = "marginal", samples: int = 4, alpha: float = 1.0
-) -> PolicyLoss:
+def warmup_loss(model, batch, spec, estimator="marginal", samples=4, alpha=1.0) -> PolicyLoss:
     """The loss of one policy update.
 
     alpha scales R before the estimator. With `marginal`, b goes from that of `frozen` (alpha 0) to
@@ -358,9 +355,7 @@ def warmup_loss(
 
 
 # ----------------------------------------------------------------------------- is it working?
-def diagnostics(
-    R: Tensor, log_pi: Tensor, c: Tensor, alpha: float = 1.0, exact: bool = False
-) -> dict[str, Tensor]:
+def diagnostics(R, log_pi, c, alpha=1.0, exact=False):
     """What to watch instead of the surrogate loss. R, log_pi (B,K), c (B,K,W) -> batch sums.
 
     Means are over an example's K sampled warmups. exact: over all of them, weighted by P(c|x).
@@ -395,7 +390,7 @@ def diagnostics(
 
 
 @torch.no_grad()
-def evaluate_warmups(model, batch, spec, samples: int, alpha: float = 1.0) -> dict[str, Tensor]:
+def evaluate_warmups(model, batch, spec, samples, alpha=1.0):
     """`diagnostics` on held-out data, and numbers that need more passes. All are batch sums, nats.
 
     swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example). 0: y ignores c
@@ -416,17 +411,7 @@ def evaluate_warmups(model, batch, spec, samples: int, alpha: float = 1.0) -> di
 
 # ----------------------------------------------------------------------------- test time
 @decoding()
-def generate(
-    model,
-    batch,
-    spec,
-    length: int,
-    *,
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    forbidden: tuple[int, ...] = (),
-    c: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor]:
+def generate(model, batch, spec, length, *, beams=1, length_penalty=1.0, forbidden=(), c=None):
     """Write a greedy warmup, then the target: c (B,W) or None, y (B,length), padded after </s>.
 
     spec None: no warmup, as after SFT. c: a warmup to write y after, in place of the greedy one.
@@ -456,7 +441,7 @@ def generate(
 
 
 # ===== plumbing: the fast path of `score`
-def distinct_rows(c: Tensor) -> tuple[Tensor, Tensor]:
+def distinct_rows(c):
     """c (B,K,W) -> the rows, of all B·K, that differ from earlier ones of their example: (n,).
 
     Also, for each warmup, its place among them: (B,K). Both on the CPU.
@@ -467,7 +452,7 @@ def distinct_rows(c: Tensor) -> tuple[Tensor, Tensor]:
     return row.unique(return_inverse=True)
 
 
-def score_distinct(model, memory, batch, c: Tensor, spec, kept: Tensor, place: Tensor) -> Scores:
+def score_distinct(model, memory, batch, c, spec, kept, place) -> Scores:
     """`score` where many warmups are equal: each kept row gets a memory of its own.
 
     Its log-probs are handed back to all the warmups that are equal to it.
@@ -478,6 +463,7 @@ def score_distinct(model, memory, batch, c: Tensor, spec, kept: Tensor, place: T
     place = place.to(c.device, non_blocking=True)
     example = kept // K  # (n,)
     c = c.reshape(B * K, 1, W)[kept]  # (n,1,W)
-    few = (memory.select(example), batch.select(example))
-    log_pi, log_p = score_rows(model, *few, c, spec)  # (n,1) both
+    memory = memory.select(example)
+    batch = Batch(batch.source[example], batch.prompt[example], batch.target[example])
+    log_pi, log_p = score_rows(model, memory, batch, c, spec)  # (n,1) both
     return Scores(log_pi[place, 0], log_p[place, 0], rows)
