@@ -221,7 +221,8 @@ class Config:
         for f in fields(self):
             name, value = flag_name(f.name), getattr(self, f.name)
             (low, high), choices = f.metadata["limits"], f.metadata["choices"]
-            if type(value) is not f.type:
+            kinds = (int, float) if f.type is float else (f.type,)
+            if type(value) not in kinds:
                 return f"{name} must be of type {f.type.__name__}, not {value!r}"
             if low is not None and not low <= value <= high:
                 return f"{name} must lie between {low} and {high}"
@@ -304,23 +305,20 @@ def encode_split(tokenizer, examples, config, split, scored=True) -> Encoded:
     if len({len(prompt) for prompt in data.prompt}) > 1:
         raise UserError("all prompts of a task must have the same number of tokens")
     side = TASKS[config.task].cut or ("end" if scored else "")
-    long_source = lengths(data.source) > config.max_source_tokens
+    most = config.max_source_tokens
+    long_source = lengths(data.source) > most
     long_target = lengths(data.target) > config.max_target_tokens
-    cut_source = f"their source loses its {side}" if side else "left out"
-    cut_target = "the reference stays whole, the output will be cut" if scored else "left out"
-    for column, too_long, fate in (
-        ("source", long_source, cut_source),
-        ("target", long_target, cut_target),
-    ):
-        if too_long.any():
-            limit = f"--max-{column}-tokens {getattr(config, f'max_{column}_tokens')}"
-            count = f"{too_long.sum()} of {len(examples)} {split} examples"
-            print(f"data: {count} have a {column} over {limit}: {fate}")
+    what = f"of {len(examples)} {split} examples have a"
+    fate = f"their source loses its {side}" if side else "left out"
+    say(long_source, f"{what} source over --max-source-tokens {most}: {fate}")
+    fate = "the reference stays whole, the output will be cut" if scored else "left out"
+    say(long_target, f"{what} target over --max-target-tokens {config.max_target_tokens}: {fate}")
+
     if not scored:
         out = long_target if side else long_source | long_target
         data = data.pick(np.flatnonzero(~out))
-    kept_end = 1 if ends_sources(tokenizer) else 0  # the </s> stays
-    sources = [cut(row, config.max_source_tokens, side, kept_end) for row in data.source]
+    kept_end = int(ends_sources(tokenizer))  # the </s> stays
+    sources = [cut(row, most, side, kept_end) for row in data.source]
     return data._replace(source=sources)
 
 
@@ -393,6 +391,12 @@ def in_order(data, batch_tokens, what):
             bar.update(len(index))
 
 
+def say(cases, what):
+    """Print how many cases there are, if any. cases: booleans, one an example."""
+    if cases.any():
+        print(f"data: {cases.sum()} {what}")
+
+
 def lengths(rows):
     """(examples,): the number of tokens in each row."""
     return np.array([len(row) for row in rows])
@@ -414,7 +418,10 @@ def read_config(folder) -> Config:
     """The settings in a run's config.json. UserError if they are not those of this program."""
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"no run in {folder}: it has no config.json. Start one by train.py --out")
+        runs = [*folder.parent.glob("*/config.json"), *folder.glob("*/config.json")]
+        known = ", ".join(sorted(str(run.parent) for run in runs)[:8])
+        here = f": runs here are {known}" if known else ""
+        raise UserError(f"no run in {folder}{here}. One that was killed early: start it again")
     saved = read_json(path)
     if saved.keys() != {f.name for f in fields(Config)}:
         raise UserError(f"{path} is of another version of the program: train again, --overwrite")
@@ -657,15 +664,19 @@ def prompt_tags(examples):
     return sorted(word for word in words if word.startswith("<"))
 
 
-def load_tokenizer(path) -> Tokenizer:
-    """A tokenizer.json, of ours or of a T5. Else UserError.
+def load_tokenizer(path, *more) -> Tokenizer:
+    """A tokenizer.json, of ours or of a T5, with the special tokens that both have, and more.
 
+    UserError if it cannot be read or lacks one.
     Ids with gaps would make rows of the embedding that no text can reach.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
         vocab = tokenizer.get_vocab()
-        if sorted(vocab.values()) != [*range(len(vocab))] or not {PAD, EOS, UNK} <= vocab.keys():
+        if (
+            sorted(vocab.values()) != [*range(len(vocab))]
+            or not {PAD, EOS, UNK, *more} <= vocab.keys()
+        ):
             raise ValueError("its ids have gaps, or it lacks special tokens")
         return tokenizer
     except Exception as error:  # tokenizers raises bare Exception

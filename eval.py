@@ -252,8 +252,7 @@ def score_run(run, stages, examples, split):
 
     Checkpoints were chosen on validation, so the test split is looked at once.
     """
-    config = run.config
-    tokenizer = run.tokenizer
+    config, tokenizer = run.config, run.tokenizer
     rows = []
     data = encode_split(tokenizer, examples, config, split)
     for stage in stages:
@@ -269,7 +268,7 @@ def score_run(run, stages, examples, split):
         nll = round(validate(model, data, config, spec)["nll"], 4)
         at_limit = sum(not output.ended for output in outputs)
         name = row_name(stage, config)
-        rows.append(Row(stage, name, metrics, nll, **cost, at_limit=at_limit, **texts))
+        rows.append(Row(stage, name, metrics, nll, at_limit=at_limit, **cost, **texts))
     return rows
 
 
@@ -282,7 +281,7 @@ def print_table(rows, best, config, examples, split):
     lines = [["", *names, "NLL/token", "updates", "TFLOP", "seconds"]]
     for row in rows:
         tflop = f"{row.flops / 1e12:,.2f}"
-        cost = [f"{row.nll:.3f}", str(row.updates), tflop, f"{row.seconds:.0f}"]
+        cost = [f"{row.nll:.3f}", f"{row.updates}", tflop, f"{row.seconds:.0f}"]
         lines.append([row.name, *cells(names, row.metrics), *cost])
     lines.append(["ceiling", *cells(names, best)])
     width = max([10, *(len(name) + 2 for name in names)])
@@ -340,16 +339,17 @@ def samples_at_work(model, tokenizer, one, config, spec, scored):
         c, _ = sample_warmups(model, memory, batch.prompt, spec, K)  # (1,K,W)
         log_pi, R, _ = score(model, memory, batch, c, spec)  # (1,K) both
     a, b = weights(config.estimator, config.alpha * R, log_pi, c)  # (1,K) both
+
     title = "drawn  log P(c|x)  sampled c -> y"
+    form = "{:12.3f}"
     if scored:
         title = "drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y"
-    lines = Counter()
+        form = "{:12.3f}{:14.3f}{:+9.3f}{:9.3f}"
+    numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows of 4
     outputs = decode_batch(model, tokenizer, collate(one, [0] * K), config, spec, c[0])
-    for k, output in enumerate(outputs):
-        numbers = f"{log_pi[0, k]:12.3f}"
-        if scored:
-            numbers += f"{R[0, k]:14.3f}{a[0, k]:+9.3f}{b[0, k]:9.3f}"
-        lines[f"{numbers}  {output.warmup} -> {output.text}"] += 1
+    lines = Counter()
+    for row, output in zip(numbers, outputs):
+        lines[f"{form.format(*row)}  {output.warmup} -> {output.text}"] += 1
     return [title, *(f"{times:4} x{line}" for line, times in lines.most_common())]
 
 
@@ -630,18 +630,18 @@ def answer(run, stage, file, show_warmup):
     config, tokenizer = run.config, run.tokenizer
     examples = read_input(file, config, tokenizer)
     filled = [example for example in examples if example.source]
+    model, spec = load_stage(run, stage)
     outputs = []
     if filled:
         with redirect_stdout(sys.stderr):  # what is cut must not stand among the outputs
             data = encode_split(tokenizer, filled, config, "--input")
         room = np.zeros(config.max_target_tokens)  # in a batch: y may become so long
-        model, spec = load_stage(run, stage)
         data = data._replace(target=[room] * len(filled))
         outputs = decode_split(model, tokenizer, data, config, spec)
     waiting = iter(outputs)
     for example in examples:
         output = next(waiting) if example.source else Output("", "", True)
-        print(f"{output.warmup}\t{output.text}" if show_warmup else output.text)
+        print(f"{output.warmup}\t{output.text}" if show_warmup and spec else output.text)
     if at_limit := sum(not output.ended for output in outputs):
         print(f"note: {cut_outputs(at_limit, len(outputs), config)}", file=sys.stderr)
 
@@ -667,15 +667,6 @@ def export(run, stage, out):
 
 
 # ----------------------------------------------------------------------------- the program
-def score_and_show(run, stages, examples, split):
-    """score_run, printed with three examples: the rows, and the ceiling."""
-    rows = score_run(run, stages, examples, split)
-    best = ceiling(run.tokenizer, examples, run.config)
-    print_table(rows, best, run.config, examples, split)
-    show(run, stages, examples[:3])
-    return rows, best
-
-
 def load_stage(run, stage):
     """The best model of a stage, and what stands before its y. UserError if it is not there."""
     path = run.config.folder / f"{stage}.pt"
@@ -738,7 +729,7 @@ def main(argv):
         return plot(config, args.plot)
     if config.threads:
         torch.set_num_threads(config.threads)
-    tokenizer = load_tokenizer(config.folder / "tokenizer.json")
+    tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
     run = Finished(config, tokenizer, use_device(config.device))
     stages = [stage for stage in STAGES if (config.folder / f"{stage}.pt").exists()]
     if not stages:
@@ -770,7 +761,8 @@ def score_split(run, stages, args):
     examples = splits[split]
     if args.show:
         return show(run, stages, examples[: args.show])
-    rows, _ = score_and_show(run, stages, examples, split)
+    rows = score_run(run, stages, examples, split)
+    print_table(rows, ceiling(run.tokenizer, examples, config), config, examples, split)
     files = {"ref": [one_line(example.target) for example in examples]}
     for row in rows:
         files[row.stage] = row.hypotheses
@@ -781,15 +773,16 @@ def score_split(run, stages, args):
         lines = "".join(text + "\n" for text in texts)
         path.write_text(lines, encoding="utf-8", newline="\n")
         print(f"wrote {path}")
+    show(run, stages, examples[:3])
     if len(rows) > 1 and TASKS[config.task].translates:
-        print(f"compare, by paired bootstrap:\n{significance_command(stages, config, split)}")
+        print(f"\ncompare, by paired bootstrap:\n{significance_command(stages, config, split)}")
 
 
 def significance_command(stages, config, split):
     """sacreBLEU's paired bootstrap (Koehn 2004) against the control, else against SFT."""
     baseline_first = sorted(stages, key=lambda stage: stage != "control")
     files = [shell_word(config.folder / f"{split}.{name}.txt") for name in ("ref", *baseline_first)]
-    metrics = f"-m bleu chrf --chrf-word-order 2 --tokenize {bleu_tokenizer(config)}"
+    metrics = f"-m bleu chrf --chrf-word-order 2 --tokenize {bleu_tokenizer(config)} -f text"
     return f"sacrebleu {files[0]} -i {' '.join(files[1:])} {metrics} --paired-bs"
 
 

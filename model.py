@@ -762,7 +762,7 @@ def load_checkpoint(path, what):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"{damaged} is damaged")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = dict(torch.load(path, map_location="cpu", weights_only=True))
         if content["format"] != f"{FORMAT}, {what}":
             raise ValueError(f"no {what} of this version of the program: train it again")
         return content
@@ -800,12 +800,18 @@ T5_SIZES = {  # in config.json: our name
     "relative_attention_max_distance": "max_distance",
 }
 T5_IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+T5_LIMITS = {  # else from 1 to 2**20: more is no model, and its names alone would fill the memory
+    "num_layers": (1, 1000),
+    "num_decoder_layers": (1, 1000),
+    "relative_attention_num_buckets": (4, 2**20),
+}
 T5_FIXED = ("layer_norm_epsilon", *T5_IDS)  # of all T5s
 T5_USUAL = T5_IDS | {
     "layer_norm_epsilon": 1e-6,
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "tie_word_embeddings": True,
+    "dropout_rate": 0.1,
 }
 
 
@@ -816,36 +822,39 @@ def t5_config(settings) -> ModelConfig:
     family = settings.get("model_type")
     if family not in ("t5", "mt5", "umt5"):
         raise UserError(f"a model of type {family!r} is not a T5: we read t5, mt5 and umt5")
-    settings = T5_USUAL | {"num_decoder_layers": settings.get("num_layers")} | settings
     dense = "gated-gelu" if settings.get("is_gated_act") else settings.get("dense_act_fn", "relu")
-    activation = settings.setdefault("feed_forward_proj", dense)
+    usual = T5_USUAL | {
+        "num_decoder_layers": settings.get("num_layers"),
+        "feed_forward_proj": dense,
+    }
+    settings = usual | settings
+
+    wrong = [name for name in T5_FIXED if settings[name] != T5_USUAL[name]]
+    for name in T5_SIZES:
+        least, most = T5_LIMITS.get(name, (1, 2**20))
+        value = settings.get(name)
+        if type(value) is not int or not least <= value <= most:
+            wrong.append(name)
     sizes = {ours: settings.get(name) for name, ours in T5_SIZES.items()}
-    wrong = [name for name in T5_SIZES if not is_size(settings.get(name))]
-    wrong += [name for name in T5_FIXED if settings[name] != T5_USUAL[name]]
-    if activation not in ("relu", "gated-gelu"):
+    if not wrong and sizes["max_distance"] < sizes["buckets"]:
+        wrong.append("relative_attention_max_distance")
+    if settings["feed_forward_proj"] not in ("relu", "gated-gelu"):
         wrong.append("feed_forward_proj")
-    if not wrong and not 4 <= sizes["buckets"] <= sizes["max_distance"]:
-        wrong.append("relative_attention_num_buckets")
-    if not wrong and max(sizes["encoder_layers"], sizes["decoder_layers"]) > 1000:
-        wrong.append("num_layers")
     if wrong:
         name = wrong[0]
         raise UserError(f"config.json has {name} = {settings.get(name)!r}, which no T5 has")
+
     # transformers 5 writes tie_word_embeddings = true for all, and the truth under another name
     tied = settings.get("scale_decoder_outputs", settings["tie_word_embeddings"])
     return ModelConfig(
         **sizes,
-        gated=activation == "gated-gelu",
+        gated=settings["feed_forward_proj"] == "gated-gelu",
         tied=tied and family != "mt5",
         shared_bias=family != "umt5",
         scaled=False,
         absolute=False,
+        dropout=settings["dropout_rate"],
     )
-
-
-def is_size(value):
-    """A whole number as a model may have: more would take the machine's memory for its names."""
-    return type(value) is int and 1 <= value <= 2**20
 
 
 T5_PARTS = {  # of a block: T5's number of its part, and the tensors there

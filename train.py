@@ -30,6 +30,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm import tqdm
 
 from data import (
+    SEP,
     STAGES,
     TASKS,
     Batches,
@@ -55,7 +56,9 @@ from eval import (
     compute_metrics,
     decode_split,
     resume_command,
-    score_and_show,
+    print_table,
+    score_run,
+    show,
     signatures,
     training_cost,
     validate,
@@ -340,7 +343,7 @@ def restore(run):
     """
     config = run.config
     saved = load_checkpoint(config.folder / "last.pt", "state")
-    if any(number != saved["data"] for number in gather(run.checksum)):
+    if run.checksum != saved["data"]:
         raise UserError(f"the data in {config.data} is not what this run was trained on")
     if saved["state"]["stage"] not in config.stages:
         raise UserError(f"{config.folder} is in a stage that its config.json now leaves out")
@@ -358,6 +361,8 @@ def restore(run):
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
+    if rank():  # each process samples warmups and dropout of its own
+        torch.manual_seed(hash((config.seed, rank(), run.state.step)))
 
 
 def checksum(examples, data):
@@ -532,10 +537,9 @@ def new_folder(folder, overwrite):
             names += [f"{split}.{stage}.txt", f"{split}.{stage}.warmups.txt", f"{split}.ref.txt"]
     ours = [folder / name for name in names if (folder / name).exists()]
     if ours and not overwrite:
-        raise UserError(
-            f"{folder} holds a {ours[0].name}: --resume or --overwrite that run, or choose another "
-            "--out"
-        )
+        whole = (folder / "config.json").exists() and (folder / "last.pt").exists()
+        what = "a run: --resume it," if whole else f"a {ours[0].name}:"
+        raise UserError(f"{folder} holds {what} --overwrite it, or choose another --out")
     for path in set(ours):
         path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
@@ -572,7 +576,7 @@ def prepare(config, resume) -> Run:
         raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
     torch.manual_seed(config.seed)
     if resume:
-        tokenizer = load_tokenizer(config.folder / "tokenizer.json")
+        tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
         vocab_size = tokenizer.get_vocab_size()
         model = load_model(config.folder / "last.pt", vocab_size, "cpu", "state")
     else:
@@ -606,23 +610,23 @@ def prepare(config, resume) -> Run:
 
 
 def begin(run, resume):
-    """Make the run folder, or take up what is in it."""
+    """Start from last.pt: that of an earlier session, or one that is written here.
+
+    So the processes of a new run have the same weights, and each run begins as a resumed one.
+    """
     config = run.config
     if len(set(gather(run.checksum))) > 1:
         raise UserError("the processes of this job do not read the same data")
-    if resume:
-        restore(run)
-    elif rank() == 0:
-        new_folder(config.folder, config.overwrite)
-        run.tokenizer.save(str(config.folder / "tokenizer.json"))
-    gather(None)  # the others wait for the folder
     if not resume:
         start_stage(run, "sft")
+        if rank() == 0:
+            new_folder(config.folder, config.overwrite)
+            run.tokenizer.save(str(config.folder / "tokenizer.json"))
         save_state(run)
+        gather(None)  # the others wait for the file
+    restore(run)
     if rank() == 0:  # only now: what --resume changed is known to be good
         write_json(config.folder / "config.json", asdict(config))
-    else:  # each process samples warmups and dropout of its own
-        torch.manual_seed(hash((config.seed, rank(), run.state.step)))
 
 
 def write_json(path, content):
@@ -636,7 +640,9 @@ def report(run):
     config, splits = run.config, run.examples
     split = "test" if "test" in splits else "valid"
     stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
-    rows, best = score_and_show(run, stages, splits[split], split)
+    examples = splits[split]
+    rows = score_run(run, stages, examples, split)
+    best = ceiling(run.tokenizer, examples, config)
     packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
     saved = []
     for row in rows:
@@ -650,7 +656,7 @@ def report(run):
         "split": split,
         "rows": saved,
         "ceiling": best,
-        "signature": signatures(config, splits[split]),
+        "signature": signatures(config, examples),
         "config": asdict(config),
         "data_checksum": run.checksum,
         "device": str(run.device),
@@ -658,7 +664,9 @@ def report(run):
         "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
     }
     path = config.folder / "results.json"
-    write_json(path, results)
+    write_json(path, results)  # first: a reader such as `head` may leave
+    print_table(rows, best, config, examples, split)
+    show(run, stages, examples[:3])
     print(f"\nsaved {path}. Score again: python eval.py {shell_word(config.folder)}")
 
 

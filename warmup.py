@@ -58,7 +58,7 @@ class Batch:
     target: Tensor  # (B,T), each row ends in </s>
 
     def to(self, device) -> "Batch":
-        columns = (self.source, self.prompt, self.target)
+        columns = vars(self).values()
         return Batch(*(x.to(device, non_blocking=True) for x in columns))
 
 
@@ -91,8 +91,8 @@ def direct_logprobs(model, memory, batch):
     prefix = with_start(model, batch.prompt)  # (B,1+prompt)
     tokens = torch.cat([prefix, batch.target[:, :-1]], 1)  # (B,prompt+T)
     hidden = model.decode(tokens, memory)  # (B,prompt+T,E)
-    before_y = batch.prompt.size(1)  # the hidden state before a token predicts it
-    return sum_logprobs(model, hidden[:, before_y:], batch.target)
+    hidden = hidden[:, batch.prompt.size(1) :]  # the hidden state before a token predicts it
+    return sum_logprobs(model, hidden, batch.target)
 
 
 def sft_loss(model, batch):
@@ -110,8 +110,7 @@ def sample_warmups(model, memory, prompt, spec, samples, temperature=None):
     """
     if spec.pause:
         c = prompt.new_full((len(prompt), samples, spec.length), spec.sep_id)  # (B,K,W)
-        log_pi = torch.zeros(c.shape[:2], device=c.device)
-        return c, log_pi
+        return c, torch.zeros(c.shape[:2], device=c.device)
     if temperature is None:
         temperature = spec.temperature
     c, log_probs = sample_tokens(
@@ -429,8 +428,8 @@ def generate(model, batch, spec, length, *, beams=1, length_penalty=1.0, forbidd
         sep = torch.full_like(c[:, :1], spec.sep_id)
         prefix = torch.cat([prefix, c, sep], 1)  # (B,1+prompt+W+1)
         never.add(spec.sep_id)
-    never = sorted(never - {config.eos_id})
-    how = {"forbidden": tensor_of(tuple(never), prefix.device)}
+    never = tuple(never - {config.eos_id})
+    how = {"forbidden": tensor_of(never, prefix.device)}
     if beams > 1:
         how |= {"beams": beams, "length_penalty": length_penalty}
         y, _ = beam_search(model, memory, prefix, length, **how)

@@ -43,7 +43,7 @@ from model import (
     compile_stacks,
     decoding,
     plain_token_logprobs,
-    sample,
+    sample_tokens,
     save_pretrained,
 )
 from train import make_optimizer  # noqa: E402
@@ -181,8 +181,8 @@ class Ours:
 
     def warmup(self, batch, K=SAMPLES, W=LENGTH, estimator="marginal"):
         with self.low():
-            spec = WarmupSpec(SEP, FORBIDDEN, W, W)
-            loss, _ = warmup_loss(self.model.eval(), batch, spec, estimator, K)
+            spec = WarmupSpec(SEP, FORBIDDEN, W)
+            loss, *_ = warmup_loss(self.model.eval(), batch, spec, estimator, K)
         self.step(loss / batch.target.numel())
 
     def half(self, batch, distinct=SAMPLES // 2):
@@ -213,7 +213,7 @@ class Ours:
     def write(self, batch, length, **how):
         start = torch.zeros_like(batch.source[:, :1])
         how["forbidden"] = torch.tensor(FORBIDDEN, device=batch.source.device)
-        function = beam_search if "beams" in how else sample
+        function = beam_search if "beams" in how else sample_tokens
         with self.low(), decoding():
             memory = self.model.eval().encode(batch.source)
             return function(self.model, memory, start, length, **how)[0]
@@ -311,7 +311,7 @@ def both(shape: str, c: ModelConfig, device: str, compiled: bool) -> list[Ours]:
     except ImportError:
         return [Ours(ours.to(device))]
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(ours, folder)
+        save_pretrained(ours, Path(folder))
         theirs = AutoModelForSeq2SeqLM.from_pretrained(folder, attn_implementation="sdpa").to(
             device
         )
@@ -325,13 +325,13 @@ def both(shape: str, c: ModelConfig, device: str, compiled: bool) -> list[Ours]:
 @torch.no_grad()
 def check(ours: Ours, theirs: Theirs, batch: Batch) -> str:
     """SFT loss, and scores of the same warmups: SystemExit if they differ by more than 1e-4 of the largest."""
-    spec = WarmupSpec(SEP, FORBIDDEN, LENGTH, LENGTH)
+    spec = WarmupSpec(SEP, FORBIDDEN, LENGTH)
     model, c = ours.model.eval(), ours.sample(batch)
     loss = theirs.model.eval()(input_ids=batch.source, labels=batch.target).loss
-    scores = score(model, model.encode(batch.source), batch.prompt, c, batch.target, spec)
+    scores = score(model, model.encode(batch.source), batch, c, spec)
     pairs = [
         (sft_loss(model, batch) / batch.target.numel(), loss),
-        *zip(scores, theirs.score(batch, c)),
+        *zip(scores[:2], theirs.score(batch, c)),  # not the rows
     ]
     apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     if not apart < 1e-4:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from eval import BASELINES  # noqa: E402
+from data import BASELINES  # noqa: E402
 from model import UserError  # noqa: E402
 from train import parse  # noqa: E402
 from warmup import ESTIMATORS  # noqa: E402

@@ -15,7 +15,7 @@ import train  # noqa: E402
 TINY = [
     "--size",
     "nano",
-    "--sample-size",
+    "--built-in-size",
     "300",
     "--vocab-size",
     "500",

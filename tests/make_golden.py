@@ -149,6 +149,7 @@ def check() -> None:
         ff=20,
         encoder_layers=1,
         decoder_layers=2,
+        scaled=False,
         absolute=False,
     )
     models = {kind: load_pretrained(str(HERE / kind)) for kind in KINDS}
@@ -161,7 +162,7 @@ def check() -> None:
     }
     for name, ours in models.items():
         with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(ours.eval(), folder)
+            save_pretrained(ours.eval(), Path(folder))
             theirs = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
         source, tokens = torch.randint(2, 40, (3, 20)), torch.randint(2, 40, (3, 9))
         logits = theirs(input_ids=source, decoder_input_ids=tokens).logits

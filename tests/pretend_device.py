@@ -63,6 +63,9 @@ class Elsewhere(torch.Tensor):
         waited("tolist")
         return self.here.tolist()
 
+    def __format__(self, how):  # torch's own is for its very type alone
+        return format(self.item(), how)
+
     def numpy(self, *args, **kwargs):
         raise TypeError("a GPU's tensor has no numpy array: call .cpu() first")
 
@@ -224,7 +227,7 @@ if __name__ == "__main__":
     import train
 
     for module in (model, train, evaluation):
-        module.pick_device = lambda name: torch.device("cpu" if name == "cpu" else "pretend:0")
+        module.use_device = lambda name: torch.device("cpu" if name == "cpu" else "pretend:0")
     may_stop = model.all_true
     model.all_true = lambda done, step: STEPS.append(step) or may_stop(done, step)
     programs = {"train": train.main, "eval": evaluation.main}

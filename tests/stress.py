@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import data, eval as evaluation, train
 
 TINY = (
-    "--size nano --sample-size 300 --vocab-size 500 --max-source-tokens 40 --max-target-tokens 40 --batch-tokens 800 --beams "
+    "--size nano --built-in-size 300 --vocab-size 500 --max-source-tokens 40 --max-target-tokens 40 --batch-tokens 800 --beams "
     "2 --policy-batch-tokens 400 --warmup-len 2 --samples 2 --eval-samples 2 --eval-decode 0 "
     "--threads 1 --eval-every 2 --sft-steps 4 --policy-steps 4"
 ).split()
@@ -89,7 +89,7 @@ def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> d
 
 def content(run: Path) -> list[bytes]:
     """What must be equal: the stages' checkpoints, log and results, without seconds."""
-    names = ["log.jsonl", "results.json", *(f"{stage}.pt" for stage in train.STAGES)]
+    names = ["log.jsonl", "results.json", *(f"{stage}.pt" for stage in data.STAGES)]
     return [re.sub(rb'"seconds": [-+.\de]+', b"", (run / name).read_bytes()) for name in names]
 
 
@@ -148,17 +148,17 @@ USUAL = {
     int: "1 2 3 5".split(),
     float: "0.01 0.5 1 3".split(),
     bool: [],
-    str: "text sample new de-en en-de wmt - fr-en".split(),
+    str: "text built-in new de-en en-de wmt - fr-en".split(),
 }
 TRAIN = {
-    train.flag_name(f.name): list(f.metadata["choices"] or USUAL[f.type])
-    for f in dataclasses.fields(train.Config)
+    data.flag_name(f.name): list(f.metadata["choices"] or USUAL[f.type])
+    for f in dataclasses.fields(data.Config)
     if f.name != "compile"
 }
 TRAIN["--size"] = ["nano", "tiny", "toy", "puzzle"]  # the others take too long
 EVAL = dict.fromkeys(("--input", "--export", "--data"), USUAL[str]) | {
     "--split": list(data.SPLITS),
-    "--stage": list(train.STAGES),
+    "--stage": list(data.STAGES),
     "--show-warmup": [],
     "--beams": USUAL[int],
     "--threads": USUAL[int],

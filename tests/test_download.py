@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-from model import shell_word
+from data import shell_word
 
 PAGE = b"<html><body>Service temporarily unavailable</body></html>"
 
@@ -100,7 +100,7 @@ def net(monkeypatch, tmp_path):
 
 
 def load(task, pair="de-en", folder=""):
-    config = SimpleNamespace(task=task, pair=pair, data=folder, init="", seed=0, sample_size=8)
+    config = SimpleNamespace(task=task, pair=pair, data=folder, init="", seed=0, built_in_size=8)
     return data.load(config)
 
 
@@ -220,7 +220,7 @@ def test_what_does_not_arrive_is_named(net, capsys, name, problem):
     net.files[name] = problem
     line = failed(capsys)
     assert f"/{name}" in line and str(problem) in line
-    assert load("wmt")[1] == "sample"  # train.py still has its sample
+    assert load("wmt")[1] == "built-in"  # train.py still has that
     net.files[name] = FILES[name]
     assert data.main(["wmt"]) == 0 and len(load("wmt")[0]["train"]) == 500
 

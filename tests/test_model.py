@@ -11,12 +11,14 @@ import torch
 import model as model_module
 import warmup
 from model import (
+    MASKED,
     SIZES,
     Cache,
     Dropout,
     EncoderDecoder,
     ModelConfig,
     PositionBias,
+    TokenLogProbs,
     all_true,
     attention,
     beam_search,
@@ -24,7 +26,8 @@ from model import (
     plain_attention,
     plain_token_logprobs,
     rms_norm,
-    sample,
+    sample_tokens,
+    sinusoids,
 )
 from warmup import Batch, WarmupSpec, generate, warmup_loss
 
@@ -119,31 +122,30 @@ def test_position_buckets_are_t5s():
     two_way, causal = PositionBias(c, True), PositionBias(c, False)
     distance = torch.tensor([0, -1, -7, -8, -15, -127, -1000, 1, 7, 8, 1000])
     assert two_way.bucket(distance).tolist() == [0, 1, 7, 8, 9, 15, 15, 17, 23, 24, 31]
-    assert two_way.table(3)[:3, :3].tolist() == [[0, 17, 18], [1, 0, 17], [2, 1, 0]]
-    assert causal.table(3)[:3, :3].tolist() == [[0, 32, 32], [1, 0, 32], [2, 1, 0]]
+    with torch.no_grad():  # each bucket's bias is its number
+        two_way.weight.copy_(torch.arange(32.0)[:, None])
+        causal.weight.copy_(torch.arange(32.0)[:, None])
+    assert two_way(3).tolist() == [[[[0, 17, 18], [1, 0, 17], [2, 1, 0]]]]
+    future = torch.tensor(MASKED).item()
+    assert causal(3).tolist() == [[[[0, future, future], [1, 0, future], [2, 1, 0]]]]
     assert causal.bucket(distance).tolist() == [0, 1, 7, 8, 15, 31, 31, 0, 0, 0, 0]
 
 
 # ----------------------------------------------------------------------------- the whole model
 
 
-def test_tables_of_positions_are_made_once(monkeypatch):
-    """For lengths up to 64 one table a stack serves them all, slices of it."""
-    model, made, bucket = tiny_model(), [], PositionBias.bucket
-    monkeypatch.setattr(
-        PositionBias, "bucket", lambda self, x: made.append(tuple(x.shape)) or bucket(self, x)
-    )
-    for length in (5, 64, 5, 33):
-        tokens = torch.randint(4, 9, (2, length))
-        model.decode(tokens, model.encode(tokens))
-    assert made == [(64, 64)] * 2
-    model.encode(torch.randint(4, 9, (2, 65)))
-    assert made[2:] == [(128, 128)]
-
-
-def test_a_table_of_positions_follows_its_model_to_another_device():
+def test_the_bias_of_positions_follows_its_model_to_another_device():
     bias = PositionBias(ModelConfig(heads=1), True)
-    assert bias.table(3).device.type == "cpu" and bias.to("meta").table(3).device.type == "meta"
+    assert bias(3).device.type == "cpu" and bias.to("meta")(3).device.type == "meta"
+
+
+def test_sinusoids_by_hand_and_from_any_start():
+    """Sines, then cosines, of wavelengths from 2π on. A later part is a part of the whole."""
+    whole = sinusoids(0, 9, 4, torch.device("cpu"))
+    slow = 1 / 100  # 10000 ** (-2 / 4)
+    rows = [[math.sin(t), math.sin(t * slow), math.cos(t), math.cos(t * slow)] for t in range(9)]
+    torch.testing.assert_close(whole, torch.tensor(rows))
+    assert torch.equal(sinusoids(5, 9, 4, torch.device("cpu")), whole[5:])
 
 
 def test_padding_changes_nothing():
@@ -169,7 +171,7 @@ def test_cached_decoding_equals_uncached(shared_bias):
     model = tiny_model(shared_bias=shared_bias)
     with torch.no_grad():
         memory, tokens = model.encode(SOURCE), torch.randint(2, 11, (2, 6))
-        cache = Cache(model, 6)
+        cache = Cache(model.decoder, 6)
         steps = [model.decode(tokens[:, :2], memory, cache)]
         steps += [model.decode(tokens[:, t : t + 1], memory, cache) for t in (2, 3)]
         torch.testing.assert_close(
@@ -308,16 +310,24 @@ def test_recomputing_a_layer_changes_no_gradient(layers):
 # ----------------------------------------------------------------------------- log-probs
 
 
+def chunks_of(monkeypatch, tokens, vocab_size, kept):
+    """At most so many tokens' logits at once; all of them are kept for the backward pass, or none."""
+    monkeypatch.setattr(model_module, "CHUNK", tokens * vocab_size)
+    monkeypatch.setattr(model_module, "KEPT", 2**30 if kept else 0)
+
+
 @pytest.mark.parametrize("forbidden", [None, [0, 3]])
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("chunk", [5, 7, 64])
-def test_chunked_logprobs_equal_plain_forward_and_gradient(forbidden, chunk):
+def test_chunked_logprobs_equal_plain_forward_and_gradient(forbidden, kept, chunk, monkeypatch):
     """Whatever the chunk (a divisor, not a divisor, more than all tokens): same numbers."""
     torch.manual_seed(0)
+    chunks_of(monkeypatch, chunk, 50, kept)
     model = EncoderDecoder(ModelConfig(vocab_size=50, **SIZES["nano"]))
     hidden = torch.randn(20, 64, requires_grad=True)
     targets, weight = torch.randint(4, 50, (20,)), torch.randn(20)
     never = None if forbidden is None else torch.tensor(forbidden)
-    fast = model.token_logprobs(hidden, targets, temperature=0.7, forbidden=never, chunk=chunk)
+    fast = model.token_logprobs(hidden, targets, temperature=0.7, forbidden=never)
     plain = plain_token_logprobs(hidden / 0.7, model.embedding.weight, targets, never)
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
     gradients = [
@@ -328,16 +338,39 @@ def test_chunked_logprobs_equal_plain_forward_and_gradient(forbidden, chunk):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_logprobs_survive_a_second_backward():
+CASES = {  # CHUNK and KEPT of 20 tokens at V = 50; how many chunks are made: forward, backward
+    "one chunk": (1000, 1000, [20], []),
+    "several, kept": (350, 1000, [7, 7, 6], []),
+    "several, computed again": (350, 999, [7, 7, 6], [7, 7, 6]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logprobs_equal_plain_and_survive_a_second_backward(case, monkeypatch):
     """Regression guard: the kept buffer is overwritten by the first backward and must not be used again."""
     torch.manual_seed(0)
-    model, hidden = (
-        EncoderDecoder(ModelConfig(vocab_size=50, **SIZES["nano"])),
-        torch.randn(4, 64, requires_grad=True),
+    chunk, kept, forward, backward = CASES[case]
+    made, one_chunk = [], model_module.one_chunk
+    monkeypatch.setattr(model_module, "CHUNK", chunk)
+    monkeypatch.setattr(model_module, "KEPT", kept)
+    monkeypatch.setattr(
+        model_module, "one_chunk", lambda *args: made.append(len(args[0])) or one_chunk(*args)
     )
-    out = model.token_logprobs(hidden, torch.tensor([1, 2, 3, 4])).sum()
-    first, second = (torch.autograd.grad(out, hidden, retain_graph=True)[0] for _ in range(2))
-    torch.testing.assert_close(first, second)
+    hidden = torch.randn(20, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
+    targets, g, never = torch.randint(4, 50, (20,)), torch.randn(20), torch.tensor([0, 3])
+    plain = plain_token_logprobs(hidden, weight, targets, never)
+    fast = TokenLogProbs.apply(hidden, weight, targets, never)
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+    assert made == forward
+    expected = torch.autograd.grad(plain, (hidden, weight), g)
+    first = torch.autograd.grad(fast, (hidden, weight), g, retain_graph=True)
+    assert made == forward + backward
+    second = torch.autograd.grad(fast, (hidden, weight), g, retain_graph=True)
+    third = torch.autograd.grad(fast, (hidden, weight), g)
+    for a, b, c, d in zip(first, second, third, expected):
+        torch.testing.assert_close(a, d, rtol=1e-4, atol=1e-5)
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_plain_logprobs_are_torchs_cross_entropy():
@@ -364,7 +397,7 @@ def test_sampler_reports_the_logprobs_that_teacher_forcing_gives():
     model, prefix = tiny_model(), torch.tensor([[0, 2], [0, 3]])
     with torch.no_grad():
         memory = model.encode(SOURCE)
-        tokens, log_probs = sample(model, memory, prefix, 5, samples=3)
+        tokens, log_probs = sample_tokens(model, memory, prefix, 5, samples=3)
         forced = teacher_forced(model, memory, prefix.repeat_interleave(3, 0), tokens.view(6, 5))
     torch.testing.assert_close(log_probs.view(6, 5), forced, rtol=1e-10, atol=1e-10)
 
@@ -426,7 +459,7 @@ def test_samples_follow_the_distribution():
     torch.manual_seed(1)
     with torch.no_grad():
         memory = model.encode(SOURCE[:1])
-        tokens, _ = sample(
+        tokens, _ = sample_tokens(
             model,
             memory,
             torch.tensor([[0]]),
@@ -470,7 +503,7 @@ def test_a_late_look_changes_no_result(monkeypatch):
         torch.manual_seed(0)
         found += [
             (
-                *sample(model, memory, start, 12, samples=2, stop=1, temperature=2.0),
+                *sample_tokens(model, memory, start, 12, samples=2, stop=1, temperature=2.0),
                 *beam_search(model, memory, start, 12, beams=3),
             )
         ]
@@ -481,18 +514,10 @@ def test_a_late_look_changes_no_result(monkeypatch):
 def test_rows_end_at_stop_and_are_filled():
     model = tiny_model()
     with torch.no_grad():
-        tokens, log_probs = sample(
-            model,
-            model.encode(SOURCE),
-            torch.tensor([[0], [0]]),
-            12,
-            samples=50,
-            stop=5,
-            fill=7,
-            min_length=2,
+        tokens, log_probs = sample_tokens(
+            model, model.encode(SOURCE), torch.tensor([[0], [0]]), 12, samples=50, stop=5, fill=7
         )
     rows = tokens.view(-1, 12)
-    assert not (rows[:, :2] == 5).any()
     ended = [(row, lp) for row, lp in zip(rows.tolist(), log_probs.view(-1, 12)) if 5 in row]
     assert len(ended) > 10
     for row, lp in ended:
@@ -504,7 +529,7 @@ def test_greedy_takes_the_likeliest_token():
     model, prefix = tiny_model(), torch.tensor([[0], [0]])
     with torch.no_grad():
         memory = model.encode(SOURCE)
-        tokens = sample(model, memory, prefix, 4, temperature=0)[0][:, 0]
+        tokens = sample_tokens(model, memory, prefix, 4, temperature=0)[0][:, 0]
         hidden = model.decode(torch.cat([prefix, tokens], 1), memory)[:, :-1]
         assert torch.equal(model.logits(hidden).argmax(-1), tokens)
 
@@ -553,7 +578,7 @@ def test_one_beam_is_greedy():
     with torch.no_grad():
         memory = model.encode(SOURCE)
         beam = beam_search(model, memory, prefix, 6, beams=1)[0][:, 0]
-        greedy = sample(model, memory, prefix, 6, temperature=0, stop=1, fill=0)[0][:, 0]
+        greedy = sample_tokens(model, memory, prefix, 6, temperature=0, stop=1, fill=0)[0][:, 0]
     assert torch.equal(beam, greedy)
 
 
@@ -581,16 +606,15 @@ def test_nothing_keeps_a_model_alive():
     """No cache of the program holds a model, its parts or its tables once it is gone."""
     model = tiny_model()
     memory = model.encode(SOURCE)
-    spec = WarmupSpec(3, (0, 1, 2, 3), 2, 2)
+    spec = WarmupSpec(3, (0, 1, 2, 3), 2)
     batch = Batch(SOURCE, torch.tensor([[4], [4]]), torch.tensor([[5, 1], [6, 1]]))
     model.decoder.eval()
-    loss, _ = warmup_loss(model, batch, spec, "marginal", 2)
+    loss, *_ = warmup_loss(model, batch, spec, "marginal", 2)
     loss.backward()
     generate(model, batch, spec, 4, beams=2)
     del memory, loss
     seen = [weakref.ref(part) for part in model.modules()]
     seen += [weakref.ref(parameter) for parameter in model.parameters()]
-    seen += [weakref.ref(bias.kept) for bias in model.decoder.biases]
     assert len(seen) > 40
     del model, batch
     gc.collect()

@@ -1,8 +1,9 @@
 """A task of one's own: what is wrong with it is said in one line, before anything else.
 
 Each of these was planted once to see a test fail:
-    settings not looked at; types not looked at       test_settings_that_mean_nothing
-    a metric, sample or reader without an entry       test_names_that_mean_nothing
+    settings not looked at                            test_settings_that_mean_nothing
+    types not looked at                               test_values_that_mean_nothing
+    a metric, generator or reader without an entry    test_names_that_mean_nothing
     empty, or no text, taken from a generator         test_what_a_generator_may_not_give
     None for a missing warmup                         test_a_metric_may_look_at_warmups
     the warmups' file not written                     test_the_warmups_of_a_split_are_written_…
@@ -13,6 +14,7 @@ import json
 import re
 import shutil
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,14 +26,14 @@ import train
 import warmup
 from conftest import TINY
 from data import Example, Task
-from model import EncoderDecoder, ModelConfig
+from model import EncoderDecoder, ModelConfig, load_checkpoint
 
 FLAGS = [
     "--task",
     "mine",
     "--size",
     "nano",
-    "--sample-size",
+    "--built-in-size",
     "40",
     "--threads",
     "1",
@@ -58,52 +60,73 @@ def mine(monkeypatch, tmp_path):
     """mine(generator, **columns): a task of that name, as its owner would write it."""
     monkeypatch.chdir(tmp_path)
 
-    def register(generator=good, settings=None, metrics="options", sample="mine", reader=""):
-        monkeypatch.setitem(data.SAMPLES, "mine", generator)
-        monkeypatch.setitem(
-            data.TASKS, "mine", Task(metrics, sample, reader, settings=settings or {})
-        )
+    def register(generator=good, settings=None, metrics="options", name="mine", reader=""):
+        monkeypatch.setitem(data.GENERATORS, "mine", generator)
+        task = Task(metrics, generator=name, reader=reader, settings=settings or {})
+        monkeypatch.setitem(data.TASKS, "mine", task)
 
     return register
 
 
 def refused(capsys) -> str:
+    """The one line that says what is wrong. No run folder was made."""
     capsys.readouterr()
     assert train.main([*FLAGS, "--out", "run"]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("error: task mine: "), (out, err)
+    assert err.count("\n") == 1 and err.startswith("error: task mine: "), (out, err)
+    assert not Path("run").exists()
     return err
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        (dict(warmup_length=2), "warmup_length"),
+        (dict(policy_step=60), "policy_step"),
+        (dict(xyzzy=1), "xyzzy"),
+    ],
+)
+def test_settings_that_mean_nothing(settings, name, mine, capsys):
+    mine(settings=settings)
+    said = refused(capsys)
+    assert f"its setting '{name}' does not exist: there are task, out, " in said
+    assert " warmup_len, " in said and " policy_steps, " in said
 
 
 @pytest.mark.parametrize(
     "settings, says",
     [
-        (dict(warmup_length=2), "'warmup_length', which is no setting: did you mean warmup_len?"),
-        (dict(policy_step=60), "'policy_step', which is no setting: did you mean policy_steps?"),
-        (dict(xyzzy=1), "'xyzzy', which is no setting\n"),
-        (dict(samples="8"), "samples = '8', which must be of type int"),
-        (dict(samples=8.0), "samples = 8.0, which must be of type int"),
-        (dict(control=1), "control = 1, which must be of type bool"),
+        (dict(samples="8x"), "invalid int value: '8x'"),
+        (dict(samples=8.0), "--samples must be of type int, not 8.0"),
+        (dict(control=1), "--control must be of type bool, not 1"),
+        (dict(samples=0), "--samples must lie between 1 and 1024"),
+        (dict(size="huge"), "--size must be one of toy, "),
     ],
 )
-def test_settings_that_mean_nothing(settings, says, mine, capsys):
+def test_values_that_mean_nothing(settings, says, mine, capsys):
     mine(settings=settings)
-    assert says in refused(capsys)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--task", "mine", "--out", "run"])
+    assert stop.value.code == 2 and not Path("run").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[0].startswith("error: ") and says in said[0]
 
 
 def test_settings_that_mean_something_are_used(mine):
-    mine(settings=dict(warmup_len=2, lr=1, control=False))  # a whole number may stand for a float
+    mine(settings=dict(warmup_len=2, lr=1.0, control=False))
     config, _ = train.parse(["--task", "mine"])
-    assert (config.warmup_len, config.lr, config.control) == (2, 1, False)
+    assert (config.warmup_len, config.lr, config.control) == (2, 1.0, False)
 
 
 @pytest.mark.parametrize(
     "columns, says",
     [
-        (dict(metrics="accuracy"), "its metrics 'accuracy' is no key of eval.METRICS, which has"),
-        (dict(metrics=""), "its metrics '' is no key of eval.METRICS"),
-        (dict(sample="mein"), "its sample 'mein' is no key of data.SAMPLES, which has pointers, "),
-        (dict(reader="tsv"), "its reader 'tsv' is no key of data.READERS, which has parallel, "),
+        (
+            dict(metrics="accuracy"),
+            "its metrics 'accuracy' does not exist: there are translation, ",
+        ),
+        (dict(metrics=""), "its metrics '' does not exist: there are translation, "),
+        (dict(name="mein"), "its generator 'mein' does not exist: there are pointers, "),
     ],
 )
 def test_names_that_mean_nothing(columns, says, mine, capsys):
@@ -111,26 +134,33 @@ def test_names_that_mean_nothing(columns, says, mine, capsys):
     assert says in refused(capsys)
 
 
+def test_a_reader_that_means_nothing(mine, capsys):
+    mine(reader="tsv")
+    assert train.main([*FLAGS, "--data", ".", "--out", "run"]) == 1
+    says = "error: task mine: its reader 'tsv' does not exist: there are parallel, "
+    assert capsys.readouterr().err.startswith(says)
+
+
 @pytest.mark.parametrize(
-    "given, says",
+    "given",
     [
-        (("a", "", "b"), "its sample gave ('a', '', 'b'), not an Example"),
-        (None, "its sample gave None, not an Example"),
-        (Example("a", "", ["b"]), "its sample gave the target ['b'], not a string"),
-        (Example("a", None, "b"), "its sample gave the prompt None, not a string"),
-        (Example("a", "", " "), "its sample gave an example with an empty target"),
-        (Example("", "", "b"), "its sample gave an example with an empty source"),
+        ("a", "", "b"),
+        None,
+        Example("a", "", ["b"]),
+        Example("a", None, "b"),
+        Example("a", "", " "),
+        Example("", "", "b"),
     ],
 )
 @pytest.mark.parametrize("often", [True, False])
-def test_what_a_generator_may_not_give(given, says, often, mine, capsys):
+def test_what_a_generator_may_not_give(given, often, mine, capsys):
     """Always, or once in ten."""
     mine(lambda r, config: given if often or r.random() < 0.1 else good(r, config))
-    assert says in refused(capsys)
+    assert f"its generator gave {given!r}, not an Example of texts" in refused(capsys)
 
 
 def test_prompts_of_unequal_length(mine, capsys):
-    """By the numbers of three draws: found before any data is made."""
+    """Padding would stand between a shorter one and y."""
     calls = []
 
     def generator(r, config):
@@ -138,15 +168,17 @@ def test_prompts_of_unequal_length(mine, capsys):
         return good(r, config)._replace(prompt="<ask> " + "a " * (len(calls) % 2))
 
     mine(generator)
-    assert "its prompts differ in length: '<ask> a ', '<ask> ', '<ask> a '" in refused(capsys)
-    assert len(calls) == 3
+    assert train.main([*FLAGS, "--out", "run"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and not Path("run").exists()
+    assert "all prompts of a task must have the same number of tokens" in err
 
 
 def test_a_generator_that_repeats_itself(mine, capsys):
     mine(lambda r, config: Example(r.choice("ab"), "", "b"))
     assert train.main([*FLAGS, "--out", "run"]) == 1
     said = capsys.readouterr().err
-    assert "lower --sample-size (now 40)\n" in said and "--symbols" not in said
+    assert "lower --built-in-size (now 40)" in said and "--symbols" not in said
 
 
 def test_a_metric_may_look_at_warmups(mine, monkeypatch, capsys):
@@ -184,7 +216,7 @@ def test_a_metric_may_look_at_warmups(mine, monkeypatch, capsys):
 )
 def test_a_metric_that_fails_does_so_before_training(metric, says, mine, monkeypatch, capsys):
     monkeypatch.setitem(evaluation.METRICS, "broken", metric)
-    monkeypatch.setattr(train.Run, "train", lambda run: pytest.fail("trained"))
+    monkeypatch.setattr(train, "train", lambda run: pytest.fail("trained"))
     mine(metrics="broken")
     assert train.main([*FLAGS, "--out", "run"]) == 1
     err = capsys.readouterr().err
@@ -196,8 +228,8 @@ def test_numbers_of_numpy_and_torch_are_numbers(mine, monkeypatch):
     monkeypatch.setitem(
         evaluation.METRICS, "odd", lambda *_: {"x": np.float32(0.5), "y": torch.ones(())}
     )
-    config = train.Config(task="wmt")
-    monkeypatch.setitem(data.TASKS, "wmt", Task("odd", sample="translation"))
+    config = data.Config(task="wmt")
+    monkeypatch.setitem(data.TASKS, "wmt", Task("odd", generator="translation"))
     assert evaluation.compute_metrics(config, [], [], []) == {"x": 0.5, "y": 1.0}
 
 
@@ -205,9 +237,8 @@ def test_a_metric_that_is_gone(finished_run, monkeypatch, capsys):
     monkeypatch.delitem(evaluation.METRICS, "translation")
     for program, *argv in ((evaluation, str(finished_run)), (train, "--resume", str(finished_run))):
         assert program.main(argv) == 1
-        assert (
-            "eval.METRICS lacks 'translation', the metrics of task wmt" in capsys.readouterr().err
-        )
+        said = "error: task wmt: its metrics 'translation' does not exist: there are pointers, "
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -229,13 +260,6 @@ def test_a_reader_of_ones_own_that_fails(row, says, mine, monkeypatch, tmp_path,
     assert "line 1 of" in err and says in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("task", [Task("options", settings=None), dict(metrics="options")])
-def test_what_is_no_task(task, mine, monkeypatch, capsys):
-    mine()
-    monkeypatch.setitem(data.TASKS, "mine", task)
-    assert "data.TASKS needs a Task there" in refused(capsys)
-
-
 def test_the_warmups_of_a_split_are_written_beside_its_outputs(finished_run, tmp_path, capsys):
     run = shutil.copytree(finished_run, tmp_path / "run")
     assert evaluation.main([str(run), "--split", "valid"]) == 0
@@ -252,7 +276,7 @@ def test_the_warmups_of_a_split_are_written_beside_its_outputs(finished_run, tmp
                 "--task",
                 "wmt",
                 *TINY,
-                "--sample-size",
+                "--built-in-size",
                 "40",
                 "--policy-steps",
                 "0",
@@ -274,7 +298,7 @@ def test_a_results_file_says_what_made_it(finished_run):
     assert results["config"]["seed"] == 0 and results["config"]["samples"] == 2
     assert results["versions"]["torch"] == version("torch")
     assert results["versions"]["numpy"] == version("numpy")
-    saved = evaluation.load_checkpoint(finished_run / "last.pt", "state")
+    saved = load_checkpoint(finished_run / "last.pt", "state")
     assert results["data_checksum"] == saved["data"]
 
 
@@ -285,18 +309,18 @@ def test_a_task_that_is_registered_no_longer(finished_run, tmp_path, capsys):
     for program, *argv in ((evaluation, str(run)), (train, "--resume", str(run))):
         assert program.main(argv) == 1
         said = capsys.readouterr().err
-        assert f"{run / 'config.json'} names the task 'mine', which data.TASKS lacks" in said
+        assert f"{run / 'config.json'}" in said and "--task must be one of toy, wmt, " in said
 
 
-def test_a_folder_that_is_no_run_names_those_that_are(finished_run, tmp_path, capsys):
-    for name in ("toy", "wmt"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "config.json").write_text("{}", encoding="utf-8")
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    """A folder of runs, too, and one that does not exist."""
+    (tmp_path / "runs" / "toy").mkdir(parents=True)
+    (tmp_path / "runs" / "toy" / "config.json").write_text("{}", encoding="utf-8")
     for folder in (tmp_path / "runs" / "nope", tmp_path / "runs"):
-        assert evaluation.main([str(folder)]) == 1
-        said = capsys.readouterr().err
-        here = f"{tmp_path / 'runs' / 'toy'}, {tmp_path / 'runs' / 'wmt'}"
-        assert f"no run in {folder}: runs here are {here}. If" in said and said.count("\n") == 1
+        for program, *argv in ((evaluation, str(folder)), (train, "--resume", str(folder))):
+            assert program.main(argv) == 1
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: no run in {folder}: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -325,13 +349,14 @@ def test_an_export_is_called_by_its_row(
 ):
     monkeypatch.setattr(evaluation, "save_pretrained", lambda model, out: out.mkdir())
     tokenizer = evaluation.load_tokenizer(finished_run / "tokenizer.json")
-    config = train.Config(estimator=estimator)
-    evaluation.export(finished_run, "policy", config, tmp_path / "out", tokenizer)
+    config = data.Config(estimator=estimator, out=str(finished_run))
+    run = evaluation.Finished(config, tokenizer, torch.device("cpu"))
+    evaluation.export(run, "policy", tmp_path / "out")
     assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}: {name}\n"
 
 
 def test_a_warmup_may_hold_all_but_its_separator():
-    """Nothing else is forbidden, and <sep> may end it early: then no id has probability 0."""
+    """Nothing else is forbidden. It has W tokens, and their probabilities sum to 1."""
     torch.manual_seed(0)
     model = (
         EncoderDecoder(
@@ -348,12 +373,14 @@ def test_a_warmup_may_hold_all_but_its_separator():
         .double()
         .eval()
     )
-    spec = warmup.WarmupSpec(3, (3,), 2, 1)
+    spec = warmup.WarmupSpec(3, (3,), 2)
     source, prompt = torch.tensor([[4, 5]]), torch.tensor([[4]])
     memory = model.encode(source)
     c, log_pi = warmup.sample_warmups(model, memory, prompt, spec, 8)
-    again, _ = warmup.score(model, memory, prompt, c, torch.tensor([[5, 1]]), spec)
+    batch = warmup.Batch(source, prompt, torch.tensor([[5, 1]]))
+    again, *_ = warmup.score(model, memory, batch, c, spec)
     torch.testing.assert_close(again, log_pi, rtol=1e-9, atol=1e-9)
     every = warmup.all_warmups(spec, 6)[None]
-    total, _ = warmup.score(model, memory, prompt, every, torch.tensor([[5, 1]]), spec)
+    assert every.shape == (1, 25, 2) and not (every == 3).any()
+    total, *_ = warmup.score(model, memory, batch, every, spec)
     torch.testing.assert_close(total.exp().sum(), torch.ones((), dtype=torch.float64))

@@ -30,7 +30,7 @@ from conftest import TINY, standard_input
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("warmup.py", "model.py", "data.py", "train.py", "eval.py")
-SMALL = ["--task", "wmt", *TINY, "--sample-size", "40", "--beams", "1"]
+SMALL = ["--task", "wmt", *TINY, "--built-in-size", "40", "--beams", "1"]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="finds open files in /proc")
 
 
@@ -168,9 +168,7 @@ def test_standard_input_is_read_without_a_device_file(finished_run, monkeypatch,
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_to_a_file_is_utf_8(stream):
     """On Windows Python would write cp1252 there, and ? for all else."""
-    code = (
-        f"import sys, model; model.program(lambda argv: print('▁дом 家 é', file=sys.{stream}))([])"
-    )
+    code = f"import sys, data; data.program(lambda argv: print('▁дом 家 é', file=sys.{stream}))([])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -189,12 +187,12 @@ def test_auto_is_cuda_or_the_cpu(cuda, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert model.pick_device("auto").type == chosen
+    assert model.use_device("auto").type == chosen
     if mps:
-        assert model.pick_device("mps").type == "mps"
+        assert model.use_device("mps").type == "mps"
     else:
         with pytest.raises(model.UserError, match="no mps"):
-            model.pick_device("mps")
+            model.use_device("mps")
 
 
 # ----------------------------------------------------------------------------- versions

@@ -5,20 +5,22 @@ All commands run in one other process, twice: there and on the CPU. (--export ne
 Each of these was planted once to see a test fail:
     draw: torch.rand without a device                 test_a_command_does_…[whole], and 20 more
     sinusoids: their positions stay on the CPU        test_a_command_does_…[whole], and 10 more
-    PositionBias.table stays: a legal index, but slow test_how_often_an_update_waits, of all runs
+    PositionBias: its positions stay on the CPU       test_a_command_does_…, of all commands
     exact: all_warmups stay                           test_a_command_does_…[exact]
     beam_search: ended_scores stay, or first_row      test_a_command_does_…[beams], and 6 more
-    decode_batch, validate, Run.loss: a batch stays   test_a_command_does_…, of all commands
+    decode_batch, validate, batch_loss: a batch stays test_a_command_does_…, of all commands
     samples_at_work: its example stays                test_a_command_does_…[show], and 17 more
-    forbidden_ids stay                                test_a_command_does_…[whole], and 20 more
+    tensor_of: forbidden ids stay                     test_a_command_does_…, of all commands
     iwae: torch.eye without a device                  test_a_command_does_…[iwae]
     pause: log P(c|x) of zeros stays                  test_a_command_does_…[pause]
-    score_distinct: rows of distinct warmups stay     test_a_command_does_…[repeats], and 5 more
+    score_distinct: kept rows stay                    test_a_command_does_…[repeats], and 3 more
+    score_distinct: places stay: legal, but slow      test_how_often_an_update_waits[repeats]
     load_model leaves the model on the CPU            test_a_command_does_…[beams], and 5 more
     a checkpoint is loaded to where it was saved      test_a_command_does_…, of all commands
     recompute without the random state                test_what_is_computed_again_draws_…
-    FLOPs counted there; loss.item(); a batch sent
-    blocking; ids made anew for each batch            test_how_often_an_update_waits, of most runs
+    FLOPs of a policy update counted there            test_a_command_does_…, of all commands
+    loss.item(); a batch sent blocking; ids made
+    anew for each batch                               test_how_often_an_update_waits, of most runs
     a look at every token, or at every fourth         test_decoding_looks_at_every_eighth_…
 """
 
@@ -74,7 +76,7 @@ TOY = [
     *SMALL,
     "--size",
     "toy",
-    "--sample-size",
+    "--built-in-size",
     "16",
     "--symbols",
     "6",
@@ -91,17 +93,7 @@ TOY = [
 NANO = [*TOY, "--size", "nano", "--dropout", "0.3"]
 RUNS = {
     "whole": TEXT,
-    "iwae": [
-        *TOY,
-        "--estimator",
-        "iwae",
-        "--warmup-min-len",
-        "1",
-        "--entropy-bonus",
-        "0.1",
-        "--temperature",
-        "1.2",
-    ],
+    "iwae": [*TOY, "--estimator", "iwae", "--temperature", "1.2"],
     "repeats": [*TOY, "--estimator", "truncated", "--warmup-len", "1", "--samples", "40"],
     "exact": [*TOY, "--estimator", "exact", "--warmup-len", "1"],
     "frozen": [*TOY, "--estimator", "frozen", "--accumulate", "2"],
@@ -129,14 +121,14 @@ def write_text(folder):
 
 def interrupt_run(flags):
     """A run that leaves off in the policy stage, on the CPU."""
-    loss = train.Run.loss
+    loss = train.batch_loss
 
     def interrupting_loss(run, batch):
         run.stop = run.state.stage == "policy"
         return loss(run, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "loss", interrupting_loss)
+        patch.setattr(train, "batch_loss", interrupting_loss)
         assert train.main([*flags, "--device", "cpu"]) == 1
 
 
@@ -246,16 +238,20 @@ def waits_of(result, function):
 
 
 # one for each update: the numbers of the log come in one transfer
-UPDATE = ["gather_sums: tolist"]
+UPDATE = ["summary/gather_sums: tolist"]
 # one for each micro-batch of SFT, a size: how many target tokens are real
-SFT = ["loss/sft_loss/direct_logprobs/sum_logprobs: nonzero"]
+SFT = ["batch_loss/sft_loss/direct_logprobs/sum_logprobs: nonzero"]
 # two for each of the policy stage: also which of an example's warmups are distinct
 POLICY = [
-    "loss/warmup_loss/score_distinct: to the CPU",
-    "loss/warmup_loss/score_distinct/score/sum_logprobs: nonzero",
+    "batch_loss/warmup_loss/score/distinct_rows: to the CPU",
+    "batch_loss/warmup_loss/score/score_rows/sum_logprobs: nonzero",
+]
+DISTINCT = [  # where most of them are not
+    "batch_loss/warmup_loss/score/distinct_rows: to the CPU",
+    "batch_loss/warmup_loss/score/score_distinct/score_rows/sum_logprobs: nonzero",
 ]
 MORE = {
-    "exact": ["loss/warmup_loss: to the device"]  # all warmups
+    "exact": ["batch_loss/warmup_loss: to the device"]  # all warmups
 }
 
 
@@ -273,12 +269,12 @@ def test_how_often_an_update_waits(name, done):
         expected[wait] += sft + policy
     for wait in SFT:
         expected[wait] += sft * micro_batches
-    for wait in POLICY + MORE.get(name, []):
+    for wait in (DISTINCT if name == "repeats" else POLICY) + MORE.get(name, []):
         expected[wait] += policy * micro_batches
     assert policy and waits_of(result, "train_stage") == expected
 
 
-@pytest.mark.parametrize("name, search", [("greedy", "sample"), ("beams", "beam_search")])
+@pytest.mark.parametrize("name, search", [("greedy", "sample_tokens"), ("beams", "beam_search")])
 def test_decoding_looks_at_every_eighth_token_whether_it_may_stop(name, search, done):
     """Beside it a batch waits for c and for y."""
     result = done["auto", name]

@@ -69,7 +69,7 @@ def run(command: str, monkeypatch) -> None:
         evaluation.parse(arguments)
     elif "--export" in arguments:
         with monkeypatch.context() as patch:  # a model that was not trained here
-            patch.setattr(evaluation, "read_settings", lambda folder: evaluation.Settings())
+            patch.setattr(evaluation, "read_settings", lambda folder: data.Config())
             evaluation.parse(arguments)
     elif "--init" in arguments or "multi30k" in arguments and program is train:
         train.parse(arguments)  # weights and data that are not here
@@ -137,7 +137,7 @@ def test_adding_a_task_works_as_the_guide_says(tmp_path):
         "2",
         "--eval-every",
         "2",
-        "--sample-size",
+        "--built-in-size",
         "100",
     ]
     for command in (
@@ -224,7 +224,7 @@ def test_the_readme_is_three_pages():
 
 def test_the_estimators_and_tasks_of_the_pages_are_those_of_the_code():
     rows = set(re.findall(r"^\| `(\w+)`", README, re.M)) | {"pause", "sft"}
-    [estimator] = [f for f in dataclasses.fields(train.Config) if f.name == "estimator"]
+    [estimator] = [f for f in dataclasses.fields(data.Config) if f.name == "estimator"]
     assert set(estimator.metadata["choices"]) <= rows
     assert set(
         re.findall(r"^\| `(\w+)` \|", PAGES["guide.md"].split("## Your own text")[0], re.M)

@@ -5,7 +5,8 @@ Each of these was planted once to see a test fail:
     y written after the greedy warmup, or for another source           test_show_prints_…
     samples shown for a constant warmup                                test_nothing_is_sampled_…
     control drawn from 0 FLOPs, not from SFT's; a train value missing  test_plot_draws_…
-    the bar's total that of a stage                                    test_one_bar_…
+    the bar begins at 0 after --resume                                 test_a_resumed_run_…
+    a bar with the numbers of another stage                            test_each_stage_has_a_bar_…
 """
 
 import json
@@ -21,6 +22,7 @@ import eval as evaluation
 import train
 from conftest import TINY
 from data import load_tokenizer
+from model import load_model
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert drawn == [3, 3] and written == [1, 1, 1, 1, 1, 3, 1, 3]
     assert all(torch.equal(sources[i].expand(3, -1), sources[i + 1]) for i in (4, 6))
-    examples = data.load(evaluation.read_settings(run))[0]["test"]
+    examples = data.load(data.read_config(run))[0]["test"]
     capsys.readouterr()
     blocks = out.split("\nsource ")[1:]
     assert len(blocks) == 2
@@ -93,7 +95,7 @@ def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
 
 def by_hand(run, tokenizer, example, c):
     """log P(c|x) and log P(y|x,c), (K,) each: the whole sequence through plain logits."""
-    model = evaluation.load_model(run / "policy.pt", tokenizer, torch.device("cpu"))
+    model = load_model(run / "policy.pt", tokenizer.get_vocab_size(), torch.device("cpu"))
     ids = {
         name: tokenizer.encode(text, add_special_tokens=False).ids
         for name, text in example._asdict().items()
@@ -114,7 +116,7 @@ def by_hand(run, tokenizer, example, c):
 
 
 @pytest.mark.parametrize(
-    "estimator, samples", [("pause", 2), ("sft", 2), ("exact", 2), ("marginal", 1)]
+    "estimator, samples", [("pause", 2), ("sft", 2), ("exact", 2), ("best", 1)]
 )
 def test_nothing_is_sampled_where_there_is_nothing_to_compare(estimator, samples, run, capsys):
     change(run, estimator=estimator, samples=samples)
@@ -151,62 +153,51 @@ def test_training_and_scoring_end_with_what_show_prints(run, capsys):
 
 
 class Axis:
-    """Stands for matplotlib's: keeps what is drawn."""
+    """Stands for matplotlib's: keeps what is drawn. A curve's thick line is drawn after a thin one."""
 
-    def __init__(self):
-        self.lines, self.thin, self.title, self.scale = {}, [], "", "linear"
-        self.yaxis, self.hidden, self.marker = self, False, None
+    def __init__(self, title, xlabel):
+        assert "TFLOP" in xlabel
+        self.lines, self.colors, self.widths = {}, {}, {}
+        self.title, self.scale, self.marker, self.named = title, "linear", None, False
 
-    def plot(self, x, y, label=None, marker="", **how):
-        if label is None:
-            self.thin.append((list(x), list(y)))
-        else:
-            self.lines[label] = (list(x), list(y))
-            self.marker = marker
-
-    def tick_params(self, labelbottom):
-        self.labelled = labelbottom
-
-    def set_title(self, title, **how):
-        self.title = title
+    def plot(self, x, y, label=None, marker="", color=None, linewidth=1.0, **how):
+        curves = self.lines.setdefault(color, [])
+        curves.append((list(x), list(y)))
+        self.widths.setdefault(color, []).append(linewidth)
+        self.colors[label] = color
+        self.marker = marker
 
     def set_yscale(self, scale):
         self.scale = scale
 
-    def get_ylim(self):
-        return 2, 5
-
-    def set_visible(self, visible):
-        self.hidden = not visible
-
-    def set_major_formatter(self, form):
-        assert form == "{x:g}"  # not 4 × 10⁰
-
-    def set_minor_formatter(self, form):
-        assert form == "{x:g}"  # less than a decade: there may be no major tick at all
-
     def legend(self, **how):
-        pass
+        self.named = True
+
+    def curve(self, name):
+        """x and y of its thick line."""
+        return self.lines[self.colors[name]][-1]
+
+    def thin(self, name):
+        """The thin lines below."""
+        return self.lines[self.colors[name]][:-1]
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The axes, and the title, of a figure that is drawn by a stand-in for matplotlib."""
-    made = SimpleNamespace(axes=[], title="", page=None)
+    made = SimpleNamespace(axes=[], title="", page=None, places=[])
 
     class Figure:
         def __init__(self, **how):
-            pass
+            made.axes.clear(), made.places.clear()
 
-        def subplots(self, rows, columns, **how):
-            made.axes[:] = [Axis() for _ in range(rows * columns)]
-            return SimpleNamespace(flat=made.axes)
+        def add_subplot(self, rows, columns, number, title, xlabel):
+            made.places.append((rows, columns, number))
+            made.axes.append(Axis(title, xlabel))
+            return made.axes[-1]
 
         def suptitle(self, text):
             made.title = text
-
-        def supxlabel(self, text):
-            assert "TFLOP" in text
 
         def savefig(self, path, format):
             assert format == "png"
@@ -253,17 +244,25 @@ def test_plot_draws_the_log_against_flops(run, drawn, tmp_path, capsys):
                 if (r["kind"], r["stage"]) == (kind, stage) and key in r
             ]
             assert bool(wanted) == (stage == "policy" or key == "nll")
-            assert (name in axis.lines) == bool(wanted)
-            x, y = axis.lines.get(name, ([], []))
+            assert (name in axis.colors) == bool(wanted)
+            x, y = axis.curve(name) if wanted else ([], [])
             assert x == pytest.approx([x for x, _ in wanted], rel=1e-9)
             assert y == pytest.approx([y for _, y in wanted], rel=1e-9)  # too few to smooth
-            assert kind == "valid" or not wanted or axis.thin == [(x, [y for _, y in wanted])]
+            if wanted:
+                thin = [] if kind == "valid" else [(x, [y for _, y in wanted])]
+                assert axis.thin(name) == thin
+    colors = {
+        name: {axis.colors.get(name) for axis in drawn.axes} - {None} for name in names.values()
+    }
+    assert sorted(map(len, colors.values())) == [1, 1, 1] and len(set.union(*colors.values())) == 3
+    assert [axis.named for axis in drawn.axes] == [True, False, False, False]
+    assert drawn.places == [(2, 2, 1), (2, 2, 2), (2, 2, 3), (2, 2, 4)]
     assert [axis.scale for axis in drawn.axes] == ["log", "linear", "linear", "linear"]
     assert [axis.marker for axis in drawn.axes] == ["o", "o", "", ""]
 
 
 def test_plot_has_a_panel_for_each_metric_that_was_logged(run, drawn, tmp_path):
-    """--eval-decode: three of them here. Seven panels, so the eighth place stays empty."""
+    """--eval-decode: three of them here. Seven panels: the eighth place stays empty."""
     path = run / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for n, line in enumerate(lines):
@@ -275,21 +274,22 @@ def test_plot_has_a_panel_for_each_metric_that_was_logged(run, drawn, tmp_path):
         "1 hop, validation",
         "2 hops, validation",
         "hit rate, validation",
-        "",
     ]
-    assert [axis.hidden for axis in drawn.axes] == [False] * 7 + [True]
+    assert drawn.places == [(4, 2, number) for number in range(1, 8)]
     wanted = [
         n / 50 for n, line in enumerate(lines) if line["kind"] == "valid" and line["stage"] == "sft"
     ]
-    assert drawn.axes[5].lines["sft"][1] == wanted
+    assert drawn.axes[5].curve("sft")[1] == wanted
 
 
 def test_updates_are_smoothed_and_stay_visible():
-    axis = Axis()
+    axis = Axis("", "TFLOP")
     values = [float(n % 2) for n in range(400)]
-    evaluation.draw_curve(axis, list(range(400)), values, "train", "black", "warmup")
-    [(_, raw)], (_, smooth) = axis.thin, axis.lines["warmup"]
+    evaluation.draw_curve(axis, "train", range(400), values, color="black", label="warmup")
+    [(_, raw)], (_, smooth) = axis.thin("warmup"), axis.curve("warmup")
     assert raw == values and len(smooth) == 400
+    thin, thick = axis.widths["black"]
+    assert thin < thick
     assert max(abs(y - 0.5) for y in smooth[20:-20]) < 0.03  # a mean of 21
 
 
@@ -299,7 +299,7 @@ def show_lines(run, capsys, *flags) -> list[str]:
 
 
 def test_show_takes_another_split_or_lines_of_ones_own(run, tmp_path, capsys):
-    config = evaluation.read_settings(run)
+    config = data.read_config(run)
     splits, _ = data.load(config)
     lines = show_lines(run, capsys, "--split", "valid")
     assert [line for line in lines if line.startswith("source")] == [
@@ -357,7 +357,7 @@ def test_plot_needs_the_log_alone(run, tmp_path, monkeypatch):
     for name in ("sft.pt", "control.pt", "policy.pt", "tokenizer.json"):
         (run / name).unlink()
     drawn = []
-    monkeypatch.setattr(evaluation, "plot", lambda *arguments: drawn.append(arguments[0]))
+    monkeypatch.setattr(evaluation, "plot", lambda config, out: drawn.append(config.folder))
     assert evaluation.main([str(run), "--plot", str(tmp_path / "curves.png")]) == 0
     assert drawn == [run]
 
@@ -387,35 +387,50 @@ class Bar(train.tqdm):
             self.shown.append((self.desc, self.total, set(numbers)))
 
 
-def test_one_bar_counts_the_updates_of_the_whole_run(tmp_path, monkeypatch):
+def test_each_stage_has_a_bar_of_its_updates(tmp_path, monkeypatch):
     """4 SFT, 3 warmup, then the control's. A beginner's three numbers; all others are in the log."""
     monkeypatch.setattr(train, "tqdm", Bar)
     Bar.made.clear()
     flags = ["--task", "wmt", *TINY, "--eval-every", "1", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
-    [bar] = Bar.made
-    control = (
-        json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))["rows"][1][
-            "updates"
-        ]
-        - 4
-    )
-    assert bar.n == bar.total == 4 + 3 + control and len(bar.shown) == bar.n
-    assert bar.shown[:4] == [("sft: ", 4 + 3 + 2 * 3, {"loss"})] * 4
-    assert bar.shown[4:7] == [("policy: ", 4 + 3 + 2 * 3, {"nll", "spread", "swap_gap"})] * 3
-    assert bar.shown[7:] == [("control: ", 4 + 3 + control, {"loss"})] * control
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    control = results["rows"][1]["updates"] - 4
+    assert len(Bar.made) == 3
+    for bar, stage, total, names in zip(
+        Bar.made,
+        ("sft", "policy", "control"),
+        (4, 3, control),
+        ({"loss"}, {"nll", "spread", "swap_gap"}, {"loss"}),
+    ):
+        assert bar.n == bar.total == total and bar.initial == 0
+        assert [(name.strip(": "), *rest) for name, *rest in bar.shown] == [
+            (stage, total, names)
+        ] * total
 
 
-def test_a_resumed_run_begins_its_bar_where_it_stopped(run, monkeypatch):
-    """In the policy stage, after one of its updates."""
+def test_a_resumed_run_begins_its_bar_where_it_stopped(run, tmp_path, monkeypatch):
+    """A finished one at the end of its control; an interrupted one in its policy stage."""
     monkeypatch.setattr(train, "tqdm", Bar)
     Bar.made.clear()
-    settings = evaluation.read_settings(run, train.Config)
-    [*_, stage], before = settings.stages, settings.sft_steps + settings.policy_steps
-    assert stage == "control"
     assert train.main(["--resume", str(run)]) == 0
     [bar] = Bar.made
-    assert bar.initial == bar.total == bar.n > before
+    assert bar.initial == bar.total == bar.n > 0 and bar.desc.startswith("control")
+
+    log = train.log
+
+    def interrupting(run, kind, numbers):
+        log(run, kind, numbers)
+        run.stop = (run.state.stage, run.state.step) == ("policy", 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "log", interrupting)
+        flags = ["--task", "wmt", *TINY, "--beams", "1", "--out", str(tmp_path / "half")]
+        assert train.main(flags) == 1
+    Bar.made.clear()
+    assert train.main(["--resume", str(tmp_path / "half")]) == 0
+    bar, last = Bar.made
+    assert (bar.initial, bar.n, bar.total) == (1, 3, 3) and bar.desc.startswith("policy")
+    assert last.initial == 0 and last.n == last.total > 0
 
 
 def test_validation_and_decoding_have_a_bar_of_examples(run, monkeypatch):

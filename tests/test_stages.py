@@ -11,7 +11,6 @@ Each of these was planted once to see a test fail:
     SFT's validation NLL doubled                     test_validation_is_the_loss_of_each_…
     encoder dropout off in the policy stage          test_train.py: test_decoder_dropout_is_off_…
     a baseline with more or less dropout             test_train.py: test_decoder_dropout_is_off_…
-    entropy bonus that never falls                   test_the_entropy_bonus_falls_to_zero
     no clipping of gradients                         test_gradients_are_clipped
     beams ignored; --length-penalty not passed on    test_decoding_is_by_the_settings
     a sampled warmup at test time                    test_warmup.py: test_generate_writes_the_…
@@ -19,12 +18,18 @@ Each of these was planted once to see a test fail:
     outputs cut by the length of a source             test_decoding_is_by_the_settings
     --eval-decode: other examples as text            test_the_first_validation_examples_…
     swap_gap divided by all examples                 test_averages_are_per_token_…
-    --warmup-min-len ignored                         test_the_warmup_is_that_of_the_settings
+    --temperature, --warmup-len ignored              test_the_warmup_is_that_of_the_settings
     --input without a pretrained model's prefix      test_new_text_for_a_pretrained_model_…
+    SFT for the baseline, with a control             test_the_command_for_sacrebleu_…
 """
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +38,17 @@ import torch
 import eval as evaluation
 import train
 from conftest import TINY
-from data import collate, encode_split, special_ids
+from data import (
+    Config,
+    Example,
+    collate,
+    encode_split,
+    flag_name,
+    load,
+    read_config,
+    shell_word,
+    special_ids,
+)
 from warmup import WarmupSpec, sample_warmups, score, sft_loss
 
 SETTINGS = dict(
@@ -53,8 +68,8 @@ SETTINGS = dict(
     length_penalty=0.6,
     eval_every=2,
 )
-FLAGS = [*TINY, *(f"{train.flag_name(name)}={value}" for name, value in SETTINGS.items())]
-ESTIMATORS = train.Config.__dataclass_fields__["estimator"].metadata["choices"]
+FLAGS = [*TINY, *(f"{flag_name(name)}={value}" for name, value in SETTINGS.items())]
+ESTIMATORS = Config.__dataclass_fields__["estimator"].metadata["choices"]
 KINDS = ("marginal", "frozen", "pause", "sft")
 
 
@@ -62,8 +77,8 @@ def watched_run(folder, *flags):
     """A whole run, without its report: its folder, and what its stages called."""
     seen = SimpleNamespace(folder=folder, updates=[], policy=[], norms=[], drawn=[], split=[])
     config, _ = train.parse(["--task", "wmt", *FLAGS, *flags, "--out", str(folder)])
-    run, _ = train.prepare(config, resume=False)
-    loss, warmup_loss, step = train.Run.loss, train.warmup_loss, torch.optim.AdamW.step
+    run = train.prepare(config, resume=False)
+    loss, warmup_loss, step = train.batch_loss, train.warmup_loss, torch.optim.AdamW.step
     evaluate, in_order = evaluation.evaluate_warmups, evaluation.in_order
 
     def watched_loss(run, batch):
@@ -80,9 +95,9 @@ def watched_run(folder, *flags):
         )
         return result
 
-    def watched_warmup_loss(model, batch, spec, estimator, samples, **how):
-        seen.policy.append((estimator, samples, how["alpha"], how["entropy_bonus"]))
-        return warmup_loss(model, batch, spec, estimator, samples, **how)
+    def watched_warmup_loss(model, batch, spec, estimator, samples, alpha):
+        seen.policy.append((estimator, samples, alpha))
+        return warmup_loss(model, batch, spec, estimator, samples, alpha)
 
     def watched_step(optimizer):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
@@ -99,24 +114,20 @@ def watched_run(folder, *flags):
         return in_order(data, batch_tokens, what)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "loss", watched_loss)
+        patch.setattr(train, "batch_loss", watched_loss)
         patch.setattr(train, "warmup_loss", watched_warmup_loss)
         patch.setattr(torch.optim.AdamW, "step", watched_step)
         patch.setattr(evaluation, "evaluate_warmups", watched_evaluate)
         patch.setattr(evaluation, "in_order", watched_in_order)
-        run.train()
+        train.train(run)
     return seen
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Kind -> what a run of that --estimator called. The entropy bonus is for a policy."""
+    """Kind -> what a run of that --estimator called."""
     folder = tmp_path_factory.mktemp("runs")
-    bonus = {"marginal": ["--entropy-bonus", "0.6"]}
-    return {
-        kind: watched_run(folder / kind, "--estimator", kind, *bonus.get(kind, []))
-        for kind in KINDS
-    }
+    return {kind: watched_run(folder / kind, "--estimator", kind) for kind in KINDS}
 
 
 def lines_of(folder, kind="train"):
@@ -172,16 +183,9 @@ def test_small_gradients_are_not_scaled(tmp_path):
     assert [norm.item() for norm in seen.norms] == pytest.approx(logged, rel=1e-4)
 
 
-def test_the_entropy_bonus_falls_to_zero(runs):
-    """Linearly over the policy stage. A baseline whose c is constant, or absent, gets none."""
-    bonuses = {kind: [bonus for *_, bonus in runs[kind].policy] for kind in KINDS}
-    assert bonuses["marginal"] == pytest.approx([0.6 * (1 - step / 5) for step in range(5)])
-    assert bonuses["pause"] == [0.0] * 5 and bonuses["sft"] == []
-
-
 def test_the_objective_is_that_of_the_flags(runs):
     """Estimator, K and alpha of every policy update. pause: one constant c, read by y."""
-    calls = {kind: {call[:3] for call in runs[kind].policy} for kind in KINDS}
+    calls = {kind: set(runs[kind].policy) for kind in KINDS}
     assert calls == {
         "marginal": {("marginal", 3, 1.7)},
         "frozen": {("frozen", 3, 1.7)},
@@ -209,7 +213,8 @@ def test_validation_costs_no_training(tmp_path, runs):
     """Even if its lines held FLOPs and seconds; and the control's updates are those of before."""
     folder, stages = shutil.copytree(runs["marginal"].folder, tmp_path / "r"), train.STAGES
     before = {stage: evaluation.training_cost(folder, stage) for stage in stages}
-    run, _ = train.prepare(evaluation.read_settings(folder, train.Config), resume=True)
+    config = replace(read_config(folder), out=str(folder))
+    run = train.prepare(config, resume=True)
     lines = [
         json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -223,7 +228,7 @@ def test_validation_costs_no_training(tmp_path, runs):
         "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
     )
     assert {stage: evaluation.training_cost(folder, stage) for stage in stages} == before
-    run.start_stage("control")
+    train.start_stage(run, "control")
     assert run.state.total == before["control"]["updates"]
 
 
@@ -258,8 +263,8 @@ def test_validation_draws_eval_samples(kind, runs):
 def test_validation_is_the_loss_of_each_example_alone(kind, runs):
     """-log P(y|x), or -log P(y|x, pauses), example by example, over all target tokens. Exact."""
     folder = runs[kind].folder
-    config = evaluation.read_settings(folder, train.Config)
-    run, _ = train.prepare(config, resume=True)
+    config = read_config(folder)
+    run = train.prepare(config, resume=True)
     model, data = run.model.double().train(), run.data["valid"]
     spec = evaluation.warmup_spec("policy", config, run.tokenizer)
     nll = evaluation.validate(model, data, config, spec)["nll"]
@@ -273,7 +278,7 @@ def test_validation_is_the_loss_of_each_example_alone(kind, runs):
             else:
                 memory = model.encode(batch.source)
                 c, _ = sample_warmups(model, memory, batch.prompt, spec, 1)
-                total -= score(model, memory, batch.prompt, c, batch.target, spec)[1].item()
+                total -= score(model, memory, batch, c, spec)[1].item()
         tokens += len(data.target[i])
     assert len(data.source) > 50 and nll == pytest.approx(total / tokens, rel=1e-9)
 
@@ -281,35 +286,44 @@ def test_validation_is_the_loss_of_each_example_alone(kind, runs):
 def test_averages_are_per_token_per_example_or_per_swap():
     """By hand: 5 tokens, 4 examples, of which 3 had another example's warmup."""
     sums = dict(loss=10.0, nll=20.0, reward=-8.0, swap_gap=6.0, swapped=3.0, over_empty=2.0)
-    sums = {name: torch.tensor(value) for name, value in sums.items()}
-    numbers = evaluation.averages(sums, 4, torch.tensor(5))
+    sums = {name: torch.tensor(value) for name, value in sums.items()} | {"examples": 4}
+    numbers = evaluation.averages(sums, torch.tensor(5))
     assert numbers == dict(loss=2.0, nll=4.0, reward=-2.0, swap_gap=2.0, over_empty=0.5)
-    alone = {"swap_gap": torch.tensor(0.0), "swapped": torch.tensor(0.0)}
-    assert evaluation.averages(alone, 1, torch.tensor(5)) == {}  # not 0: it was not measured
+    alone = {"swap_gap": torch.tensor(0.0), "swapped": torch.tensor(0.0), "examples": 1}
+    assert evaluation.averages(alone, torch.tensor(5)) == {}  # not 0: it was not measured
+    assert evaluation.averages(alone | {"swapped": 0}, torch.tensor(5)) == {}
 
 
 def test_the_first_validation_examples_are_decoded_and_scored_against_themselves(
     tmp_path, monkeypatch
 ):
     """--eval-decode 7: the same seven as text and as token ids, at every validation."""
-    seen = []
+    seen, scored = [], []
 
-    def fake(model, tokenizer, data, examples, config, spec):
-        seen.append((data, examples, spec))
-        return {"BLEU": 12.5}, []
+    def decode(model, tokenizer, data, config, spec):
+        seen.append((data, spec))
+        return [evaluation.Output(f"text {n}", f"warmup {n}", True) for n in range(7)]
 
-    monkeypatch.setattr(train, "decode_and_score", fake)
+    def metrics(config, examples, hypotheses, warmups):
+        assert hypotheses == [f"text {n}" for n in range(7)]
+        assert warmups == [f"warmup {n}" for n in range(7)]
+        scored.append(examples)
+        return {"BLEU": 12.5}
+
+    monkeypatch.setattr(train, "decode_split", decode)
+    monkeypatch.setattr(train, "compute_metrics", metrics)
     config, _ = train.parse(["--task", "wmt", *FLAGS, "--eval-decode=7", "--out", f"{tmp_path}/r"])
-    run, splits = train.prepare(config, resume=False)
-    run.train()
-    wanted = encode_split(run.tokenizer, splits["valid"][:7], config, "valid")
-    for data, examples, _ in seen:
-        assert examples == splits["valid"][:7]
+    run = train.prepare(config, resume=False)
+    train.train(run)
+    wanted = encode_split(run.tokenizer, run.examples["valid"][:7], config, "valid")
+    for examples in scored:
+        assert examples == run.examples["valid"][:7]
+    for data, _ in seen:
         for ours, theirs in zip(data, wanted):
             assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
-    lines = lines_of(run.folder, "valid")
-    assert len(seen) == len(lines) > 6 and {line["BLEU"] for line in lines} == {12.5}
-    assert [spec is not None for *_, spec in seen] == [line["stage"] == "policy" for line in lines]
+    lines = lines_of(run.config.folder, "valid")
+    assert len(seen) == len(scored) == len(lines) > 6 and {line["BLEU"] for line in lines} == {12.5}
+    assert [spec is not None for _, spec in seen] == [line["stage"] == "policy" for line in lines]
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -318,19 +332,16 @@ def test_the_first_validation_examples_are_decoded_and_scored_against_themselves
 @pytest.mark.parametrize("stage", ["sft", "policy", "control"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_warmup_is_that_of_the_settings(estimator, stage, runs):
-    """Only the policy stage has one; --warmup-min-len 0 stands for W; of specials it holds none."""
+    """Only the policy stage has one. It has W tokens, and of specials it holds none."""
     tokenizer = evaluation.load_tokenizer(runs["sft"].folder / "tokenizer.json")
-    for least in (0, 1, 3):
-        config = train.Config(
-            estimator=estimator, warmup_len=3, warmup_min_len=least, temperature=0.7
-        )
+    for length in (1, 3):
+        config = Config(estimator=estimator, warmup_len=length, temperature=0.7)
         ours = evaluation.warmup_spec(stage, config, tokenizer)
         if stage != "policy" or estimator == "sft":
             assert ours is None
         else:
-            assert ours == WarmupSpec(
-                3, special_ids(tokenizer), 3, least or 3, 0.7, pause=estimator == "pause"
-            )
+            special = special_ids(tokenizer)
+            assert ours == WarmupSpec(3, special, length, 0.7, pause=estimator == "pause")
 
 
 @pytest.mark.parametrize("stage", ["sft", "control", "policy"])
@@ -379,28 +390,58 @@ def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "stages, first", [(["sft", "control", "policy"], "control"), (["sft", "policy"], "sft")]
+    "gone, first, second",
+    [("", "control", "sft"), ("control.pt", "sft", "policy"), ("policy.pt", "control", "sft")],
 )
-def test_significance_is_against_the_control_else_the_first_row(stages, first, capsys):
-    examples = [train.Example("a", "<2en>", f"a small dog sees {n} cats") for n in range(20)]
-    rows = [
-        evaluation.Row(
-            stage,
-            f"the {stage}",
-            {},
-            0.0,
-            1,
-            1,
-            1.0,
-            0,
-            [f"a {stage} sees {n} cats" for n in range(20)],
-            [],
-        )
-        for stage in stages
+def test_the_command_for_sacrebleu_compares_with_the_control_else_with_sft(
+    gone, first, second, runs, tmp_path, capsys
+):
+    """It is run as it is printed, from a folder with a space. The baseline stands first."""
+    folder = shutil.copytree(runs["marginal"].folder, tmp_path / "my run")
+    if gone:
+        (folder / gone).unlink()
+    assert evaluation.main([str(folder)]) == 0
+    [command] = [
+        row for row in capsys.readouterr().out.splitlines() if row.startswith("sacrebleu ")
     ]
-    evaluation.print_significance(rows, train.Config(), examples)
-    said = capsys.readouterr().out
-    assert f"paired bootstrap against 'the {first}'" in said
-    for line in said.splitlines():
-        if " the " in line and "±" in line:
-            assert ("p = " in line) == (f" the {first} " not in line), line
+    program, *words = shlex.split(command)
+    assert words[0] == str(folder / "test.ref.txt") and shell_word(words[0]) in command
+    stages = [stage for stage in ("control", "sft", "policy") if f"{stage}.pt" != gone]
+    assert stages[:2] == [first, second]
+    outputs = [str(folder / f"test.{stage}.txt") for stage in stages]
+    assert words[1 : 2 + len(outputs)] == ["-i", *outputs]
+
+    code = f"from sacrebleu.{program} import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--paired-bs-n", "20"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    table, *_ = done.stdout.split("Paired bootstrap resampling")
+    systems = [line.strip("│ ").split("│") for line in table.splitlines() if ".txt" in line]
+    named = [f"Baseline: {outputs[0]}", *outputs[1:]]
+    assert [name.strip() for name, *_ in systems] == named
+    assert table.count("(p = ") == 2 * (len(outputs) - 1)  # BLEU and chrF++ of all but the first
+    config = replace(read_config(folder), out=str(folder))
+    tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
+    run = evaluation.Finished(config, tokenizer, torch.device("cpu"))
+    rows = evaluation.score_run(run, stages, load(config)[0]["test"], "test")
+    for row, (_, *scores) in zip(rows, systems):  # those of our table
+        scores = [float(score.split()[0]) for score in scores]
+        assert scores == pytest.approx(list(row.metrics.values()), abs=0.06)
+
+
+def test_references_are_one_line_an_example_and_a_single_stage_is_not_compared(
+    runs, tmp_path, capsys, monkeypatch
+):
+    folder = shutil.copytree(runs["marginal"].folder, tmp_path / "r")
+    examples = [Example(f"{n}", "<2en>", f"a dog\n sees  {n}\u2028cats") for n in range(3)]
+    monkeypatch.setattr(evaluation, "load", lambda config: ({"valid": examples}, ""))
+    assert evaluation.main([str(folder), "--stage", "policy"]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {folder / 'valid.ref.txt'}\n" in out and "sacrebleu " not in out
+    lines = (folder / "valid.ref.txt").read_text(encoding="utf-8").split("\n")
+    assert lines == [f"a dog sees {n} cats" for n in range(3)] + [""]

@@ -32,8 +32,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 import eval as evaluation
 import train
 from conftest import TINY
-from data import EOS, PAD, SEP, UNK, Encoded, Example, collate, encode, train_tokenizer
-from model import Cache, EncoderDecoder, ModelConfig, beam_search, sample
+from data import (
+    EOS,
+    PAD,
+    SEP,
+    UNK,
+    Config,
+    Encoded,
+    Example,
+    collate,
+    encode,
+    read_config,
+    train_tokenizer,
+)
+from model import Cache, EncoderDecoder, ModelConfig, beam_search, sample_tokens
 from warmup import Batch, WarmupSpec, generate
 
 SENTENCES = {  # code -> one sentence, in twelve languages and as many ways to write
@@ -117,7 +129,7 @@ def wordy_model(seed=0):
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-@pytest.mark.parametrize("spec", [None, WarmupSpec(3, (0, 1, 2, 3), 2, 2)])
+@pytest.mark.parametrize("spec", [None, WarmupSpec(3, (0, 1, 2, 3), 2)])
 def test_the_same_y_alone_and_in_a_batch(beams, spec):
     """20 sources of 1 to 40 tokens, each alone and all at once."""
     model, rng = wordy_model(), np.random.default_rng(0)
@@ -162,7 +174,9 @@ def test_a_target_of_three_hundred_tokens(beams):
         memory = model.encode(source)
         never = torch.tensor([0, 1])
         if beams == 1:
-            tokens, log_probs = sample(model, memory, prefix, 300, temperature=0, forbidden=never)
+            tokens, log_probs = sample_tokens(
+                model, memory, prefix, 300, temperature=0, forbidden=never
+            )
             sums = log_probs.sum(-1)
         else:
             tokens, sums = beam_search(
@@ -192,9 +206,10 @@ def test_the_table_says_how_many_outputs_ended_at_the_limit(
         return c, rows[torch.arange(n) % 5]
 
     monkeypatch.setattr(evaluation, "generate", fake)
-    config = evaluation.read_settings(folder)
+    config = read_config(folder)
     examples = [Example(f"{i} Hunde", "<2en>", f"{i} dogs") for i in range(5)]
-    [row] = evaluation.score_run(folder, ["policy"], config, tokenizer, examples, "test", "cpu")
+    run = evaluation.Finished(replace(config, out=str(folder)), tokenizer, torch.device("cpu"))
+    [row] = evaluation.score_run(run, ["policy"], examples, "test")
     assert row.at_limit == 2
     evaluation.print_table([row], {}, config, examples, "test")
     assert "warmup: 2 of 5 outputs were cut at --max-target-tokens 40\n" in capsys.readouterr().out
@@ -250,7 +265,7 @@ def test_places_double_up_to_the_limit(limit, places, monkeypatch):
     monkeypatch.setattr(Cache, "reserve", watched)
     with torch.no_grad():
         memory = model.encode(torch.tensor([[7, 8]]))
-        sample(model, memory, torch.tensor([[0]]), limit, forbidden=torch.tensor([0, 1]))
+        sample_tokens(model, memory, torch.tensor([[0]]), limit, forbidden=torch.tensor([0, 1]))
     assert sorted(seen) == places
 
 
@@ -316,7 +331,7 @@ POOR = [
 
 def test_the_ceiling_of_a_poor_vocabulary():
     """By hand: what is written lacks each e and the é."""
-    config = train.Config()
+    config = Config()
     texts = ["a dog barks loudly", "two cats do not", "thr mic s m", "it is cold today"]
     scores = evaluation.ceiling(poor_tokenizer(), POOR, config)
     metrics = evaluation.translation_metrics(config)
@@ -340,7 +355,7 @@ def test_the_ceiling_of_a_poor_vocabulary():
 
 def test_the_limit_is_part_of_the_ceiling():
     """A perfect model cannot write more, either. That is no fault of the tokenizer."""
-    config = train.Config(max_target_tokens=6)
+    config = Config(max_target_tokens=6)
     examples = [Example("x", "<2en>", "a dog"), Example("x", "<2en>", "a cat runs")]
     metrics = evaluation.translation_metrics(config)
     scores = evaluation.ceiling(poor_tokenizer(), examples, config)
@@ -356,15 +371,15 @@ def test_spaces_of_another_kind_are_no_loss():
     examples = [Example("x", "<2en>", "a\u00a0dog"), Example("x", "<2en>", "a  cat\u2009runs")]
     tokenizer = poor_tokenizer()
     tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
-    assert evaluation.what_is_lost(tokenizer, examples, train.Config()) == []
+    assert evaluation.what_is_lost(tokenizer, examples, Config()) == []
     mixed = [*examples, Example("x", "<2en>", "the cat")]
-    [said] = evaluation.what_is_lost(tokenizer, mixed, train.Config())
+    [said] = evaluation.what_is_lost(tokenizer, mixed, Config())
     assert "33.3 % of the targets" in said and said.endswith("Most often lost: e")
 
 
 def test_a_lost_character_that_cannot_be_seen_is_named_by_its_number():
     examples = [Example("x", "<2en>", "a\u200dcat"), Example("x", "<2en>", "a dog")]
-    [said] = evaluation.what_is_lost(poor_tokenizer(), examples, train.Config())
+    [said] = evaluation.what_is_lost(poor_tokenizer(), examples, Config())
     assert said.endswith("Most often lost: U+200D")
 
 
@@ -386,18 +401,18 @@ def test_a_source_that_cannot_be_read_is_announced():
     good = Example("ein", "<2en>", "a dog")
     fine = [Example("hund", "<2en>", "a cat")] * 60
     [said] = evaluation.what_is_lost(
-        poor_tokenizer(), [Example("Эй", "<2en>", "a cat"), *fine[:9]], train.Config()
+        poor_tokenizer(), [Example("Эй", "<2en>", "a cat"), *fine[:9]], Config()
     )
     assert said.startswith(
         "this tokenizer cannot read all sources: <unk> is 5.3 % of source tokens"
     )
-    assert evaluation.what_is_lost(poor_tokenizer(), [good, *fine], train.Config()) == []  # 0.4 %
+    assert evaluation.what_is_lost(poor_tokenizer(), [good, *fine], Config()) == []  # 0.4 %
 
 
 def test_nothing_is_said_where_nothing_is_lost():
     examples = [Example(text, "<2en>", text) for text in (SENTENCES | OTHERS).values()]
     tokenizer = train_tokenizer(examples[:1], 300)
-    config = train.Config(max_target_tokens=1000)
+    config = Config(max_target_tokens=1000)
     assert evaluation.what_is_lost(tokenizer, examples, config) == []
     assert evaluation.ceiling(tokenizer, examples, config) == {"BLEU": 100.0, "chrF++": 100.0}
 
@@ -408,7 +423,7 @@ def test_a_poor_vocabulary_is_announced_before_training_and_stands_in_the_table(
     real = train.train_tokenizer
     monkeypatch.setattr(train, "train_tokenizer", lambda examples, size: poor_tokenizer())
     said = []
-    monkeypatch.setattr(train.Run, "train", lambda run: said.append(capsys.readouterr().out))
+    monkeypatch.setattr(train, "train", lambda run: said.append(capsys.readouterr().out))
     monkeypatch.setattr(train, "report", lambda *_: None)
     flags = [
         "--task",
@@ -418,7 +433,7 @@ def test_a_poor_vocabulary_is_announced_before_training_and_stands_in_the_table(
         "200",
         "--max-target-tokens",
         "200",
-        "--sample-size",
+        "--built-in-size",
         "40",
         "--policy-steps",
         "0",
@@ -447,10 +462,10 @@ def test_a_poor_vocabulary_is_announced_before_training_and_stands_in_the_table(
 def test_identical_text_scores_100(language):
     text = SENTENCES[language]
     examples = [Example("x", f"<2{language}>", text)] * 3
-    config = train.Config(pair=f"xx-{language}")
+    config = Config(pair=f"xx-{language}")
     scores = evaluation.compute_metrics(config, examples, [text] * 3, [""] * 3)
     assert scores == {"BLEU": 100.0, "chrF++": 100.0}
-    config = train.Config(task="xsum")
+    config = Config(task="xsum")
     scores = evaluation.compute_metrics(config, examples, [text] * 3, [""] * 3)
     assert scores == {"ROUGE-1": 100.0, "ROUGE-2": 100.0, "ROUGE-L": 100.0}
 
@@ -476,7 +491,7 @@ def test_identical_text_scores_100(language):
     ],
 )
 def test_bleu_has_the_tokenizer_of_the_language(code, tokenize):
-    config = train.Config(pair=f"en-{code}")
+    config = Config(pair=f"en-{code}")
     examples = [Example("x", f"<2{code}>", "a b c d e")]
     assert f"|tok:{tokenize}|" in evaluation.signatures(config, examples)["BLEU"]
 
@@ -484,7 +499,7 @@ def test_bleu_has_the_tokenizer_of_the_language(code, tokenize):
 @pytest.mark.parametrize("language", ["ja", "ko"])
 def test_japanese_and_korean_need_a_package_of_sacrebleu(language):
     try:
-        metric = evaluation.translation_metrics(train.Config(pair=f"en-{language}"))["BLEU"]
+        metric = evaluation.translation_metrics(Config(pair=f"en-{language}"))["BLEU"]
         assert metric.corpus_score([OTHERS[language]], [[OTHERS[language]]]).score > 99
     except evaluation.UserError as error:
         assert "pip install" in str(error)
@@ -493,7 +508,7 @@ def test_japanese_and_korean_need_a_package_of_sacrebleu(language):
 @pytest.mark.parametrize("language", ["th", "zh", "hi", "ru"])
 def test_a_wrong_summary_scores_less(language):
     """Half of it: some of ROUGE, but not all; another text: next to nothing."""
-    text, config = SENTENCES[language], train.Config(task="xsum")
+    text, config = SENTENCES[language], Config(task="xsum")
     half, other = text[: len(text) // 2], OTHERS["ko"]
     examples = [Example("x", "", text)]
     some = evaluation.compute_metrics(config, examples, [half], [""])["ROUGE-1"]
@@ -503,7 +518,7 @@ def test_a_wrong_summary_scores_less(language):
 
 def test_rouge_of_english_and_german_stays_comparable():
     """At most 5 % of the letters are others: rouge-score's own tokenizer and stemmer, as everywhere."""
-    config = train.Config(task="xsum")
+    config = Config(task="xsum")
     theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     target, written = (
         "Three people were hurt in a café fire in Leeds.",
@@ -525,7 +540,7 @@ def test_rouge_of_english_and_german_stays_comparable():
 
 def test_one_summary_in_another_script_counts():
     """A review: 98 English summaries and 2 short Chinese ones scored 74 against themselves."""
-    config = train.Config(task="xsum")
+    config = Config(task="xsum")
     targets = ["Three people were hurt in a fire in Leeds."] * 98 + ["好。"] * 2
     examples = [Example("x", "", target) for target in targets]
     scores = evaluation.compute_metrics(config, examples, targets, [""] * 100)
@@ -533,7 +548,7 @@ def test_one_summary_in_another_script_counts():
 
 
 def test_the_printed_signature_names_the_words_of_rouge(capsys):
-    config = train.Config(task="xsum")
+    config = Config(task="xsum")
     row = evaluation.Row("sft", "sft", {"ROUGE-1": 1.0}, 1.0, 1, 1, 1.0, 0, [], [])
     evaluation.print_table([row], {}, config, [Example("x", "", SENTENCES["th"])], "test")
     out = capsys.readouterr().out

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import train
 from conftest import TINY
 from data import (
     TASKS,
+    Config,
     Example,
     UserError,
     encode_split,
@@ -209,7 +211,7 @@ def test_macro_f1_counts_an_answer_that_is_never_given():
 
 
 def test_chrf_with_two_plusses_counts_words():
-    metrics = evaluation.translation_metrics(evaluation.Settings())
+    metrics = evaluation.translation_metrics(Config())
     metrics["chrF++"].corpus_score(["a dog"], [["a dog"]])
     assert "|nw:2|" in str(metrics["chrF++"].get_signature())
 
@@ -228,7 +230,7 @@ def test_rouge_by_hand():
 def test_a_long_puzzle_keeps_its_question_and_options(capsys):
     example = logiqa_row(json.dumps(LOGIQA | {"text": "word " * 99}))
     tokenizer = train_tokenizer([example], 300)
-    config = train.Config(task="logiqa", max_source_tokens=40)
+    config = Config(task="logiqa", max_source_tokens=40)
     data = encode_split(tokenizer, [example], config, "train", scored=False)
     kept = tokenizer.decode(data.source[0].tolist())
     assert len(data.source[0]) == 40
@@ -266,7 +268,7 @@ def test_the_whole_path(task, columns, tmp_path, capsys):
 def test_a_pretrained_model_changes_two_learning_rates_and_no_other_default():
     for task in TASKS:
         scratch, tuned = (train.parse(["--task", task, *more])[0] for more in ([], ["--init", "x"]))
-        assert tuned == train.replace(scratch, init="x", lr=3e-4, policy_lr=1e-4)
+        assert tuned == replace(scratch, init="x", lr=3e-4, policy_lr=1e-4)
     assert train.parse(["--init", "x", "--lr", "0.5"])[0].lr == 0.5
     for more in (["--size", "tiny"], ["--size=tiny"], ["--vocab-size", "4000"]):
         with pytest.raises(SystemExit):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+import data
 import train
 from conftest import TINY
 from data import (
@@ -26,7 +27,7 @@ from data import (
     special_ids,
     train_tokenizer,
 )
-from model import UserError, load_pretrained
+from model import UserError, load_model, load_pretrained
 
 TINY_TUNED = [
     word
@@ -265,7 +266,7 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
         "120",
         "--max-target-tokens",
         "120",
-        "--sample-size",
+        "--built-in-size",
         "60",
         "--beams",
         "1",
@@ -289,7 +290,7 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
         train.main(["--resume", runs[0]]) == 0 and evaluation.main([runs[0], "--stage", "sft"]) == 0
     )
     tokenizer = load_tokenizer(Path(runs[0]) / "tokenizer.json")
-    model = evaluation.load_model(Path(runs[0]) / "policy.pt", tokenizer, torch.device("cpu"))
+    model = load_model(Path(runs[0]) / "policy.pt", tokenizer.get_vocab_size(), torch.device("cpu"))
     assert not model.config.scaled and model.config.vocab_size == 140
 
     out = tmp_path / "out"  # and back to Hugging Face's format, from which another run can start
@@ -318,12 +319,12 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
 
 
 def test_what_cannot_leave_says_so(finished_run, tmp_path, capsys, monkeypatch):
-    """A model with absolute positions; any model onto a full disk."""
+    """A model with our scaling and absolute positions; any model onto a full disk."""
     import eval as evaluation
 
     assert evaluation.main([str(finished_run), "--export", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
-    assert "absolute positions" in error and "incomplete" not in error
+    assert "only --init runs export" in error and "incomplete" not in error
     assert not (tmp_path / "out").exists()
 
     def full(*_):
@@ -347,7 +348,7 @@ def test_learning_rates_default_lower_for_pretrained_models():
     assert (config.lr, config.policy_lr) == (3e-4, 1e-4)
     assert (
         train.parse(["--init", "somewhere", "--lr", "1e-2"])[0].lr == 1e-2
-        and train.parse([])[0].lr == train.Config.lr
+        and train.parse([])[0].lr == data.Config.lr
     )
 
 

@@ -7,7 +7,6 @@ Each line of the paper's mathematics was broken once to see a test fail:
     marginal without -1/K, softmax over the batch     test_equal_rewards_…, test_marginal_equals_the_gradient_of_…
     mean_of_others with k itself, or over K           test_mean_of_others_…, test_weights_sum_…
     jensen or prob without baseline                   test_weights_sum_…, test_equal_rewards_…
-    entropy_gradient without it, or turned round      test_the_entropy_bonus_…
     iwae's baseline with k itself; prob with b = w    test_jensen_prob_and_iwae_are_exact
     grpo without its mean; best takes the worst       test_weights_sum_…, test_better_warmups_are_pushed_up_…
     truncated counts repeats; forgets pi              test_truncated_is_exact_…, test_fisher_identity_…
@@ -17,13 +16,14 @@ Each line of the paper's mathematics was broken once to see a test fail:
     scored without mask; forced <sep> scored          test_the_probabilities_of_all_warmups_sum_to_one
     other temperature, or <sep> allowed, in one       test_sampled_and_teacher_forced_logprobs_agree
     y one place late                                  test_score_is_the_chain_rule_over_the_full_sequence
-    entropy bonus or alpha ignored                    test_alpha_entropy_bonus_and_temperature_…
+    alpha ignored                                     test_alpha_and_temperature_as_by_hand
     swapped with itself; gain turned round            test_swap_gap_is_zero_…, test_gain_over_empty_by_hand
     <sep> written into y                              test_generate_writes_warmup_then_target
     a sampled warmup at test time                     test_generate_writes_the_greedy_warmup
     </s> forbidden with the other special ids         test_generate_may_end_its_target_…
     forbidden ids, length penalty not passed on       test_generate_passes_on_…
     a repeat gets another row's log-probs or memory   test_distinct_warmups_scored_once_are_the_plain_path
+    distinct_rows mixes up examples, keeps the last   test_distinct_rows_by_hand
     more rows computed, or fewer reported             test_a_repeated_warmup_is_computed_once
     cast weights of sampling used in scoring          test_bfloat16_reaches_every_parameter
     weights cast at every token                       test_in_low_precision_weights_are_cast_once_…
@@ -42,11 +42,12 @@ from model import EncoderDecoder, ModelConfig, beam_search, decoding, precision
 from warmup import (
     ESTIMATORS,
     Batch,
+    Scores,
     WarmupSpec,
     all_warmups,
     diagnostics,
     direct_logprobs,
-    entropy_gradient,
+    distinct_rows,
     evaluate_warmups,
     first_occurrence,
     generate,
@@ -54,7 +55,7 @@ from warmup import (
     mean_of_others,
     sample_warmups,
     score,
-    score_distinct,
+    score_rows,
     sft_loss,
     sum_logprobs,
     surrogate,
@@ -170,25 +171,6 @@ def test_truncated_is_exact_for_each_set_of_distinct_warmups():
             (policy.log_softmax(0) + target.log_softmax(1)[:, 0])[distinct].logsumexp(0),
             (policy, target),
         )
-
-
-def test_the_entropy_bonus_is_the_exact_gradient_of_the_entropy():
-    policy, _ = tables()
-    total = torch.zeros_like(policy)
-    for c, probability in tuples(policy, 3):
-        log_pi = policy.log_softmax(0)[c][None]
-        total += (
-            probability
-            * torch.autograd.grad((entropy_gradient(log_pi.detach()) * log_pi).sum(), policy)[0]
-        )
-    check([total], -(policy.softmax(0) * policy.log_softmax(0)).sum(), [policy])
-
-
-def test_the_entropy_bonus_has_a_baseline():
-    """Rare warmups are pushed up as much as common ones down: all alike stay where they are."""
-    log_pi = torch.tensor([[-1.0, -2.0, -6.0], [-9.0, -9.0, -9.0]])
-    expected = torch.tensor([[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]) / 3
-    torch.testing.assert_close(entropy_gradient(log_pi), expected)
 
 
 def test_marginal_bias_falls_with_k():
@@ -365,43 +347,39 @@ def first_of(batch):
     return Batch(batch.source[:1], batch.prompt[:1], batch.target[:1])
 
 
-def spec(length=2, min_length=None, **changes):
-    return WarmupSpec(SEP, (0, 1, 2, SEP), length, min_length or length, **changes)
+def spec(length=2, **changes):
+    return WarmupSpec(SEP, (0, 1, 2, SEP), length, **changes)
 
 
 def by_brute_force(s: WarmupSpec):
-    """Every c that sampling can produce: content tokens, or an early <sep> filled up with <sep>."""
+    """Every c that sampling can produce: W tokens, none of them forbidden."""
     for c in itertools.product(range(V), repeat=s.length):
-        stop = c.index(SEP) if SEP in c else s.length
-        content, rest = c[:stop], c[stop:]
-        if stop >= s.min_length and set(rest) <= {SEP} and not set(content) & {0, 1, 2}:
+        if not set(c) & {0, 1, 2, SEP}:
             yield c
 
 
-@pytest.mark.parametrize("length, min_length", [(1, 1), (3, 1), (3, 2)])
-def test_all_warmups_are_those_of_a_brute_force_search(length, min_length):
-    s = spec(length, min_length)
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_all_warmups_are_those_of_a_brute_force_search(length):
+    s = spec(length)
     found = [tuple(c) for c in all_warmups(s, V).tolist()]
     assert sorted(found) == sorted(by_brute_force(s))
 
 
-@pytest.mark.parametrize(
-    "length, min_length, temperature", [(1, 1, 1.0), (2, 2, 1.0), (3, 1, 1.0), (3, 2, 0.7)]
-)
-def test_the_probabilities_of_all_warmups_sum_to_one(length, min_length, temperature):
-    model, batch, s = toy_model(), toy_batch(), spec(length, min_length, temperature=temperature)
+@pytest.mark.parametrize("length, temperature", [(1, 1.0), (2, 1.0), (3, 1.0), (3, 0.7)])
+def test_the_probabilities_of_all_warmups_sum_to_one(length, temperature):
+    model, batch, s = toy_model(), toy_batch(), spec(length, temperature=temperature)
     c = all_warmups(s, V)[None].expand(2, -1, -1)  # (2,all,W)
-    log_pi, _ = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+    log_pi, *_ = score(model, model.encode(batch.source), batch, c, s)
     torch.testing.assert_close(log_pi.exp().sum(1), torch.ones(2, **F64), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("length, min_length, temperature", [(2, 2, 1.0), (4, 1, 1.3)])
-def test_sampled_and_teacher_forced_logprobs_agree(length, min_length, temperature):
-    model, batch, s = toy_model(), toy_batch(), spec(length, min_length, temperature=temperature)
+@pytest.mark.parametrize("length, temperature", [(2, 1.0), (4, 1.3)])
+def test_sampled_and_teacher_forced_logprobs_agree(length, temperature):
+    model, batch, s = toy_model(), toy_batch(), spec(length, temperature=temperature)
     torch.manual_seed(0)
     memory = model.encode(batch.source)
     c, sampled = sample_warmups(model, memory, batch.prompt, s, samples=40)
-    scored, _ = score(model, memory, batch.prompt, c, batch.target, s)
+    scored, *_ = score(model, memory, batch, c, s)
     torch.testing.assert_close(sampled, scored, rtol=1e-10, atol=1e-10)
     assert {tuple(row) for row in c.view(-1, length).tolist()} <= {
         tuple(row) for row in all_warmups(s, V).tolist()
@@ -411,9 +389,9 @@ def test_sampled_and_teacher_forced_logprobs_agree(length, min_length, temperatu
 def test_a_row_scores_alone_as_it_does_in_a_padded_batch():
     model, batch, s = toy_model(), toy_batch(), spec()
     c = torch.tensor([[[4, 5], [6, 6]], [[5, 4], [4, 4]]])
-    both = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+    both = score(model, model.encode(batch.source), batch, c, s)
     alone = Batch(batch.source[1:, :2], batch.prompt[1:], batch.target[1:, :2])
-    one = score(model, model.encode(alone.source), alone.prompt, c[1:], alone.target, s)
+    one = score(model, model.encode(alone.source), alone, c[1:], s)
     for x, y in zip(both, one):
         torch.testing.assert_close(x[1:], y, rtol=1e-10, atol=1e-10)
     direct = direct_logprobs(model, model.encode(batch.source), batch)
@@ -429,7 +407,7 @@ def test_score_is_the_chain_rule_over_the_full_sequence():
     """log P(c|x) and log P(y|x,c), token by token from full softmaxes, with the mask written out."""
     model, batch, s = toy_model(), toy_batch(), spec(2)
     c = torch.tensor([[[4, 5]], [[6, 4]]])
-    log_pi, log_p = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+    log_pi, log_p, _ = score(model, model.encode(batch.source), batch, c, s)
     for i, (x, y) in enumerate([([4, 5, 6], [4, 6, 1]), ([6, 4], [5, 1])]):
         sequence = [0, batch.prompt[i, 0].item(), *c[i, 0].tolist(), SEP, *y]
         memory, pi, p = model.encode(torch.tensor([x])), 0.0, 0.0
@@ -445,22 +423,21 @@ def test_score_is_the_chain_rule_over_the_full_sequence():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_forced_seps_after_an_early_stop_carry_no_logprob(temperature):
-    """warmup_logprobs, alone and within score, against the sum by hand; a late stop beside it."""
-    model, batch, s = toy_model(), toy_batch(), spec(3, 1, temperature=temperature)
-    c = torch.tensor([[4, SEP, SEP], [5, 6, SEP]])  # (N,W): one choice of <sep> each
+def test_the_logprobs_of_a_warmup_are_those_of_the_softmax_over_what_is_allowed(temperature):
+    """warmup_logprobs, alone and within score, against the sum by hand."""
+    model, batch, s = toy_model(), toy_batch(), spec(3, temperature=temperature)
+    c = torch.tensor([[4, 6, 5], [5, 5, 6]])  # (N,W)
     memory = model.encode(batch.source)
     tokens = torch.cat([with_start(model, batch.prompt), c[:, :-1]], 1)
     hidden = model.decode(tokens, memory)[:, 1:]  # (N,W,E)
     logits = model.logits(hidden) / temperature
-    logits[:, :, :3] = -math.inf
-    logits[:, 0, SEP] = -math.inf  # the first token may not stop
+    logits[:, :, [0, 1, 2, SEP]] = -math.inf
     log_probs = logits.log_softmax(-1)
-    early = log_probs[0, 0, 4] + log_probs[0, 1, SEP]
-    late = log_probs[1, 0, 5] + log_probs[1, 1, 6] + log_probs[1, 2, SEP]
-    expected = torch.stack([early, late])
+    one = log_probs[0, 0, 4] + log_probs[0, 1, 6] + log_probs[0, 2, 5]
+    two = log_probs[1, 0, 5] + log_probs[1, 1, 5] + log_probs[1, 2, 6]
+    expected = torch.stack([one, two])
     alone = warmup_logprobs(model, hidden, c, s)
-    scored, _ = score(model, memory, batch.prompt, c[:, None], batch.target, s)
+    scored, *_ = score(model, memory, batch, c[:, None], s)
     for ours in (alone, scored[:, 0]):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
@@ -483,14 +460,11 @@ def test_the_gradient_is_exact_on_average_through_the_whole_model(name):
     model, batch, s = toy_model(), first_of(toy_batch()), spec(1)
     parameters, choices = list(model.parameters()), all_warmups(s, V)
     memory = model.encode(batch.source)
-    log_pi_all, log_p_all = (
-        x[0] for x in score(model, memory, batch.prompt, choices[None], batch.target, s)
-    )  # (3,)
+    log_pi_all, log_p_all, _ = (x[0] for x in score(model, memory, batch, choices[None], s))  # (3,)
     grads, objective = [torch.zeros_like(p) for p in parameters], 0.0
     for i, j in itertools.product(range(3), repeat=2):
-        log_pi, log_p = score(
-            model, model.encode(batch.source), batch.prompt, choices[[i, j]][None], batch.target, s
-        )
+        memory = model.encode(batch.source)
+        log_pi, log_p, _ = score(model, memory, batch, choices[[i, j]][None], s)
         loss = surrogate(
             *weights(name, log_p.detach(), log_pi.detach(), choices[[i, j]][None]), log_pi, log_p
         )
@@ -504,45 +478,44 @@ def test_the_gradient_is_exact_on_average_through_the_whole_model(name):
     check(grads, objective, parameters)
 
 
-@pytest.mark.parametrize("length, min_length", [(1, 1), (2, 1)])
-def test_warmup_loss_exact_is_the_gradient_of_the_marginal_likelihood(length, min_length):
-    model, batch, s = toy_model(), toy_batch(), spec(length, min_length)
+@pytest.mark.parametrize("length", [1, 2])
+def test_warmup_loss_exact_is_the_gradient_of_the_marginal_likelihood(length):
+    model, batch, s = toy_model(), toy_batch(), spec(length)
     parameters = list(model.parameters())
-    loss, numbers = warmup_loss(model, batch, s, "exact")
+    loss, numbers, rows = warmup_loss(model, batch, s, "exact")
+    assert rows.tolist() == [3**length] * 2  # all warmups differ
     c = all_warmups(s, V).expand(2, -1, -1)
-    log_pi, log_p = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+    log_pi, log_p, _ = score(model, model.encode(batch.source), batch, c, s)
     log_marginal = (log_pi + log_p).logsumexp(1).sum()
     check([-g for g in torch.autograd.grad(loss, parameters)], log_marginal, parameters)
     assert numbers["nll"].item() == pytest.approx(-log_marginal.item())  # weighted by P(c|x)
 
 
-def test_marginal_with_alpha_0_is_frozen_and_the_entropy_bonus_is_no_no_op():
+def test_marginal_with_alpha_0_is_frozen_and_alpha_is_no_no_op():
     """A term that silently does nothing is a published mistake."""
     model, batch, s = toy_model(), toy_batch(), spec(1)
 
     def gradient(estimator="marginal", **options):
         torch.manual_seed(1)
-        loss, _ = warmup_loss(model, batch, s, estimator, 4, **options)
+        loss, *_ = warmup_loss(model, batch, s, estimator, 4, **options)
         return torch.autograd.grad(loss, list(model.parameters()))
 
     frozen = gradient("frozen")
     for a, b in zip(gradient(alpha=0.0), frozen):
         torch.testing.assert_close(a, b)
-    for change in (dict(alpha=1.0), dict(alpha=0.0, entropy_bonus=0.3)):
-        assert max((a - b).abs().max() for a, b in zip(gradient(**change), frozen)) > 1e-3
+    assert max((a - b).abs().max() for a, b in zip(gradient(alpha=1.0), frozen)) > 1e-3
 
 
-def test_alpha_entropy_bonus_and_temperature_as_by_hand():
-    """warmup_loss(alpha, entropy_bonus) on given warmups, drawn at the temperature at which they are scored."""
+def test_alpha_and_temperature_as_by_hand():
+    """warmup_loss(alpha) on given warmups, drawn at the temperature at which they are scored."""
     model, batch, s = toy_model(), toy_batch(), spec(2, temperature=0.5)
     torch.manual_seed(1)
-    loss, _ = warmup_loss(model, batch, s, "marginal", 4, alpha=2.5, entropy_bonus=0.3)
+    loss, *_ = warmup_loss(model, batch, s, "marginal", 4, alpha=2.5)
     torch.manual_seed(1)
     memory = model.encode(batch.source)
     c, _ = sample_warmups(model, memory, batch.prompt, s, 4)
-    log_pi, log_p = score(model, memory, batch.prompt, c, batch.target, s)
+    log_pi, log_p, _ = score(model, memory, batch, c, s)
     a, b = marginal(2.5 * log_p.detach())
-    a = a + 0.3 * entropy_gradient(log_pi.detach())
     by_hand = torch.autograd.grad(surrogate(a, b, log_pi, log_p), list(model.parameters()))
     for ours, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), by_hand):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -558,9 +531,9 @@ def test_pause_is_a_constant_warmup_without_a_policy():
     model, batch, s = toy_model(), toy_batch(), spec(2, pause=True)
     c, log_pi = sample_warmups(model, model.encode(batch.source), batch.prompt, s, 3)
     assert c.shape == (2, 3, 2) and (c == SEP).all() and (log_pi == 0).all()
-    scored, log_p = score(model, model.encode(batch.source), batch.prompt, c, batch.target, s)
+    scored, log_p, _ = score(model, model.encode(batch.source), batch, c, s)
     assert (scored == 0).all()
-    loss, _ = warmup_loss(model, batch, s, "frozen", 1)
+    loss, *_ = warmup_loss(model, batch, s, "frozen", 1)
     torch.testing.assert_close(loss, -log_p[:, 0].sum(), rtol=1e-10, atol=1e-10)
     assert (generate(model, batch, s, 4)[0] == SEP).all()
 
@@ -569,11 +542,11 @@ def test_warmup_loss_is_sample_score_estimate_surrogate():
     """warmup_loss on its own samples equals the parts put together by hand, gradient included."""
     model, batch, s = toy_model(), toy_batch(), spec(2)
     torch.manual_seed(3)
-    loss, stats = warmup_loss(model, batch, s, "marginal", samples=5)
+    loss, stats, _ = warmup_loss(model, batch, s, "marginal", samples=5)
     torch.manual_seed(3)
     memory = model.encode(batch.source)
     c, _ = sample_warmups(model, memory, batch.prompt, s, 5)
-    log_pi, log_p = score(model, memory, batch.prompt, c, batch.target, s)
+    log_pi, log_p, _ = score(model, memory, batch, c, s)
     w = log_p.detach().softmax(1)
     by_hand = -((w - 0.2) * log_pi + w * log_p).sum()
     for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, by_hand))):
@@ -587,11 +560,12 @@ def test_policy_updates_refuse_decoder_dropout():
         warmup_loss(model, batch, spec())
 
 
-def test_early_stop_needs_a_consistent_spec():
-    with pytest.raises(ValueError, match="min_length"):
-        WarmupSpec(SEP, (0, SEP), length=2, min_length=3)
+def test_a_spec_must_be_consistent():
+    for length in (0, -1):
+        with pytest.raises(ValueError, match="at least one token"):
+            WarmupSpec(SEP, (0, SEP), length)
     with pytest.raises(ValueError, match="forbidden"):
-        WarmupSpec(SEP, (0,), length=2, min_length=2)
+        WarmupSpec(SEP, (0,), length=2)
 
 
 # ----------------------------------------------------------------------------- SFT, diagnostics, generation
@@ -629,7 +603,7 @@ def test_ess_is_that_of_the_weights_which_alpha_sharpens():
     model, batch = toy_model(), toy_batch()
     model.decoder.eval()
     held_out = [evaluate_warmups(model, batch, spec(), 3, alpha)["ess"] for alpha in (0.0, 1.0)]
-    _, numbers = warmup_loss(model, batch, spec(), samples=3, alpha=0.0)
+    _, numbers, _ = warmup_loss(model, batch, spec(), samples=3, alpha=0.0)
     assert held_out[0] == pytest.approx(3.0 * len(batch.source)) == numbers["ess"]
     assert held_out[1] < held_out[0]
 
@@ -672,22 +646,16 @@ def test_generate_writes_warmup_then_target():
     assert not (y == SEP).any()
 
 
-@pytest.mark.parametrize("length, min_length", [(3, 3), (3, 1)])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generate_writes_the_greedy_warmup(beams, length, min_length):
+def test_generate_writes_the_greedy_warmup(beams):
     """Token by token the likeliest of what is allowed, whatever the seed and the temperature."""
-    model, batch = toy_model(), toy_batch()
-    s = spec(length, min_length, temperature=3.0)
+    model, batch, s = toy_model(), toy_batch(), spec(3, temperature=3.0)
     memory, row = model.encode(batch.source), with_start(model, batch.prompt)
-    ended = torch.zeros(2, dtype=torch.bool)
-    for t in range(length):
+    for _ in range(3):
         logits = model.logits(model.decode(row, memory))[:, -1]
-        logits[:, :3] = -math.inf
-        if t < min_length:
-            logits[:, SEP] = -math.inf
+        logits[:, [0, 1, 2, SEP]] = -math.inf
         assert (logits / 3.0).softmax(-1).amax() < 0.8  # sampling would choose otherwise
-        token = logits.argmax(-1).masked_fill(ended, SEP)
-        ended, row = ended | (token == SEP), torch.cat([row, token[:, None]], 1)
+        row = torch.cat([row, logits.argmax(-1, keepdim=True)], 1)
     for seed in range(5):
         torch.manual_seed(seed)
         assert torch.equal(generate(model, batch, s, 4, beams=beams)[0], row[:, 2:])
@@ -774,7 +742,7 @@ def test_bfloat16_reaches_every_parameter():
         with precision(dtype, torch.device("cpu")):
             assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16")
             assert not torch.is_autocast_cache_enabled()
-            loss, _ = warmup_loss(model, batch, spec(1), "frozen", samples=3)
+            loss, *_ = warmup_loss(model, batch, spec(1), "frozen", samples=3)
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
@@ -789,9 +757,7 @@ def test_gain_over_empty_by_hand():
     torch.manual_seed(0)
     memory = model.encode(batch.source)
     c, _ = sample_warmups(model, memory, batch.prompt, s, 3)
-    log_p, swapped = (
-        score(model, memory, batch.prompt, x, batch.target, s)[1] for x in (c, c.flip(0))
-    )
+    log_p, swapped = (score(model, memory, batch, x, s)[1] for x in (c, c.flip(0)))
     direct = direct_logprobs(model, memory, batch)
     assert numbers["over_empty"].item() == pytest.approx((log_p.mean(1) - direct).sum().item())
     assert numbers["swap_gap"].item() == pytest.approx((log_p - swapped).mean(1).sum().item())
@@ -836,48 +802,62 @@ REPEATS = {  # three examples, K = 4: which of the example's warmups stands in e
 }
 
 
-def with_repeats(repeats, early):
+def with_repeats(repeats):
     """Model, batch of three examples (unlike in length), spec and c (3,4,3)."""
     two = toy_batch()
     batch = Batch(*(torch.cat([x, x[:1].roll(1, 1)]) for x in (two.source, two.prompt, two.target)))
-    s = spec(3, 1 if early else 3)
+    s = spec(3)
     c = all_warmups(s, V)[-8::2].flip(0)[torch.tensor(REPEATS[repeats])]  # (3,4,3)
     return toy_model(), batch, s, c
 
 
-@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("repeats", REPEATS)
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_distinct_warmups_scored_once_are_the_plain_path(name, repeats, early, monkeypatch):
-    model, batch, s, c = with_repeats(repeats, early)
+def test_distinct_warmups_scored_once_are_the_plain_path(name, repeats, monkeypatch):
+    model, batch, s, c = with_repeats(repeats)
     monkeypatch.setattr("warmup.sample_warmups", lambda *args, **how: (c, None))
 
     def step():
-        loss, numbers = warmup_loss(model, batch, s, name, 4)
-        return loss, numbers, torch.autograd.grad(loss, list(model.parameters()))
+        loss, numbers, rows = warmup_loss(model, batch, s, name, 4)
+        return loss, numbers, rows, torch.autograd.grad(loss, list(model.parameters()))
 
-    loss, numbers, gradients = step()
-    everything = lambda *args: (*score(*args), torch.full((3,), 4))  # noqa: E731
-    monkeypatch.setattr("warmup.score_distinct", everything)
-    plain_loss, plain_numbers, plain_gradients = step()
+    loss, numbers, rows, gradients = step()
+    everything = lambda *args: Scores(*score_rows(*args), torch.full((3,), 4))  # noqa: E731
+    monkeypatch.setattr("warmup.score", everything)
+    plain_loss, plain_numbers, plain_rows, plain_gradients = step()
+    assert plain_rows.tolist() == [4, 4, 4]
+    assert (rows.tolist() == [4, 4, 4]) == (repeats in ("none", "few"))
     exactly = dict(rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(loss, plain_loss, **exactly)
     torch.testing.assert_close(gradients, plain_gradients, **exactly)
-    for key in plain_numbers.keys() - {"computed"}:
+    assert numbers.keys() == plain_numbers.keys()
+    for key in plain_numbers:
         torch.testing.assert_close(numbers[key], plain_numbers[key], **exactly)
 
 
 @pytest.mark.parametrize("repeats", REPEATS)
 def test_a_repeated_warmup_is_computed_once(repeats, monkeypatch):
-    model, batch, s, c = with_repeats(repeats, False)
+    model, batch, s, c = with_repeats(repeats)
     shapes = []
-    monkeypatch.setattr("warmup.score", lambda *args: shapes.append(args[3].shape) or score(*args))
-    *_, computed = score_distinct(
-        model, model.encode(batch.source), batch.prompt, c, batch.target, s
+    monkeypatch.setattr(
+        "warmup.score_rows", lambda *args: shapes.append(args[3].shape) or score_rows(*args)
     )
+    memory = model.encode(batch.source)
+    log_pi, log_p, computed = score(model, memory, batch, c, s)
+    plain_pi, plain_p = score_rows(model, memory, batch, c, s)
+    torch.testing.assert_close(log_pi, plain_pi, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(log_p, plain_p, rtol=1e-10, atol=1e-10)
     expected = {"some": [2, 3, 2], "none": [4, 4, 4], "all": [1, 1, 1], "few": [4, 4, 4]}
     assert computed.tolist() == expected[repeats]
-    assert shapes[0].numel() == 3 * sum(expected[repeats])  # of W = 3 tokens
+    assert [shape.numel() for shape in shapes] == [3 * sum(expected[repeats])]  # of W = 3 tokens
+
+
+def test_distinct_rows_by_hand():
+    """Row 4 equals row 0, but stands in another example: it is kept."""
+    c = torch.tensor([[[4, 5], [5, 4], [4, 5], [4, 5]], [[4, 5], [4, 4], [5, 4], [4, 4]]])
+    kept, place = distinct_rows(c)
+    assert kept.tolist() == [0, 1, 4, 5, 6]
+    assert place.tolist() == [[0, 1, 0, 0], [2, 3, 4, 3]]
 
 
 class Casts(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The exercises that are code: fill in 1 to 4, mend 8 to 10.
+"""The exercises that are code: fill in 1 to 4, 12 and 13, mend 8 to 10.
 
 docs/exercises.md lists all of them, with the time each takes.
 Check one with: python -m pytest tests/exercises --mine -k exercise_01
@@ -42,9 +42,33 @@ def swap_gap(model, batch, spec: WarmupSpec, c: Tensor) -> Tensor:
 def log_policy(logits: Tensor, c: Tensor, spec: WarmupSpec) -> Tensor:
     """4. logits (W,V) that the decoder gives along c, c (W,) -> () log P(c|x): Σ_c P(c|x) = 1.
 
-    The policy is softmax(logits / spec.temperature). Tokens of spec.forbidden have probability 0.
-    But spec.sep_id, though one of them, may end the warmup at any place from spec.min_length on.
-    What follows it is filled with <sep>: no choice, so no log-prob.
+    The policy is softmax(logits / spec.temperature), but tokens of spec.forbidden have probability
+    0. A warmup has W tokens, always.
+    """
+    raise NotImplementedError
+
+
+def entropy_gradient(log_pi: Tensor) -> Tensor:
+    """12. log_pi (B,K) of sampled warmups -> (B,K): what to add to a, so that the entropy rises.
+
+    The entropy of the policy is H = -E[log pi], and ∇H = -E[log pi ∇ log pi]. So
+    a_k = -(log pi_k - mean of the other samples' log pi) / K follows the gradient of H: the mean
+    is a baseline. It does not depend on sample k, so it changes no expectation.
+    """
+    raise NotImplementedError
+
+
+def continuum(R: Tensor, q: float) -> tuple[Tensor, Tensor]:
+    """13. R (B,K), q from 0 to 1 -> a, b (B,K): from `prob` (q = 0) to `marginal` (q = 1).
+
+    This is the Tsallis continuum (arXiv 2604.25907): follow the gradient of the q-logarithm of P,
+    P^(1-q) / (1-q), which is P at q = 0 and becomes log P towards q = 1. With p_k = exp(R_k) and
+    P̂ = mean_j p_j, the mean over all K samples,
+
+    a_k = P̂^(-q) (p_k - mean of the other samples' p) / K,   b_k = P̂^(-q) p_k / K
+
+    At q = 1, a is K/(K-1) times that of `marginal`. R may be -700: exp(R) is 0 there, so take
+    P̂^(-q) p_k without leaving the log. At q = 1 the weights of R and of R + 700 are the same.
     """
     raise NotImplementedError
 

@@ -1,5 +1,7 @@
 """Solutions of exercises.py. For 5, 6 and 7 see docs/exercises.md."""
 
+import math
+
 import torch
 
 from warmup import score, truncated
@@ -22,20 +24,28 @@ def iwae(R):
 
 def swap_gap(model, batch, spec, c):
     memory = model.encode(batch.source)
-    own = score(model, memory, batch.prompt, c, batch.target, spec)[1]
-    other = score(model, memory, batch.prompt, torch.cat([c[1:], c[:1]]), batch.target, spec)[1]
+    own = score(model, memory, batch, c, spec)[1]
+    other = score(model, memory, batch, torch.cat([c[1:], c[:1]]), spec)[1]
     return (own - other).mean()
 
 
 def log_policy(logits, c, spec):
-    total = torch.zeros((), dtype=logits.dtype)
-    for t, token in enumerate(c.tolist()):
-        never = [i for i in spec.forbidden if i != spec.sep_id or t < spec.min_length]
-        allowed = (logits[t] / spec.temperature).index_fill(0, torch.tensor(never), -torch.inf)
-        total = total + allowed.log_softmax(0)[token]
-        if token == spec.sep_id:
-            break
-    return total
+    allowed = (logits / spec.temperature).index_fill(1, torch.tensor(spec.forbidden), -torch.inf)
+    return allowed.log_softmax(1).gather(1, c[:, None]).sum()
+
+
+def entropy_gradient(log_pi):
+    K = log_pi.size(1)
+    others = (log_pi.sum(1, keepdim=True) - log_pi) / (K - 1)
+    return -(log_pi - others) / K
+
+
+def continuum(R, q):
+    K = R.size(1)
+    log_mean = R.logsumexp(1, keepdim=True) - math.log(K)
+    p = (R - q * log_mean).exp()  # P̂^(-q) p_k: what it is times, the mean of the others is, too
+    others = (p.sum(1, keepdim=True) - p) / (K - 1)
+    return (p - others) / K, p / K
 
 
 def draw_tokens(logits, samples):

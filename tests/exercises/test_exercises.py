@@ -16,6 +16,7 @@ import broken
 import exercises
 import solutions
 import toys
+import warmup
 from model import EncoderDecoder, ModelConfig, plain_token_logprobs
 from warmup import Batch, WarmupSpec, all_warmups, sample_warmups, score, warmup_logprobs
 
@@ -99,20 +100,20 @@ def test_exercise_02_iwae(work):
 
 def test_exercise_03_swap_gap(work):
     model, batch = small_model()
-    spec, memory = WarmupSpec(3, (0, 1, 2, 3), 2, 2), model.encode(batch.source)
+    spec, memory = WarmupSpec(3, (0, 1, 2, 3), 2), model.encode(batch.source)
     c, _ = sample_warmups(model, memory, batch.prompt, spec, 5)
-    one = score(model, memory, batch.prompt, c, batch.target, spec)[1].mean()
-    two = score(model, memory, batch.prompt, c[[1, 2, 0]], batch.target, spec)[1].mean()
+    one = score(model, memory, batch, c, spec)[1].mean()
+    two = score(model, memory, batch, c[[1, 2, 0]], spec)[1].mean()
     torch.testing.assert_close(
         work.swap_gap(model, batch, spec, c), one - two, rtol=1e-10, atol=1e-10
     )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("min_length", [1, 2, 3])
-def test_exercise_04_mask(work, min_length, temperature):
-    spec, V = WarmupSpec(3, (0, 1, 2, 3), 3, min_length, temperature), 7
-    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0), **F64)
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_exercise_04_mask(work, length, temperature):
+    spec, V = WarmupSpec(3, (0, 1, 2, 3), length, temperature), 7
+    logits = torch.randn(length, V, generator=torch.Generator().manual_seed(0), **F64)
     probabilities = [work.log_policy(logits, c, spec).exp() for c in all_warmups(spec, V)]
     torch.testing.assert_close(sum(probabilities), torch.ones((), **F64), rtol=1e-10, atol=1e-10)
     model = SimpleNamespace(
@@ -124,6 +125,55 @@ def test_exercise_04_mask(work, min_length, temperature):
         [expected] = warmup_logprobs(model, logits[None], c[None], spec)
         mine = work.log_policy(logits, c, spec)
         assert mine.allclose(expected), f"c = {c.tolist()}, {spec}: {mine}, not {expected}"
+
+
+def test_exercise_12_entropy(work):
+    """Over all 64 triples of warmups against autograd of the entropy; and a case by hand."""
+    policy, _ = tables()
+    ours = torch.zeros(4, **F64)
+    for triple in itertools.product(range(4), repeat=3):
+        c = list(triple)
+        log_pi = policy.log_softmax(0)[c][None]
+        loss = (work.entropy_gradient(log_pi.detach()) * log_pi).sum()
+        probability = policy.softmax(0)[c].prod().item()
+        ours += probability * torch.autograd.grad(loss, policy)[0]
+    entropy = -(policy.softmax(0) * policy.log_softmax(0)).sum()
+    [exact] = torch.autograd.grad(entropy, policy)
+    torch.testing.assert_close(
+        ours,
+        exact,
+        rtol=1e-10,
+        atol=1e-10,
+        msg=lambda m: f"over all 64 triples it is not the entropy's gradient. {m}",
+    )
+    log_pi = torch.tensor([[-1.0, -2.0, -6.0], [-9.0, -9.0, -9.0]])
+    expected = torch.tensor([[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]) / 3
+    torch.testing.assert_close(
+        work.entropy_gradient(log_pi),
+        expected,
+        msg=lambda m: f"without the baseline, or with another: what is alike is pushed. {m}",
+    )
+
+
+def test_exercise_13_continuum(work):
+    """Both ends are known; in between b is a gradient, and a is b with the others' mean taken off."""
+    K, exactly = 4, dict(rtol=1e-10, atol=1e-10)
+    R = 2 * torch.randn(5, K, generator=torch.Generator().manual_seed(0), **F64)
+    for ours, known in zip(work.continuum(R, 0.0), warmup.prob(R)):
+        torch.testing.assert_close(ours, known, **exactly)
+    (a, b), (a_known, b_known) = work.continuum(R, 1.0), warmup.marginal(R)
+    torch.testing.assert_close(a * (K - 1) / K, a_known, **exactly)
+    torch.testing.assert_close(b, b_known, **exactly)
+    for q in (0.1, 0.5, 0.9):
+        leaf = R.clone().requires_grad_()
+        q_logarithm = leaf.exp().mean(1) ** (1 - q) / (1 - q)
+        [gradient] = torch.autograd.grad(q_logarithm.sum(), leaf)
+        a, b = work.continuum(R, q)
+        torch.testing.assert_close(b, gradient, **exactly)
+        torch.testing.assert_close(a, b - warmup.mean_of_others(b), **exactly)
+    R = torch.tensor([[-1.0, -2.0, -4.0]])
+    for ours, near in zip(work.continuum(R - 700, 1.0), work.continuum(R, 1.0)):
+        torch.testing.assert_close(ours, near, rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_weight_is_named():
