@@ -121,7 +121,7 @@ def averages(sums, tokens):
     means = {}
     for name, value in sums.items():
         unit = units.get(name, sums["examples"])
-        if name not in ("examples", "swapped") and unit != 0:  # 0: no batch had two examples
+        if name not in ("examples", "swapped") and unit:  # 0: no batch had two examples
             means[name] = float(value) / float(unit)
     return means
 

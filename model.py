@@ -276,11 +276,6 @@ class Memory:
     kv: list[tuple[Tensor, Tensor]]  # per decoder layer: keys and values, (B,H,S,D) each
     bias: Tensor  # (B,1,1,S): 0 at a source token, MASKED at padding
 
-    def select(self, examples) -> "Memory":
-        """examples (n,) -> the memory of n decoder rows, each with a copy of its example's."""
-        kv = [(k.index_select(0, examples), v.index_select(0, examples)) for k, v in self.kv]
-        return Memory(kv, self.bias[examples])
-
 
 class Cache:
     """Self-attention keys and values of what N decoder rows have read: at most `room` tokens.
@@ -315,7 +310,11 @@ class Cache:
 
     def select(self, rows):
         """Keep these rows in this order: expand B rows to B·K, or follow the surviving beams."""
-        self.kv = [kv.index_select(0, rows) for kv in self.kv]
+        for layer, kv in enumerate(self.kv):
+            chosen = kv.new_empty(len(rows), *kv.shape[1:])
+            used = chosen[:, :, :, : self.length]  # the other places hold nothing yet
+            torch.index_select(kv[:, :, :, : self.length], 0, rows, out=used)
+            self.kv[layer] = chosen
 
 
 # ----------------------------------------------------------------------------- the model
@@ -573,7 +572,13 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
     return ended, ended_scores
 
 
-# ===== plumbing: two fast paths; sizes; errors; device, precision, compile; checkpoints
+# ===== plumbing: for fast paths; sizes; errors; device, precision, compile; checkpoints
+def copy_memory(memory, examples) -> Memory:
+    """examples (n,) -> the memory of n decoder rows, each with a copy of its example's."""
+    kv = [(k.index_select(0, examples), v.index_select(0, examples)) for k, v in memory.kv]
+    return Memory(kv, memory.bias[examples])
+
+
 def cpu_dropout(x, p):
     """`Dropout` for the CPU. torch draws a random float per element; a random byte decides as well.
 

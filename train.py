@@ -244,7 +244,7 @@ def train_stage(run, bar):
     UserError if the gradient is not finite. KeyboardInterrupt after Ctrl-C, once all is saved.
     """
     config, state, model, optimizer = run.config, run.state, run.model, run.optimizer
-    if state.step == 0 and state.stage != "sft" and state.best == math.inf:
+    if state.stage != "sft" and state.best == math.inf:
         validate_and_save(run)  # where the stage begins: the best SFT weights
     while state.step < state.total:
         started = time.perf_counter()

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import beam_search, decoding, sample_tokens
+from model import beam_search, copy_memory, decoding, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -462,7 +462,7 @@ def score_distinct(model, memory, batch, c, spec, kept, place) -> Scores:
     place = place.to(c.device, non_blocking=True)
     example = kept // K  # (n,)
     c = c.reshape(B * K, 1, W)[kept]  # (n,1,W)
-    memory = memory.select(example)
+    memory = copy_memory(memory, example)
     batch = Batch(batch.source[example], batch.prompt[example], batch.target[example])
     log_pi, log_p = score_rows(model, memory, batch, c, spec)  # (n,1) both
     return Scores(log_pi[place, 0], log_p[place, 0], rows)
