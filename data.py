@@ -78,13 +78,13 @@ TASKS = {
             dropout=0.0,
             weight_decay=0.0,
             sft_steps=400,
-            policy_steps=500,
+            policy_steps=1000,
             batch_tokens=9216,  # 512 examples of 18 tokens
             policy_batch_tokens=2304,  # 128
             max_source_tokens=32,
             max_target_tokens=4,
             lr=4e-3,
-            policy_lr=4e-3,
+            policy_lr=2e-3,
             samples=8,
             warmup_len=1,
             eval_every=50,
@@ -173,7 +173,7 @@ class Config:
     recompute: bool = flag(False, "compute activations again in the backward pass: less memory")
     compile: bool = flag(False, "torch.compile of encoder and decoder: minutes at first")
     # optimisation
-    sft_steps: int = flag(300, "updates of the SFT stage", 1, 10**9)
+    sft_steps: int = flag(900, "updates of the SFT stage", 1, 10**9)
     policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0, 10**9)
     control: bool = flag(True, "afterwards SFT again, for the policy stage's FLOPs")
     policy_batch_tokens: int = flag(1500, "in the policy stage; K samples count once", 16, 10**9)
