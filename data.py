@@ -7,8 +7,9 @@ DIR, then data/TASK/ (translation: data/TASK/PAIR/), then built-in data, generat
 
     python data.py wmt --pair de-en             download real data into data/wmt/de-en/
 
-Signatures carry no types. A name means the same everywhere: config is a Config, tokenizer a
-tokenizers.Tokenizer, examples a list of Example, data an Encoded, task the name of a row of TASKS.
+Signatures carry no types: config is a Config (in model.py a ModelConfig), tokenizer is a
+tokenizers.Tokenizer. examples is a list of Example, and data an Encoded, both of one split;
+train.py also keeps both by split, in dicts. split is its name, stage the name of a stage.
 """
 
 import argparse
@@ -302,8 +303,9 @@ def encode_split(tokenizer, examples, config, split, scored=True) -> Encoded:
     UserError if prompts differ in length: then padding would stand between prompt and y.
     """
     data = encode(tokenizer, examples)
-    if len({len(prompt) for prompt in data.prompt}) > 1:
-        raise UserError("all prompts of a task must have the same number of tokens")
+    prompts = {len(ids): example.prompt for ids, example in zip(data.prompt, examples)}
+    if len(prompts) > 1:
+        raise UserError(f"all prompts of a task must have as many tokens, not {prompts}")
     side = TASKS[config.task].cut or ("end" if scored else "")
     most = config.max_source_tokens
     long_source = lengths(data.source) > most
@@ -318,6 +320,7 @@ def encode_split(tokenizer, examples, config, split, scored=True) -> Encoded:
         out = long_target if side else long_source | long_target
         data = data.pick(np.flatnonzero(~out))
     kept_end = int(ends_sources(tokenizer))  # the </s> stays
+    # without a side nothing is too long by now
     sources = [cut(row, most, side, kept_end) for row in data.source]
     return data._replace(source=sources)
 
@@ -333,20 +336,20 @@ def collate(data, index) -> Batch:
 
 
 def bucket(data, batch_tokens, key):
-    """Runs of examples in the order of key: arrays of their indices.
+    """Batches of examples in the order of key: arrays of their indices.
 
-    Each run has B · (longest S + longest T) <= batch_tokens, padding included, or one example.
+    Each has B · (longest S + longest T) <= batch_tokens, padding included, or one example.
     """
-    batches, run = [], []
+    batches, batch = [], []
     S = T = 0
     for i in np.argsort(key, kind="stable"):
         s, t = len(data.source[i]), len(data.target[i])
         S, T = max(S, s), max(T, t)
-        if run and (len(run) + 1) * (S + T) > batch_tokens:
-            batches.append(np.array(run))
-            run, S, T = [], s, t
-        run.append(i)
-    return [*batches, np.array(run)]
+        if batch and (len(batch) + 1) * (S + T) > batch_tokens:
+            batches.append(np.array(batch))
+            batch, S, T = [], s, t
+        batch.append(i)
+    return [*batches, np.array(batch)]
 
 
 class Batches:
@@ -427,18 +430,20 @@ def read_config(folder) -> Config:
         raise UserError(f"{path} is of another version of the program: train again, --overwrite")
     config = Config(**saved)
     if wrong := config.problem():
-        raise UserError(f"{path} is not what train.py wrote: {wrong}")
+        raise UserError(f"{path} does not fit this program: {wrong}")
     return config
 
 
-def lookup(table, key, what):
-    """table[key]. UserError, which begins with `what`, if it is not there.
+def lookup(known, key, what):
+    """known[key]. UserError, which begins with `what`, if it is not there.
 
     The names in a row of TASKS are written by hand, so a slip must be said clearly.
     """
-    if key not in table:
-        raise UserError(f"{what} {key!r} does not exist: there are {', '.join(table)}")
-    return table[key]
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"{what} {key!r}: {hint}")
+    return known[key]
 
 
 def load(config):
@@ -454,14 +459,14 @@ def load(config):
     if not origin:
         origin = str(folder) if task.reader and folder.is_dir() else "built-in"
     if origin == "built-in" and task.generator:
-        generator = lookup(GENERATORS, task.generator, f"{said} its generator")
+        generator = lookup(GENERATORS, task.generator, f"{said} data.GENERATORS has no")
         splits = generate_splits(generator, config)
     elif origin == "built-in":
         how = f"python data.py fills {folder}, or " if config.task in CORPORA else ""
         raise UserError(f"{said} there is no built-in data: {how}--data DIR")
     elif task.reader:
         origin = str(Path(origin).resolve())
-        reader = lookup(READERS, task.reader, f"{said} its reader")
+        reader = lookup(READERS, task.reader, f"{said} data.READERS has no")
         splits = read_splits(Path(origin), *reader(config.pair))
     else:
         raise UserError(f"{said} all data is generated: leave --data out")
@@ -577,8 +582,10 @@ def read_split(paths: list[Path], row, split):
             example = Example(*row(*lines))
             "".join(example).encode()  # ValueError for half a surrogate pair
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            said = f"is empty or lacks a field ({type(error).__name__}: {error}): docs/guide.md"
-            raise UserError(f"line {number} of {names} {said}") from None
+            said = (
+                f"its reader failed, {type(error).__name__}: {error}. docs/guide.md has the formats"
+            )
+            raise UserError(f"line {number} of {names}: {said}") from None
         if example.source.strip() and example.target.strip():
             examples.append(example)
         elif split == "train":
@@ -791,7 +798,7 @@ def pointers(r, config) -> Example:
     """y = f^hops(start): a random permutation f of --symbols letters, 1 to --hops look-ups.
 
     The source holds f as one word "ij", and so one token, for each f(i) = j. One decoder layer can
-    look up one word per token that it writes. So two hops need a token in between: a warmup.
+    look up one word per token that it reads. So two hops need a token in between: a warmup.
     """
     letters = "abcdefghijklmnopqrstuvwxyz"[: config.symbols]
     hops = r.randint(min(1, config.hops), config.hops)
@@ -808,7 +815,10 @@ def chain(example):
 
 
 def table(text):
-    """Words in rows. Rows end at | or a new line, words at a space; _ is a space within a word."""
+    """ "red rot|light_green hellgrün" -> [["red", "rot"], ["light green", "hellgrün"]].
+
+    A new line ends a row, too.
+    """
     rows = text.replace(" ", "\t").replace("_", " ").replace("\n", "|").split("|")
     return [row.split("\t") for row in rows]
 
@@ -824,7 +834,7 @@ lamp lamps Lampe Lampen f|car cars Auto Autos n|picture pictures Bild Bilder n
 key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f|coat coats Mantel Mäntel m""")
 ADJECTIVES = table("""old alt|small klein|big groß|new neu|beautiful schön|strange seltsam
 famous berühmt|clean sauber|ugly hässlich|heavy schwer""")
-# Verbs: English plural, singular, past; German singular, plural, participle, separable prefix.
+# Verbs: English plural, singular, past; German singular, plural, participle, separable particle.
 VERBS = table("""see sees saw sieht sehen gesehen -|find finds found findet finden gefunden -
 look_at looks_at looked_at sieht sehen gesehen an|paint paints painted malt malen gemalt -
 look_for looks_for looked_for sucht suchen gesucht -|fetch fetches fetched holt holen geholt ab
@@ -866,21 +876,21 @@ def clause(r, order):
     """One clause in English and German. order: of the German words.
 
     The finite verb is second in a "main" clause, so the subject moves behind it when the time comes
-    first ("front"). In a subordinate clause ("sub") the verb is last. A separable prefix or a
+    first ("front"). In a subordinate clause ("sub") the verb is last. A separable particle or a
     participle closes the clause.
     """
     past = r.random() < 0.5
-    base, third, simple_past, singular, many, participle, prefix = r.choice(VERBS)
+    base, third, simple_past, singular, many, participle, particle = r.choice(VERBS)
     who, wer, plural = noun_phrase(r, "nominative", PEOPLE)
     whom, wen, _ = noun_phrase(r, "accusative", THINGS)
     year = r.randint(1900, 1999)
     when, wann = (text.format(year=year) for text in r.choice(TIMES[past]))
-    prefix = prefix.strip("-")
+    particle = particle.strip("-")
     if past:  # English simple past, German perfect: hat … aufgemacht
-        verb, finite, end = simple_past, "haben" if plural else "hat", prefix + participle
+        verb, finite, end = simple_past, "haben" if plural else "hat", particle + participle
         last = f"{end} {finite}"
     else:
-        verb, finite, end = base if plural else third, many if plural else singular, prefix
+        verb, finite, end = base if plural else third, many if plural else singular, particle
         last = end + finite  # a separable verb is one word at the end of a subordinate clause
     if order == "front":
         return f"{when} {who} {verb} {whom}", f"{wann} {finite} {wer} {wen} {end}".strip()
@@ -999,8 +1009,9 @@ def generate_splits(generate, config):
             splits[split][example] = None
             in_vain = 0
         if in_vain == 10000:
-            said = f"lower --built-in-size (now {size}), or let the task have more examples"
-            raise UserError(f"10,000 draws in a row gave no new example: {said}")
+            found = f"{sum(map(len, splits.values()))} of {sum(wanted.values())}"
+            said = f"10,000 draws in a row gave no new example, after {found}"
+            raise UserError(f"{said}: lower --built-in-size (now {size})")
     return {split: list(rows) for split, rows in splits.items()}
 
 
@@ -1108,10 +1119,10 @@ def download(task, pair, folder):
     Files are written under another name and renamed: an interrupted download leaves no half file.
     UserError if the network fails, or if what comes is not what we expected.
     """
-    lines, languages = CORPORA[task]
+    corpus, languages = CORPORA[task]
     sides = pair.split("-") if languages else ["jsonl"]
     files: dict[str, list[str]] = {f"{split}.{side}": [] for split in SPLITS for side in sides}
-    print(lines.__doc__)
+    print(corpus.__doc__)
     # Windows does not remove a file that an archive's reader still holds open after an error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
 
@@ -1124,7 +1135,7 @@ def download(task, pair, folder):
             return path
 
         try:
-            for name, line in lines(get, *(sides if languages else [])):
+            for name, line in corpus(get, *(sides if languages else [])):
                 files[name].append(line)
             if not all(files.values()):
                 raise ValueError("a split has no lines")
@@ -1180,13 +1191,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n{hint}\n")
 
 
-def program(run):
+def program(body):
     """Decorator of a script's main(argv): 0, or 1 after one line that says what is wrong.
 
     A traceback is for our own errors. What the user can mend is said in a line, without one.
     """
 
-    @wraps(run)
+    @wraps(body)
     def main(argv: list[str] | None = None):
         try:
             for stream in (sys.stdout, sys.stderr):
@@ -1194,7 +1205,7 @@ def program(run):
                 if stream is not None:
                     encoding = None if stream.isatty() else "utf-8"
                     stream.reconfigure(encoding=encoding, errors="replace")
-            run(sys.argv[1:] if argv is None else argv)
+            body(sys.argv[1:] if argv is None else argv)
             print(end="", flush=True)  # if the reader has left, it shows here
             return 0
         except KeyboardInterrupt as interrupt:

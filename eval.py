@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import sys
+import traceback
 import unicodedata
 from collections import Counter, defaultdict
 from contextlib import redirect_stdout
@@ -113,7 +114,7 @@ def add_sums(sums, new):
 
 
 def averages(sums, tokens):
-    """Batch sums, with the count of "examples" among them, as means.
+    """Sums of batches -> means. sums holds the number of "examples", too.
 
     Loss and nll are per target token, the swap gap per swapped example, all else per example.
     """
@@ -157,7 +158,7 @@ def decode_batch(model, tokenizer, batch, config, spec, c=None):
     warmups = [""] * len(rows)
     if spec is not None and not spec.pause:
         texts = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
-        warmups = [one_line(text) or " " for text in texts]
+        warmups = [one_line(text) or " " for text in texts]  # "" would say: no warmup
     ended = [model.config.eos_id in row for row in rows]
     return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
 
@@ -201,24 +202,12 @@ def pointer_scores(config, examples, hypotheses, warmups):
     right = defaultdict(list)
     written = any(warmups)
     for example, hypothesis, warmup in zip(examples, hypotheses, warmups):
-        start, *between, answer = chain(example)
-        hops = len(between) + 1
-        right["1 hop" if hops == 1 else f"{hops} hops"].append(hypothesis == answer)
+        symbols = chain(example)
+        hops, between = len(symbols) - 1, symbols[1:-1]
+        right["1 hop" if hops == 1 else f"{hops} hops"].append(hypothesis == symbols[-1])
         if written and between:
             right["hit rate"].append(warmup.split()[: len(between)] == between)
     return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
-
-
-def compute_metrics(config, examples, hypotheses, warmups):
-    """By the task's function in METRICS. UserError if it fails: it may be a student's own."""
-    task = f"task {config.task}:"
-    metrics = lookup(METRICS, TASKS[config.task].metrics, f"{task} its metrics")
-    try:
-        scores = metrics(config, examples, hypotheses, warmups)
-        return {name: round(float(value), 4) for name, value in scores.items()}
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        said = f"its metric failed, {type(error).__name__}: {error}"
-        raise UserError(f"{task} {said}") from error
 
 
 def ceiling(tokenizer, examples, config):
@@ -454,6 +443,20 @@ METRICS = {
 }
 
 
+def compute_metrics(config, examples, hypotheses, warmups):
+    """By the task's function in METRICS. UserError if it fails: it may be a student's own."""
+    name = TASKS[config.task].metrics
+    metrics = lookup(METRICS, name, f"task {config.task}: eval.METRICS has no")
+    try:
+        scores = metrics(config, examples, hypotheses, warmups)
+        return {name: round(float(value), 4) for name, value in scores.items()}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"line {place.lineno} of {Path(place.filename).name}"
+        said = f"task {config.task}: its metric failed, {type(error).__name__}: {error}, in {where}"
+        raise UserError(said) from error
+
+
 def signatures(config, examples):
     """How each metric was computed; sacreBLEU's own description of it.
 
@@ -635,8 +638,8 @@ def answer(run, stage, file, show_warmup):
     if filled:
         with redirect_stdout(sys.stderr):  # what is cut must not stand among the outputs
             data = encode_split(tokenizer, filled, config, "--input")
-        room = np.zeros(config.max_target_tokens)  # in a batch: y may become so long
-        data = data._replace(target=[room] * len(filled))
+        longest = np.zeros(config.max_target_tokens)  # y may become so long: it counts in a batch
+        data = data._replace(target=[longest] * len(filled))
         outputs = decode_split(model, tokenizer, data, config, spec)
     waiting = iter(outputs)
     for example in examples:

@@ -402,7 +402,7 @@ class EncoderDecoder(nn.Module):
         cache.length = end
         return hidden
 
-    def output_layer(self, hidden):
+    def output_operands(self, hidden):
         """(hidden, weight (V,E)) whose product is the logits."""
         if not self.config.tied:
             return hidden, self.output.weight
@@ -412,18 +412,20 @@ class EncoderDecoder(nn.Module):
 
     def logits(self, hidden):
         """hidden (...,E) -> logits (...,V) in float32, or in float64 for a float64 model."""
-        logits = F.linear(*self.output_layer(hidden))
+        logits = F.linear(*self.output_operands(hidden))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def token_logprobs(self, hidden, targets, *, temperature=1.0, forbidden=None):
-        """log softmax(logits / temperature)[targets]: (tokens,E), (tokens,) -> (tokens,), float32.
+        """log softmax(logits / temperature)[targets]: (tokens,E), (tokens,) -> (tokens,).
 
-        forbidden: ids of probability 0.
+        In float32, or in float64 for a float64 model. forbidden: ids of probability 0.
         """
-        hidden, weight = self.output_layer(hidden)
+        hidden, weight = self.output_operands(hidden)
         if temperature != 1.0:
             hidden = hidden / temperature
-        if torch.is_autocast_enabled(hidden.device.type):  # blind to an autograd.Function
+        if torch.is_autocast_enabled(
+            hidden.device.type
+        ):  # it does not reach into an autograd.Function
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         if hidden.dtype == torch.float64:  # the exact tests; all else accumulates in float32
@@ -432,7 +434,10 @@ class EncoderDecoder(nn.Module):
 
 
 def plain_token_logprobs(hidden, weight, targets, forbidden=None):
-    """log softmax(hidden weightᵀ)[targets], with all tokens x V logits."""
+    """log softmax(hidden weightᵀ)[targets]: (tokens,E), (V,E), (tokens,) -> (tokens,).
+
+    The plain form, which makes all (tokens,V) logits. forbidden: ids of probability 0.
+    """
     logits = hidden @ weight.T  # (tokens,V)
     if forbidden is not None:
         logits = logits.index_fill(1, forbidden, -torch.inf)
@@ -441,9 +446,12 @@ def plain_token_logprobs(hidden, weight, targets, forbidden=None):
 
 
 # ----------------------------------------------------------------------------- decoding
-def read_prefix(model, memory, prefix, room, copies):
-    """Read prefix (B,prefix) once per example, then copy the rows: cache, hidden (N,E)."""
-    cache = Cache(model.decoder, prefix.size(1) + room)
+def read_prefix(model, memory, prefix, length, copies):
+    """Read prefix (B,prefix) once per example, then copy the rows: cache, hidden (N,E).
+
+    length: of what will be written after it.
+    """
+    cache = Cache(model.decoder, prefix.size(1) + length)
     hidden = model.decode(prefix, memory, cache)[:, -1]  # (B,E)
     rows = torch.arange(len(prefix), device=prefix.device).repeat_interleave(copies)  # (N,)
     cache.select(rows)
@@ -464,7 +472,7 @@ def draw(probs):
     """
     cdf = probs.cumsum(-1)  # (N,V)
     if cdf.is_cuda:
-        # a parallel sum rounds up and down: no gap may open for a token of probability 0
+        # a parallel sum rounds up and down: a token of probability 0 must not be drawn
         cdf = cdf.masked_fill_(probs == 0, 0.0).cummax(-1).values
     total = cdf[:, -1:]
     # a little less than 1: u·sum must stay below the sum after rounding, too
@@ -546,7 +554,7 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
     tokens = prefix.new_full((B, n, length), model.config.pad_id)  # open beams
     scores = torch.full((B, n), MASKED, device=device)  # of open beams: sums of log-probs
     ended, ended_scores = tokens.clone(), scores.clone()  # finished beams
-    scores[:, 0] = 0.0  # all beams are alike at first: only one may speak
+    scores[:, 0] = 0.0  # all beams are alike at first: count only one
     running = torch.ones_like(first_row, dtype=torch.bool)  # (B,1)
     for t in range(length):
         logits = next_logits(model, hidden, forbidden)  # (B·n,V)
@@ -648,7 +656,7 @@ def one_chunk(hidden, weight, targets, forbidden):
     if forbidden is not None:
         logits.index_fill_(1, forbidden, -torch.inf)
     top = logits.amax(-1, keepdim=True)
-    picked = logits.gather(1, targets[:, None])  # (n,1)
+    picked = logits.gather(1, targets[:, None])  # (n,1). First: the next line overwrites logits
     exps = logits.sub_(top).exp_()
     total = exps.sum(-1, keepdim=True)
     return (picked - top - total.log()).squeeze(1), exps, total
@@ -805,7 +813,7 @@ T5_SIZES = {  # in config.json: our name
     "relative_attention_max_distance": "max_distance",
 }
 T5_IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-T5_LIMITS = {  # else from 1 to 2**20: more is no model, and its names alone would fill the memory
+T5_LIMITS = {  # else from 1 to 2**20. More layers would fill the memory with names of parameters
     "num_layers": (1, 1000),
     "num_decoder_layers": (1, 1000),
     "relative_attention_num_buckets": (4, 2**20),
@@ -904,10 +912,10 @@ def pretrained_folder(source):
     if find_spec("safetensors"):
         kinds.insert(0, "model*.safetensors")
     try:
-        for weights in kinds:
-            files = ["*.json", "spiece.model", weights]
+        for pattern in kinds:
+            files = ["*.json", "spiece.model", pattern]
             folder = Path(snapshot_download(source, allow_patterns=files))
-            if list(folder.glob(weights)):
+            if list(folder.glob(pattern)):
                 break
         return folder
     except Exception as error:  # the hub, its HTTP library and the cache raise a zoo of types
@@ -948,7 +956,10 @@ def read_weights(folder):
 
 
 def untangle(tensors, config, settings) -> ModelConfig:
-    """Remove copies and leftovers from tensors; say whether the output layer is really tied."""
+    """Remove copies and leftovers from tensors, in place. -> config, with the files' own `tied`.
+
+    ValueError if two tensors differ that are one in a T5.
+    """
     for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
         copy = tensors.pop(name, None)
         if copy is not None and not torch.equal(copy, tensors.setdefault("shared.weight", copy)):
@@ -959,7 +970,7 @@ def untangle(tensors, config, settings) -> ModelConfig:
     if config.tied:
         head = tensors.pop("lm_head.weight", embedding)
         if not torch.equal(head, embedding):
-            # umT5's head is scaled as if it were tied, and is not: fold the scale into the weight
+            # umT5 scales its output without tying it: fold the scale into the weight
             config = replace(config, tied=False)
             tensors["lm_head.weight"] = head.float() * config.width**-0.5
     elif settings.get("tie_word_embeddings"):

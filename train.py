@@ -135,7 +135,7 @@ def policy_flops(model, batch, spec, rows, sampled):
     predicted = int(rows @ real) + (0 if spec.pause else N * W)  # log P(c|x) is trained, too
     decoder = decoder_flops(model, batch, N * length, length, predicted)
     flops = 3 * (encoder_flops(model, batch) + decoder)
-    if sampled:  # the prefix once, then one token at a time; the last is not read
+    if sampled:  # the prefix once, then token by token in rows of this mean length
         tokens = B * prefix + B * sampled * (W - 1)
         flops += decoder_flops(model, batch, tokens, prefix + W // 2, B * sampled * W)
     return flops
@@ -497,7 +497,7 @@ def parse(argv):
     defaults = {f.name: f.default for f in fields(Config)}
     task = TASKS.get(known.task, TASKS["wmt"])
     for name in task.settings:
-        lookup(defaults, name, f"task {known.task}: its setting")
+        lookup(defaults, name, f"task {known.task}: there is no setting")
     defaults |= task.settings
     if known.init:  # T5's weights are large and need no big steps
         defaults |= {"lr": 3e-4, "policy_lr": 1e-4}

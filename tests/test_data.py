@@ -949,7 +949,7 @@ def test_special_tokens_in_text_are_text():
 def test_prompts_of_a_split_have_one_length(words):
     """Padding would stand between a shorter prompt and y."""
     texts = [Example("ein Hund", "<2en>", "a dog"), Example("ein Hund", "<2en> a", "a dog")]
-    with pytest.raises(UserError, match="same number of tokens"):
+    with pytest.raises(UserError, match="as many tokens, not"):
         encode_split(words, texts, Config(), "train")
 
 

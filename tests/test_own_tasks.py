@@ -89,8 +89,12 @@ def refused(capsys) -> str:
 def test_settings_that_mean_nothing(settings, name, mine, capsys):
     mine(settings=settings)
     said = refused(capsys)
-    assert f"its setting '{name}' does not exist: there are task, out, " in said
-    assert " warmup_len, " in said and " policy_steps, " in said
+    assert f"task mine: there is no setting '{name}': " in said
+    near = {"warmup_length": "warmup_len", "policy_step": "policy_steps"}.get(name)
+    if near:
+        assert said.endswith(f"did you mean {near}?\n")
+    else:
+        assert " warmup_len, " in said and " policy_steps, " in said
 
 
 @pytest.mark.parametrize(
@@ -113,20 +117,18 @@ def test_values_that_mean_nothing(settings, says, mine, capsys):
 
 
 def test_settings_that_mean_something_are_used(mine):
-    mine(settings=dict(warmup_len=2, lr=1.0, control=False))
+    """A whole number may stand for a float."""
+    mine(settings=dict(warmup_len=2, lr=1, control=False))
     config, _ = train.parse(["--task", "mine"])
-    assert (config.warmup_len, config.lr, config.control) == (2, 1.0, False)
+    assert (config.warmup_len, config.lr, config.control) == (2, 1, False)
 
 
 @pytest.mark.parametrize(
     "columns, says",
     [
-        (
-            dict(metrics="accuracy"),
-            "its metrics 'accuracy' does not exist: there are translation, ",
-        ),
-        (dict(metrics=""), "its metrics '' does not exist: there are translation, "),
-        (dict(name="mein"), "its generator 'mein' does not exist: there are pointers, "),
+        (dict(metrics="accuracy"), "eval.METRICS has no 'accuracy': there are translation, "),
+        (dict(metrics=""), "eval.METRICS has no '': there are translation, "),
+        (dict(name="mein"), "data.GENERATORS has no 'mein': "),
     ],
 )
 def test_names_that_mean_nothing(columns, says, mine, capsys):
@@ -137,7 +139,7 @@ def test_names_that_mean_nothing(columns, says, mine, capsys):
 def test_a_reader_that_means_nothing(mine, capsys):
     mine(reader="tsv")
     assert train.main([*FLAGS, "--data", ".", "--out", "run"]) == 1
-    says = "error: task mine: its reader 'tsv' does not exist: there are parallel, "
+    says = "error: task mine: data.READERS has no 'tsv': there are parallel, "
     assert capsys.readouterr().err.startswith(says)
 
 
@@ -171,14 +173,14 @@ def test_prompts_of_unequal_length(mine, capsys):
     assert train.main([*FLAGS, "--out", "run"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and not Path("run").exists()
-    assert "all prompts of a task must have the same number of tokens" in err
+    assert "all prompts of a task must have as many tokens, not {" in err and "'<ask> a '" in err
 
 
 def test_a_generator_that_repeats_itself(mine, capsys):
     mine(lambda r, config: Example(r.choice("ab"), "", "b"))
     assert train.main([*FLAGS, "--out", "run"]) == 1
     said = capsys.readouterr().err
-    assert "lower --built-in-size (now 40)" in said and "--symbols" not in said
+    assert " no new example, after " in said and " of 60: lower --built-in-size (now 40)" in said
 
 
 def test_a_metric_may_look_at_warmups(mine, monkeypatch, capsys):
@@ -237,7 +239,7 @@ def test_a_metric_that_is_gone(finished_run, monkeypatch, capsys):
     monkeypatch.delitem(evaluation.METRICS, "translation")
     for program, *argv in ((evaluation, str(finished_run)), (train, "--resume", str(finished_run))):
         assert program.main(argv) == 1
-        said = "error: task wmt: its metrics 'translation' does not exist: there are pointers, "
+        said = "error: task wmt: eval.METRICS has no 'translation': there are pointers, "
         assert said in capsys.readouterr().err
 
 

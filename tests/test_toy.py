@@ -51,6 +51,8 @@ def test_scores_by_hops_and_hit_rate():
     assert score(None, [one], ["c"], [""]) == {"1 hop": 0.0}
     three = Example("ab bc ca", "<3hops> a", "a")
     assert score(None, [three], ["a"], ["b c"]) == {"3 hops": 1.0, "hit rate": 1.0}
+    zero = Example("ab bc ca", "<0hops> a", "a")  # --hops 0: copy
+    assert score(None, [zero, zero], ["a", "b"], ["b", "b"]) == {"0 hops": 0.5}
     assert score(None, [three], ["a"], ["b b"])["hit rate"] == 0.0
     assert score(None, [three], ["a"], ["c b"])["hit rate"] == 0.0  # the order counts
 
@@ -145,17 +147,14 @@ def test_a_toy_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     "arguments, message",
     [
         (["--task", "toy", "--data", "nowhere"], "leave --data out"),
-        (
-            ["--task", "toy", "--symbols", "2"],
-            "no new example: lower --built-in-size (now 50), or let the task have more examples",
-        ),
+        (["--task", "toy", "--symbols", "2"], "of 74: lower --built-in-size (now 50)"),
         (
             ["--task", "toy", "--estimator", "exact", "--symbols", "20", "--warmup-len", "2"],
             "exact",
         ),
         (
             ["--task", "toy", "--data", "built-in", "--symbols", "3", "--hops", "0"],
-            "no new example: lower --built-in-size (now 50), or let the task have more examples",
+            "of 74: lower --built-in-size (now 50)",
         ),
     ],
 )

@@ -51,9 +51,8 @@ def log_policy(logits: Tensor, c: Tensor, spec: WarmupSpec) -> Tensor:
 def entropy_gradient(log_pi: Tensor) -> Tensor:
     """12. log_pi (B,K) of sampled warmups -> (B,K): what to add to a, so that the entropy rises.
 
-    The entropy of the policy is H = -E[log pi], and ∇H = -E[log pi ∇ log pi]. So
-    a_k = -(log pi_k - mean of the other samples' log pi) / K follows the gradient of H: the mean
-    is a baseline. It does not depend on sample k, so it changes no expectation.
+    The entropy of the policy is H = -E[log pi], and ∇H = -E[log pi ∇ log pi]. Estimate it from the
+    K samples. Subtract from each what does not depend on it, as `mean_of_others` does for R.
     """
     raise NotImplementedError
 
@@ -62,7 +61,7 @@ def continuum(R: Tensor, q: float) -> tuple[Tensor, Tensor]:
     """13. R (B,K), q from 0 to 1 -> a, b (B,K): from `prob` (q = 0) to `marginal` (q = 1).
 
     This is the Tsallis continuum (arXiv 2604.25907): follow the gradient of the q-logarithm of P,
-    P^(1-q) / (1-q), which is P at q = 0 and becomes log P towards q = 1. With p_k = exp(R_k) and
+    (P^(1-q) - 1) / (1-q), which is P - 1 at q = 0 and becomes log P towards q = 1. With p_k = exp(R_k) and
     P̂ = mean_j p_j, the mean over all K samples,
 
     a_k = P̂^(-q) (p_k - mean of the other samples' p) / K,   b_k = P̂^(-q) p_k / K
