@@ -164,7 +164,7 @@ class Config:
     hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
     seed: int = flag(0, "of weights, batches, dropout, warmups, built-in data", 0, 2**63 - 1)
     max_source_tokens: int = flag(128, "longer sources are cut; see the guide", 2, 10**5)
-    max_target_tokens: int = flag(128, "where y ends; longer training targets go", 2, 10**5)
+    max_target_tokens: int = flag(128, "of y; longer training pairs are left out", 2, 10**5)
     batch_tokens: int = flag(3000, "source, target, padding in a micro-batch", 16, 10**9)
     # model
     size: str = flag("tiny", "of a model from scratch", choices=SIZES)

@@ -650,6 +650,8 @@ def test_translating_keeps_line_order_and_count(finished_run, tmp_path, capsys):
     assert evaluation.main([str(finished_run), *flags]) == 0
     together = capsys.readouterr().out.splitlines(keepends=True)
     assert [row.split("\t")[1] for row in together] == one_by_one and len(together) == 3
+    assert evaluation.main([str(finished_run), *flags, "--stage", "sft"]) == 0
+    assert "\t" not in capsys.readouterr().out  # after SFT there is no warmup to show
 
 
 def test_the_prompt_of_new_text_names_the_target_language(tmp_path, monkeypatch):
