@@ -577,7 +577,9 @@ def plot(config, out):
     figure = Figure(figsize=(10, 3 * rows), layout="constrained")
     figure.suptitle(config.folder.resolve().name)
     for number, (title, (kind, name)) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(rows, 2, number, title=title, xlabel="TFLOP, SFT's included")
+        first = figure.axes[0] if figure.axes else None
+        axis = figure.add_subplot(rows, 2, number, sharex=first, title=title)
+        axis.set_xlabel("TFLOP, those of SFT included")
         for stage, color in zip(STAGES, ("black", "gray", "C0")):
             if curve := curves[kind, name, stage]:
                 draw_curve(axis, kind, *zip(*curve), color=color, label=row_name(stage, config))

@@ -178,6 +178,14 @@ def test_output_to_a_file_is_utf_8(stream):
     assert getattr(done, stream).decode("utf-8").strip() == "▁дом 家 é"
 
 
+def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch, tmp_path, capsys):
+    """torch's checkpoint restores the random state of the CPU and of CUDA alone."""
+    monkeypatch.setattr(train, "use_device", lambda name: torch.device("mps"))
+    flags = ["--task", "wmt", *TINY, "--dropout", "0.1", "--recompute"]
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 1
+    assert "--recompute on mps" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "cuda, mps, chosen",
     [(0, False, "cpu"), (0, True, "cpu"), (1, False, "cuda"), (1, True, "cuda")],
