@@ -7,7 +7,7 @@ DIR, then data/TASK/ (translation: data/TASK/PAIR/), then built-in data, generat
 
     python data.py wmt --pair de-en             download real data into data/wmt/de-en/
 
-Signatures carry no types: config is a Config (in model.py a ModelConfig), tokenizer is a
+Signatures carry few types: config is a Config (in model.py a ModelConfig), tokenizer is a
 tokenizers.Tokenizer. examples is a list of Example, and data an Encoded, both of one split;
 train.py also keeps both by split, in dicts. split is its name, stage the name of a stage.
 """

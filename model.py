@@ -423,10 +423,9 @@ class EncoderDecoder(nn.Module):
         hidden, weight = self.output_operands(hidden)
         if temperature != 1.0:
             hidden = hidden / temperature
-        if torch.is_autocast_enabled(
-            hidden.device.type
-        ):  # it does not reach into an autograd.Function
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # it does not reach into an autograd.Function
+            dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         if hidden.dtype == torch.float64:  # the exact tests; all else accumulates in float32
             return plain_token_logprobs(hidden, weight, targets, forbidden)

@@ -516,7 +516,10 @@ def parse(argv):
         add_flags(parser, dict.fromkeys(MOVABLE, argparse.SUPPRESS))
     args = vars(parser.parse_args(argv))
     folder = args.pop("resume")
-    config = replace(read_config(Path(folder)), out=folder, **args) if folder else Config(**args)
+    if folder is None:
+        config = Config(**args)
+    else:
+        config = replace(read_config(Path(folder)), out=folder, **args)
     if wrong := config.problem():
         parser.error(wrong)
     if known.init and any(word.split("=")[0] in ("--size", "--vocab-size") for word in argv):

@@ -656,6 +656,7 @@ def test_a_reader_that_leaves_and_a_closed_input(finished, tmp_path):
 def test_a_run_that_was_killed_before_its_first_checkpoint(capsys, run):
     (run / "config.json").unlink()
     assert f"no run in {run}" in complaint(capsys, train, "--resume", run)
+    assert "no run in ." in complaint(capsys, train, "--resume", "")  # and no run is begun
     said = complaint(capsys, train, *TINY, "--out", run)
     assert "--overwrite" in said
     (run / "config.json").write_text("{}", encoding="utf-8")
