@@ -57,7 +57,7 @@ from data import (
     special_ids,
     translation,
 )
-from model import UserError, load_model, one_line, precision, save_pretrained, use_device
+from model import UserError, load_model, one_line, precision, save_pretrained, pick_device
 from warmup import (
     WarmupSpec,
     direct_logprobs,
@@ -735,7 +735,7 @@ def main(argv):
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
-    run = Finished(config, tokenizer, use_device(config.device))
+    run = Finished(config, tokenizer, pick_device(config.device))
     stages = [stage for stage in STAGES if (config.folder / f"{stage}.pt").exists()]
     if not stages:
         raise UserError(f"{args.run} was not validated yet: {resume_command(args.run)}")

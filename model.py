@@ -689,7 +689,7 @@ def one_line(text):
     return " ".join(text.split())
 
 
-def use_device(name):
+def pick_device(name):
     """Set torch up for a device, and return it. auto: CUDA, else the CPU; Apple's mps by name only.
 
     Under torchrun each process has its own GPU. Nothing was ever run on mps.

@@ -77,7 +77,7 @@ from model import (
     precision,
     pretrained_folder,
     save_checkpoint,
-    use_device,
+    pick_device,
     write_file,
 )
 from warmup import sft_loss, target_tokens, warmup_loss
@@ -574,7 +574,7 @@ def prepare(config, resume) -> Run:
     """
     splits, origin = load(config)
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
-    device = use_device(config.device)
+    device = pick_device(config.device)
     if config.recompute and config.dropout and device.type == "mps":
         raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
     torch.manual_seed(config.seed)

@@ -698,7 +698,7 @@ def test_a_stage_that_the_config_now_leaves_out(change, capsys):
 
 def test_recomputing_on_mps_would_draw_other_dropout(capsys, monkeypatch):
     """Refused before a folder is made."""
-    monkeypatch.setattr(train, "use_device", lambda name: torch.device("mps"))
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("mps"))
     assert "--dropout 0" in complaint(capsys, train, *TINY, "--recompute", "--out", "new")
     assert not Path("new").exists()
 

@@ -180,7 +180,7 @@ def test_output_to_a_file_is_utf_8(stream):
 
 def test_recomputing_on_mps_would_draw_other_dropout(monkeypatch, tmp_path, capsys):
     """torch's checkpoint restores the random state of the CPU and of CUDA alone."""
-    monkeypatch.setattr(train, "use_device", lambda name: torch.device("mps"))
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("mps"))
     flags = ["--task", "wmt", *TINY, "--dropout", "0.1", "--recompute"]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 1
     assert "--recompute on mps" in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -195,12 +195,12 @@ def test_auto_is_cuda_or_the_cpu(cuda, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert model.use_device("auto").type == chosen
+    assert model.pick_device("auto").type == chosen
     if mps:
-        assert model.use_device("mps").type == "mps"
+        assert model.pick_device("mps").type == "mps"
     else:
         with pytest.raises(model.UserError, match="no mps"):
-            model.use_device("mps")
+            model.pick_device("mps")
 
 
 # ----------------------------------------------------------------------------- versions
