@@ -8,8 +8,9 @@ DIR, then data/TASK/ (translation: data/TASK/PAIR/), then built-in data, generat
     python data.py wmt --pair de-en             download real data into data/wmt/de-en/
 
 Signatures carry few types: config is a Config (in model.py a ModelConfig), tokenizer is a
-tokenizers.Tokenizer. examples is a list of Example, and data an Encoded, both of one split;
-train.py also keeps both by split, in dicts. split is its name, stage the name of a stage.
+tokenizers.Tokenizer. examples is a list of Example as text, and data is the same as token ids. Both
+are of one split; train.py keeps both by split, in dicts. split is its name, stage the name of a
+stage.
 """
 
 import argparse
@@ -45,7 +46,7 @@ PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this or
 
 
 class Example(NamedTuple):
-    """One item of a task, as text. (source, prompt) is x, and the target is y."""
+    """One item of a task, as text or as token ids. (source, prompt) is x, and the target is y."""
 
     source: str
     prompt: str  # what the decoder reads before it writes; for translation, a tag such as <2de>
@@ -59,7 +60,7 @@ class Task:
     metrics: str  # a key of eval.METRICS
     generator: str = ""  # a key of GENERATORS, for built-in data; "": there is none
     reader: str = ""  # a key of READERS, the formats of real data; "": all data is generated
-    prefix: str = ""  # what a pretrained T5 finds before its sources, as in its own training
+    source_prefix: str = ""  # what a pretrained T5 finds before its sources, as in its own training
     cut: str = ""  # which side of a long source is cut. "": a long training pair is left out
     settings: dict = field(default_factory=dict)  # defaults of Config for this task
 
@@ -94,13 +95,13 @@ TASKS = {
             beams=1,
         ),
     ),
-    "wmt": Task("translation", generator="translation", reader="parallel", prefix=TRANSLATE),
-    "multi30k": Task("translation", reader="parallel", prefix=TRANSLATE),
+    "wmt": Task("translation", generator="translation", reader="parallel", source_prefix=TRANSLATE),
+    "multi30k": Task("translation", reader="parallel", source_prefix=TRANSLATE),
     "xsum": Task(
         "summaries",
         generator="news",
         reader="xsum",
-        prefix="summarize: ",
+        source_prefix="summarize: ",
         cut="end",
         settings=dict(
             warmup_len=8, max_source_tokens=512, max_target_tokens=64, policy_batch_tokens=3000
@@ -236,21 +237,6 @@ class Config:
 
 
 # ----------------------------------------------------------------------------- text to token ids
-class Encoded(NamedTuple):
-    """One split as token ids: an int32 array per example and column. Targets end in </s>."""
-
-    source: list[np.ndarray]
-    prompt: list[np.ndarray]
-    target: list[np.ndarray]
-
-    def pick(self, index) -> "Encoded":
-        """These examples, in this order."""
-        columns = []
-        for column in self:
-            columns.append([column[i] for i in index])
-        return Encoded(*columns)
-
-
 def special_ids(tokenizer):
     """Ids that stand for no text: what a warmup may not contain.
 
@@ -259,34 +245,29 @@ def special_ids(tokenizer):
     return tuple(sorted(tokenizer.get_added_tokens_decoder()))
 
 
-def token_ids(tokenizer, texts, text_only):
-    """An int32 array for each text.
+def encode(tokenizer, examples) -> list[Example]:
+    """Examples as token ids, an int32 array a field. Every target ends in </s>.
 
-    text_only: a "</s>" that somebody wrote is text like any other. Else it is the special token.
+    Only prompts hold special tokens: a "</s>" that somebody wrote is text like any other.
     """
-    rows = []
-    tokenizer.encode_special_tokens = text_only
-    for at in range(0, len(texts), 4096):  # an encoding takes ten times the memory of its ids
-        some = tokenizer.encode_batch_fast(texts[at : at + 4096], add_special_tokens=False)
-        rows += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
-    tokenizer.encode_special_tokens = False  # as it was
-    return rows
-
-
-def encode(tokenizer, examples) -> Encoded:
-    """Examples as token ids. Only prompts hold special tokens, and every target ends in </s>."""
     special = special_ids(tokenizer)
     unknown = np.int32(tokenizer.token_to_id(UNK))
     end = np.int32(tokenizer.token_to_id(EOS))
     columns = []
     for name, texts in zip(Example._fields, zip(*examples)):
-        rows = token_ids(tokenizer, texts, text_only=name != "prompt")
-        if name != "prompt":  # T5's own tokenizer reads "</s>" as the special token all the same
+        text_only = name != "prompt"
+        tokenizer.encode_special_tokens = text_only
+        rows = []
+        for at in range(0, len(texts), 4096):  # an encoding takes ten times the memory of its ids
+            some = tokenizer.encode_batch_fast(texts[at : at + 4096], add_special_tokens=False)
+            rows += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
+        tokenizer.encode_special_tokens = False  # as it was
+        if text_only:  # T5's own tokenizer reads "</s>" as the special token all the same
             rows = [np.where(np.isin(row, special), unknown, row) for row in rows]
         if name == "target" or (name == "source" and ends_sources(tokenizer)):
             rows = [np.append(row, end) for row in rows]
         columns.append(rows)
-    return Encoded(*columns)
+    return [Example(*row) for row in zip(*columns)]
 
 
 def ends_sources(tokenizer):
@@ -294,7 +275,7 @@ def ends_sources(tokenizer):
     return tokenizer.post_processor is not None
 
 
-def encode_split(tokenizer, examples, config, split, scored=True) -> Encoded:
+def encode_split(tokenizer, examples, config, split, scored=True) -> list[Example]:
     """A split as token ids, within the limits of the run. Prints what is cut or left out.
 
     scored: every example counts, so sources are cut and references stay whole. Else (training) a
@@ -303,13 +284,13 @@ def encode_split(tokenizer, examples, config, split, scored=True) -> Encoded:
     UserError if prompts differ in length: then padding would stand between prompt and y.
     """
     data = encode(tokenizer, examples)
-    prompts = {len(ids): example.prompt for ids, example in zip(data.prompt, examples)}
+    prompts = {len(ids.prompt): example.prompt for ids, example in zip(data, examples)}
     if len(prompts) > 1:
         raise UserError(f"all prompts of a task must have as many tokens, not {prompts}")
     side = TASKS[config.task].cut or ("end" if scored else "")
     most = config.max_source_tokens
-    long_source = lengths(data.source) > most
-    long_target = lengths(data.target) > config.max_target_tokens
+    long_source = lengths(data, "source") > most
+    long_target = lengths(data, "target") > config.max_target_tokens
     what = f"of {len(examples)} {split} examples have a"
     fate = f"their source loses its {side}" if side else "left out"
     say(long_source, f"{what} source over --max-source-tokens {most}: {fate}")
@@ -318,38 +299,37 @@ def encode_split(tokenizer, examples, config, split, scored=True) -> Encoded:
 
     if not scored:
         out = long_target if side else long_source | long_target
-        data = data.pick(np.flatnonzero(~out))
+        data = [ids for ids, left_out in zip(data, out) if not left_out]
     kept_end = int(ends_sources(tokenizer))  # the </s> stays
     # without a side nothing is too long by now
-    sources = [cut(row, most, side, kept_end) for row in data.source]
-    return data._replace(source=sources)
+    return [ids._replace(source=cut(ids.source, most, side, kept_end)) for ids in data]
 
 
 # ----------------------------------------------------------------------------- batches
-def collate(data, index) -> Batch:
-    """The examples of index as one batch. Prompts have one length: padding would precede y."""
+def collate(examples) -> Batch:
+    """Examples as token ids -> one batch. Prompts have one length: padding would precede y."""
     columns = []
-    for column in data.pick(index):
-        rows = [torch.from_numpy(row) for row in column]
+    for column in zip(*examples):
+        rows = [torch.from_numpy(ids) for ids in column]
         columns.append(pad_sequence(rows, batch_first=True).long())
     return Batch(*columns)
 
 
-def bucket(data, batch_tokens, key):
-    """Batches of examples in the order of key: arrays of their indices.
+def group(data, batch_tokens, key):
+    """Batches of examples in the order of key: lists of their indices.
 
     Each has B · (longest S + longest T) <= batch_tokens, padding included, or one example.
     """
-    batches, batch = [], []
+    batches = []
     S = T = 0
     for i in np.argsort(key, kind="stable"):
-        s, t = len(data.source[i]), len(data.target[i])
+        s, t = len(data[i].source), len(data[i].target)
         S, T = max(S, s), max(T, t)
-        if batch and (len(batch) + 1) * (S + T) > batch_tokens:
-            batches.append(np.array(batch))
-            batch, S, T = [], s, t
-        batch.append(i)
-    return [*batches, np.array(batch)]
+        if not batches or (len(batches[-1]) + 1) * (S + T) > batch_tokens:
+            batches.append([])
+            S, T = s, t
+        batches[-1].append(i)
+    return batches
 
 
 class Batches:
@@ -371,26 +351,26 @@ class Batches:
             if turn == self.rank:
                 index = self.order[self.position]
             self.position += 1
-        return collate(self.data, index)
+        return collate([self.data[i] for i in index])
 
     def seek(self, epoch, position):
         """Go to this place. Seed and epoch fix the order of the batches."""
         self.epoch, self.position = epoch, position
         rng = np.random.default_rng([self.seed, epoch])
-        source, target = lengths(self.data.source), lengths(self.data.target)
+        source, target = lengths(self.data, "source"), lengths(self.data, "target")
         # by source, then target length: little padding. Noise gives each epoch other neighbours
         key = source + (target + rng.uniform(0, 2, len(target))) / 10**6
-        batches = bucket(self.data, self.batch_tokens, key)
+        batches = group(self.data, self.batch_tokens, key)
         self.order = [batches[i] for i in rng.permutation(len(batches))]
 
 
 # ===== plumbing: reading config.json, where data comes from, tokenizers, built-in data, download
 def in_order(data, batch_tokens, what):
     """Every example once, longest sources first, with its indices. The progress bar says `what`."""
-    longest_first = -lengths(data.source)
-    with tqdm(total=len(data.source), desc=what, unit="example", delay=2, leave=False) as bar:
-        for index in bucket(data, batch_tokens, longest_first):
-            yield index, collate(data, index)
+    longest_first = -lengths(data, "source")
+    with tqdm(total=len(data), desc=what, unit="example", delay=2, leave=False) as bar:
+        for index in group(data, batch_tokens, longest_first):
+            yield index, collate([data[i] for i in index])
             bar.update(len(index))
 
 
@@ -400,21 +380,21 @@ def say(cases, what):
         print(f"data: {cases.sum()} {what}")
 
 
-def lengths(rows):
-    """(examples,): the number of tokens in each row."""
-    return np.array([len(row) for row in rows])
+def lengths(data, name):
+    """(examples,): how many token ids the field of this name has."""
+    return np.array([len(getattr(ids, name)) for ids in data], dtype=int)
 
 
-def cut(row, most, side, kept_end):
-    """At most `most` tokens of a row. side: "start" or "end", the one that goes.
+def cut(ids, most, side, kept_end):
+    """At most `most` of a source's token ids. side: "start" or "end", the one that goes.
 
     kept_end: so many tokens at the end stay all the same, as T5's </s>.
     """
-    if len(row) <= most:
-        return row
+    if len(ids) <= most:
+        return ids
     if side == "start":
-        return row[-most:]
-    return np.append(row[: most - kept_end], row[len(row) - kept_end :])
+        return ids[-most:]
+    return np.append(ids[: most - kept_end], ids[len(ids) - kept_end :])
 
 
 def read_config(folder) -> Config:
@@ -488,7 +468,7 @@ def source_prefix(config):
     T5 was trained on several tasks at once and knows them by such words (Raffel et al. §2.4).
     """
     languages = [LANGUAGES.get(language, language) for language in config.pair.split("-")]
-    return TASKS[config.task].prefix.format(*languages) if config.init else ""
+    return TASKS[config.task].source_prefix.format(*languages) if config.init else ""
 
 
 # ----------------------------------------------------------------------------- readers of real data
@@ -497,8 +477,8 @@ SPLITS = {"train": ["train"], "valid": ["valid", "val", "dev"], "test": ["test"]
 
 def wrong_pair(pair):
     """What is wrong with --pair. "": nothing."""
-    languages = pair.split("-")
-    if len(languages) == len(set(languages)) == 2 and all(map(str.isalpha, languages)):
+    languages = re.fullmatch(r"([^\W\d_]+)-([^\W\d_]+)", pair)
+    if languages and languages[1] != languages[2]:
         return ""
     return f"--pair takes two language codes, of letters alone, such as de-en: not {pair!r}"
 
@@ -528,10 +508,8 @@ def read_lines(path):
             file = (gzip.open if path.suffix == ".gz" else open)(path, **how)
         with file:
             lines = [line.strip() for line in file]
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {name}: it is not UTF-8 ({error}). Save it so") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {name}: {error}") from None
+    except (OSError, EOFError, UnicodeError, zlib.error) as error:
+        raise UserError(f"cannot read {name} as text in UTF-8: {error}") from None
     if len(lines) == 1 and "\r" in lines[0]:
         raise UserError(f"the lines of {name} end in CR alone: convert them to LF")
     return lines
@@ -547,10 +525,11 @@ def find_file(folder, split, ending) -> Path | None:
         raise UserError(f"no {split} split in {folder}: expected {names[0]}, plain or .gz")
 
 
-def read_splits(folder, endings, row):
-    """{split: [Example]} of a folder. row makes an Example of line i of each file of a split.
+def read_splits(folder, endings, to_example):
+    """{split: [Example]} of a folder. UserError if a file is missing, but for those of "test".
 
-    endings: of these files, such as "de" and "en". UserError if one is missing, but for "test".
+    endings: of a split's files, such as "de" and "en". to_example makes an Example of one line of
+    each of them.
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
@@ -560,11 +539,11 @@ def read_splits(folder, endings, row):
         if any(paths):
             if None in paths:
                 raise UserError(f"{folder} has one side of the {split} split only")
-            splits[split] = read_split(paths, row, split)
+            splits[split] = read_split(paths, to_example, split)
     return splits
 
 
-def read_split(paths: list[Path], row, split):
+def read_split(paths, to_example, split):
     """The examples of one split.
 
     Those with an empty side are left out of training. Elsewhere that would change the score, so it
@@ -579,7 +558,7 @@ def read_split(paths: list[Path], row, split):
     empty = 0
     for number, lines in enumerate(zip(*columns), 1):
         try:
-            example = Example(*row(*lines))
+            example = Example(*to_example(*lines))
             "".join(example).encode()  # ValueError for half a surrogate pair
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             said = (
@@ -704,22 +683,21 @@ def pretrained_tokenizer(folder, tags, vocab_size) -> Tokenizer:
     else:
         raise UserError(f"{folder} has neither tokenizer.json nor spiece.model")
     vocab = tokenizer.get_vocab()
-    found = [re.fullmatch(r"▁?<extra_id_(\d+)>", token) for token in vocab]
-    found = sorted((match for match in found if match), key=lambda match: int(match[1]))
-    sentinels = [match[0] for match in found]
+    found = (re.fullmatch(r"▁?<extra_id_(\d+)>", token) for token in vocab)
+    number = {match[0]: int(match[1]) for match in found if match}
+    sentinels = sorted(number, key=number.get)
     ours = [token for token in (SEP, *tags) if token not in vocab]  # our own exports have them
-    content = json.loads(tokenizer.to_str())
-    is_t5 = content["model"]["type"] == "Unigram" and vocab.get(PAD) == 0 and vocab.get(EOS) == 1
+    is_t5 = isinstance(tokenizer.model, models.Unigram)
+    is_t5 = is_t5 and vocab.get(PAD) == 0 and vocab.get(EOS) == 1
     if not is_t5 or len(vocab) > vocab_size or len(sentinels) < len(ours):
         raise UserError(f"the tokenizer in {folder} is not that of a T5 with {vocab_size} tokens")
 
-    names = dict(zip(sentinels, ours))
-    for piece in content["model"]["vocab"]:
-        piece[0] = names.get(piece[0], piece[0])
-    for token in content["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-        token["lstrip"] = token["rstrip"] = False  # T5's sentinels swallow the spaces around them
-    tokenizer = Tokenizer.from_str(json.dumps(content))
+    content = tokenizer.to_str()
+    for sentinel, token in zip(sentinels, ours):
+        content = content.replace(f'"{sentinel}"', json.dumps(token))
+    # T5's sentinels swallow the spaces around them
+    content = re.sub(r'("[lr]strip": ?)true', r"\1false", content)
+    tokenizer = Tokenizer.from_str(content)
     end = [(EOS, tokenizer.token_to_id(EOS))]
     tokenizer.post_processor = processors.TemplateProcessing(f"$A {EOS}", special_tokens=end)
     unused = [f"<unused_{i}>" for i in range(vocab_size - len(vocab))]
@@ -1074,7 +1052,7 @@ def download_multi30k(get, a, b):
             yield from ((f"{ours}.{lang}", line) for line in read_lines(path))
 
 
-def download_xsum(get):
+def download_xsum(get, ending):
     """XSum, github.com/EdinburghNLP/XSum: the articles are the BBC's; for research."""
     ids = json.loads(get(*XSUM_IDS).read_bytes())
     ours = {"train": "train", "validation": "valid", "test": "test"}
@@ -1090,18 +1068,18 @@ def download_xsum(get):
             "summary": parts[parts.index("FIRST-SENTENCE") + 1],
         }
         if all(row.values()):
-            yield f"{split}.jsonl", json.dumps(row, ensure_ascii=False)
+            yield f"{split}.{ending}", json.dumps(row, ensure_ascii=False)
     if split_of:
         raise ValueError(f"the archive lacks {len(split_of)} articles")
 
 
-def download_logiqa(get):
+def download_logiqa(get, ending):
     """LogiQA 2.0, github.com/csitfun/LogiQA2.0: CC BY-NC-SA 4.0."""
     for split, ours in (("train", "train"), ("dev", "valid"), ("test", "test")):
         path = get(f"{GITHUB}/csitfun/LogiQA2.0/main/logiqa/DATA/LOGIQA/{split}.txt", None)
         for line in read_lines(path):
             logiqa_row(line)  # there is no checksum: an error page is refused here
-            yield f"{ours}.jsonl", line
+            yield f"{ours}.{ending}", line
 
 
 # task -> its function, the languages that it comes in pairs of
@@ -1127,22 +1105,19 @@ def download(task, pair, folder):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
 
         def get(url, sha256):
+            print(f"from {url}")
             path = Path(work) / url.rsplit("/", 1)[1]
-            try:
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-            except Exception as error:  # the network's, the disk's, or a wrong checksum
-                raise UserError(f"cannot download {url} ({error}): try again later") from None
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
             return path
 
         try:
-            for name, line in corpus(get, *(sides if languages else [])):
+            for name, line in corpus(get, *sides):
                 files[name].append(line)
             if not all(files.values()):
                 raise ValueError("a split has no lines")
-        except UserError:
-            raise
-        except Exception as error:  # of the archive, of JSON, of a page in place of a file
-            raise UserError(f"a file of {task} is not what we expected: {error}") from None
+        except Exception as error:  # the network's, the disk's, a wrong checksum, an error page
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(f"cannot download {task}: {said}. Try again later") from None
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         if not (folder / name).exists():

@@ -19,15 +19,16 @@ import unicodedata
 from collections import Counter, defaultdict
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from importlib.metadata import version as version_of
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF
-from tokenizers import Tokenizer
 
 from data import (
     BASELINES,
@@ -37,7 +38,6 @@ from data import (
     STAGES,
     TASKS,
     UNK,
-    Config,
     Example,
     Parser,
     add_flags,
@@ -132,8 +132,8 @@ class Output(NamedTuple):
     """What was written for an example."""
 
     text: str
-    warmup: str  # "": there is none
-    ended: bool  # by </s>; False: cut at --max-target-tokens
+    warmup: str = ""  # "": there is none
+    ended: bool = True  # by </s>; False: cut at --max-target-tokens
 
 
 def decode_batch(model, tokenizer, batch, config, spec, c=None):
@@ -180,7 +180,7 @@ def decode_split(model, tokenizer, data, config, spec):
     outputs = {}
     for index, batch in in_order(data, config.batch_tokens, "decoding"):
         outputs |= zip(index, decode_batch(model, tokenizer, batch, config, spec))
-    return [outputs[i] for i in range(len(data.source))]
+    return [outputs[i] for i in range(len(data))]
 
 
 # ----------------------------------------------------------------------------- metrics
@@ -215,8 +215,9 @@ def ceiling(tokenizer, examples, config):
 
     T5's vocabulary has no Chinese, for example. Without this row that would look like a bad model.
     """
-    rows = [row[: config.max_target_tokens].tolist() for row in encode(tokenizer, examples).target]
-    return compute_metrics(config, examples, to_text(tokenizer, rows), [""] * len(rows))
+    data = encode(tokenizer, examples)
+    rows = [ids.target[: config.max_target_tokens].tolist() for ids in data]
+    return compute_metrics(config, examples, map(Output, to_text(tokenizer, rows)))
 
 
 # ----------------------------------------------------------------------------- the table
@@ -232,8 +233,7 @@ class Row:
     flops: int  # of their matrix products
     seconds: float  # of the same
     at_limit: int  # outputs that ended at --max-target-tokens
-    hypotheses: list[str]
-    warmups: list[str]
+    outputs: list[Output]
 
 
 def score_run(run, stages, examples, split):
@@ -249,15 +249,11 @@ def score_run(run, stages, examples, split):
         torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
         model, spec = load_stage(run, stage)
         outputs = decode_split(model, tokenizer, data, config, spec)
-        texts = {
-            "hypotheses": [output.text for output in outputs],
-            "warmups": [output.warmup for output in outputs],
-        }
-        metrics = compute_metrics(config, examples, **texts)
+        metrics = compute_metrics(config, examples, outputs)
         nll = round(validate(model, data, config, spec)["nll"], 4)
         at_limit = sum(not output.ended for output in outputs)
         name = row_name(stage, config)
-        rows.append(Row(stage, name, metrics, nll, at_limit=at_limit, **cost, **texts))
+        rows.append(Row(stage, name, metrics, nll, **cost, at_limit=at_limit, outputs=outputs))
     return rows
 
 
@@ -303,18 +299,17 @@ def show(run, stages, examples):
         model, spec = load_stage(run, stage)
         samples_something = spec and not spec.pause and config.estimator != "exact"
         for i, page in enumerate(pages):
-            [output] = decode_batch(model, tokenizer, collate(data, [i]), config, spec)
+            [output] = decode_batch(model, tokenizer, collate([data[i]]), config, spec)
             before = f"{output.warmup} -> " if output.warmup else ""
             page.append(f"{row_name(stage, config):20}{before}{output.text}")
             if samples_something and config.samples > 1:
-                one = data.pick([i])
                 scored = bool(examples[i].target)
-                page += samples_at_work(model, tokenizer, one, config, spec, scored)
+                page += samples_at_work(model, tokenizer, data[i], config, spec, scored)
     for page in pages:
         print("\n".join(page))
 
 
-def samples_at_work(model, tokenizer, one, config, spec, scored):
+def samples_at_work(model, tokenizer, ids, config, spec, scored):
     """K sampled warmups of one example, as in a policy update. A line for each that differs:
 
     how often drawn, log P(c|x), y after c. scored, that is with a reference: also the reward
@@ -322,7 +317,7 @@ def samples_at_work(model, tokenizer, one, config, spec, scored):
     """
     K = config.samples
     device = next(model.parameters()).device
-    batch = collate(one, [0]).to(device)
+    batch = collate([ids]).to(device)
     with precision(config.dtype, device), torch.no_grad():
         memory = model.encode(batch.source)
         c, _ = sample_warmups(model, memory, batch.prompt, spec, K)  # (1,K,W)
@@ -335,7 +330,7 @@ def samples_at_work(model, tokenizer, one, config, spec, scored):
         title = "drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y"
         form = "{:12.3f}{:14.3f}{:+9.3f}{:9.3f}"
     numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows of 4
-    outputs = decode_batch(model, tokenizer, collate(one, [0] * K), config, spec, c[0])
+    outputs = decode_batch(model, tokenizer, collate([ids] * K), config, spec, c[0])
     lines = Counter()
     for row, output in zip(numbers, outputs):
         lines[f"{form.format(*row)}  {output.warmup} -> {output.text}"] += 1
@@ -384,39 +379,24 @@ NO_SPACES = (
 class AnyScript:
     """A tokenizer for rouge-score: words of letters, marks and digits, in lower case.
 
-    In a script without spaces each character is a word.
+    rouge-score's own keeps a-z and 0-9 alone. It stems the words of these, so plain English scores
+    as everywhere. In a script without spaces each character is a word.
     """
+
+    def __init__(self):
+        self.stems = DefaultTokenizer(use_stemmer=True).tokenize
 
     def tokenize(self, text):
         text = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
-        return re.sub(f"([{NO_SPACES}])", r" \1 ", text).split()
-
-
-def rouge_scorer(examples):
-    """rouge-score, and what to say of it. Its own tokenizer keeps a-z and 0-9 alone.
-
-    So it is used where at most 5 % of the references' letters and digits are others, such as é,
-    and no reference would be lost as a whole.
-    """
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    version = f"rouge-score {version_of('rouge-score')}"
-    kept = count = 0
-    lost = False  # a whole reference
-    for example in examples:
-        letters = [c for c in example.target.lower() if c.isalnum()]
-        ascii_letters = [c for c in letters if c.isascii()]
-        kept += len(ascii_letters)
-        count += len(letters)
-        lost |= bool(letters) and not ascii_letters
-    if kept >= 0.95 * count and not lost:
-        return RougeScorer(kinds, use_stemmer=True), f"{version}, its own words, Porter stemmer"
-    words = "words of any script, characters where a script has no spaces, no stemmer"
-    return RougeScorer(kinds, tokenizer=AnyScript()), f"{version}, {words}"
+        words = []
+        for word in re.sub(f"([{NO_SPACES}])", r" \1 ", text).split():
+            words += self.stems(word) if word.isascii() else [word]
+        return words
 
 
 def rouge_scores(config, examples, hypotheses, warmups):
     """Mean F1 of ROUGE-1, -2 and -L, times 100."""
-    scorer, _ = rouge_scorer(examples)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=AnyScript())
     sums = Counter()
     for example, hypothesis in zip(examples, hypotheses):
         for kind, value in scorer.score(example.target, hypothesis).items():
@@ -443,10 +423,11 @@ METRICS = {
 }
 
 
-def compute_metrics(config, examples, hypotheses, warmups):
+def compute_metrics(config, examples, outputs):
     """By the task's function in METRICS. UserError if it fails: it may be a student's own."""
     name = TASKS[config.task].metrics
     metrics = lookup(METRICS, name, f"task {config.task}: eval.METRICS has no")
+    hypotheses, warmups, _ = map(list, zip(*outputs))
     try:
         scores = metrics(config, examples, hypotheses, warmups)
         return {name: round(float(value), 4) for name, value in scores.items()}
@@ -463,7 +444,8 @@ def signatures(config, examples):
     A score without it cannot be compared with another paper's (Post 2018).
     """
     if TASKS[config.task].metrics == "summaries":
-        return {"ROUGE": rouge_scorer(examples)[1]}
+        words = "words of any script, characters where a script has no spaces, Porter stemmer"
+        return {"ROUGE": f"rouge-score {version('rouge-score')}, {words} for a-z"}
     targets = [example.target for example in examples]
     said = {}
     for name, metric in translation_metrics(config).items():
@@ -485,37 +467,30 @@ def cut_outputs(at_limit, count, config):
 
 
 def what_is_lost(tokenizer, examples, config):
-    """What a tokenizer cannot read or write, as lines for the user. A space may change its kind.
+    """What a tokenizer cannot read or write, as a line for the user. "": nothing.
 
     Said before training: afterwards the hours are spent. Nothing is said of characters that the
-    task's metric does not see.
+    task's metric does not see, such as another kind of space.
     """
     data = encode(tokenizer, examples)
     unknown = tokenizer.token_to_id(UNK)
-    in_source = 100 * np.mean(np.concatenate(data.source) == unknown)
-    in_target = 100 * np.mean(np.concatenate(data.target) == unknown)
+    source, _, target = map(np.concatenate, zip(*data))
+    in_source, in_target = 100 * np.mean(source == unknown), 100 * np.mean(target == unknown)
     shares = f"<unk> is {in_source:.1f} % of source tokens, {in_target:.1f} % of target tokens"
-    texts = to_text(tokenizer, [row.tolist() for row in data.target])
-    lost = Counter()
-    cases = 0
-    for example, text in zip(examples, texts):
-        target, text = one_line(example.target), one_line(text)
-        cases += target != text
-        lost += Counter(target) - Counter(text)
-    nothing = [""] * len(texts)
-    targets = [example.target for example in examples]
-    scores = cases and compute_metrics(config, examples, texts, nothing)
-    if not cases or scores == compute_metrics(config, examples, targets, nothing):
-        return [f"this tokenizer cannot read all sources: {shares}"] if in_source >= 1 else []
+    targets = [one_line(example.target) for example in examples]
+    texts = [one_line(text) for text in to_text(tokenizer, [ids.target.tolist() for ids in data])]
+    scores = compute_metrics(config, examples, map(Output, texts))
+    if texts == targets or scores == compute_metrics(config, examples, map(Output, targets)):
+        return f"this tokenizer cannot read all sources: {shares}" if in_source >= 1 else ""
+    cases = sum(target != text for target, text in zip(targets, texts))
+    lost = Counter("".join(targets)) - Counter("".join(texts))
     del lost[" "]
-    commonest = [c if c.isprintable() else f"U+{ord(c):04X}" for c, _ in lost.most_common(5)]
     best = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-    share = 100 * cases / len(examples)
-    advice = ". Choose another --init" if share > 50 else ""
-    return [
-        f"this tokenizer cannot write {share:.1f} % of the targets: a perfect model would score "
-        f"{best}. {shares}. Most often lost: {' '.join(commonest)}{advice}"
-    ]
+    return (
+        f"this tokenizer cannot write {100 * cases / len(texts):.1f} % of the targets: a perfect "
+        f"model would score {best}. {shares}. Most often lost: "
+        f"{' '.join(repr(c) for c, _ in lost.most_common(5))}. Another --init may do better"
+    )
 
 
 # ----------------------------------------------------------------------------- the log
@@ -546,59 +521,41 @@ def training_cost(folder, *stages: str):
     }
 
 
-PANELS = {  # title: kind of record, its number
-    "validation NLL, nats per token": ("valid", "nll"),
-    "swap gap, nats: how much y depends on c": ("valid", "swap_gap"),
-    "spread of rewards within an example, nats": ("train", "spread"),
-    "entropy of the warmups, nats": ("train", "entropy"),
-}
-NO_METRICS = "kind stage step nll reward spread ess entropy distinct swap_gap over_empty".split()
-
-
 def plot(config, out):
-    """log.jsonl as a page of curves, a PNG. UserError without matplotlib."""
+    """log.jsonl as a page of curves, a PNG: a panel for each number that a validation logs.
+
+    Dots are validations. The thin lines are updates, which log some of the same numbers.
+    UserError without matplotlib.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--plot draws by matplotlib: pip install matplotlib") from None
     curves = defaultdict(list)
-    metrics = set()
+    panels = {}
     cost = {"sft": 0}  # FLOPs so far of each stage, SFT's included
     for record in read_log(config.folder):
-        kind, stage = record["kind"], record["stage"]
+        kind, stage, _ = map(record.pop, ("kind", "stage", "step"))
         cost[stage] = cost.get(stage, cost["sft"]) + record.get("flops", 0)
         for name, value in record.items():
-            curves[kind, name, stage].append((cost[stage] / 1e12, value))
+            curves[name, stage, kind].append((cost[stage] / 1e12, value))
         if kind == "valid":
-            metrics |= record.keys() - set(NO_METRICS)  # what --eval-decode logged
-    panels = PANELS | {f"{name}, validation": ("valid", name) for name in sorted(metrics)}
+            panels |= record
 
-    rows = (len(panels) + 1) // 2
-    figure = Figure(figsize=(10, 3 * rows), layout="constrained")
-    figure.suptitle(config.folder.resolve().name)
-    for number, (title, (kind, name)) in enumerate(panels.items(), 1):
-        first = figure.axes[0] if figure.axes else None
-        axis = figure.add_subplot(rows, 2, number, sharex=first, title=title)
+    rows = (len(panels) + 2) // 3
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    figure.suptitle(f"{config.folder.resolve().name}: validations (dots) and updates")
+    for number, name in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, 3, number, title=name)
         axis.set_xlabel("TFLOP, those of SFT included")
         for stage, color in zip(STAGES, ("black", "gray", "C0")):
-            if curve := curves[kind, name, stage]:
-                draw_curve(axis, kind, *zip(*curve), color=color, label=row_name(stage, config))
-        if number == 1:
-            axis.set_yscale("log")
-            axis.legend(frameon=False)  # each stage has one colour in all panels
+            dots = dict(marker=".", label=row_name(stage, config))
+            for kind, how in (("train", dict(linewidth=0.3)), ("valid", dots)):
+                if points := curves[name, stage, kind]:
+                    axis.plot(*zip(*points), color=color, **how)
+        axis.legend(frameon=False)
     figure.savefig(out, format="png")
     print(f"wrote {out}")
-
-
-def draw_curve(axis, kind, x, y, **how):
-    """Validations as dots. Updates thin, and over them their running mean."""
-    if kind == "valid":
-        axis.plot(x, y, marker="o", markersize=3, linewidth=0.8, **how)
-        return
-    axis.plot(x, y, linewidth=0.5, alpha=0.3, **how)
-    reach = len(y) // 40
-    smooth = [np.mean(y[max(0, i - reach) : i + reach + 1]) for i in range(len(y))]
-    axis.plot(x, smooth, linewidth=1.8, **how)
 
 
 # ----------------------------------------------------------------------------- new text, export
@@ -636,19 +593,18 @@ def answer(run, stage, file, show_warmup):
     examples = read_input(file, config, tokenizer)
     filled = [example for example in examples if example.source]
     model, spec = load_stage(run, stage)
-    outputs = []
-    if filled:
-        with redirect_stdout(sys.stderr):  # what is cut must not stand among the outputs
-            data = encode_split(tokenizer, filled, config, "--input")
-        longest = np.zeros(config.max_target_tokens)  # y may become so long: it counts in a batch
-        data = data._replace(target=[longest] * len(filled))
-        outputs = decode_split(model, tokenizer, data, config, spec)
-    waiting = iter(outputs)
+    with redirect_stdout(sys.stderr):  # what is cut must not stand among the outputs
+        data = encode_split(tokenizer, filled, config, "--input")
+    longest = np.zeros(config.max_target_tokens)  # y may become so long: it counts in a batch
+    data = [ids._replace(target=longest) for ids in data]
+    outputs = iter(decode_split(model, tokenizer, data, config, spec))
+    at_limit = 0
     for example in examples:
-        output = next(waiting) if example.source else Output("", "", True)
+        output = next(outputs) if example.source else Output("")
         print(f"{output.warmup}\t{output.text}" if show_warmup and spec else output.text)
-    if at_limit := sum(not output.ended for output in outputs):
-        print(f"note: {cut_outputs(at_limit, len(outputs), config)}", file=sys.stderr)
+        at_limit += not output.ended
+    if at_limit:
+        print(f"note: {cut_outputs(at_limit, len(filled), config)}", file=sys.stderr)
 
 
 def export(run, stage, out):
@@ -684,25 +640,18 @@ def row_name(stage, config):
     return BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
 
 
-class Finished(NamedTuple):
-    """A run that is scored."""
-
-    config: Config
-    tokenizer: Tokenizer
-    device: torch.device
-
-
 def parse(argv):
     """The flags, and the run's settings with what they change. Exits with code 2 on bad usage."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("run", type=Path, help="a run folder that train.py made")
-    add("--split", choices=("train", "valid", "test"), help="score this split; default: test")
-    add("--input", metavar="FILE", help="write y for each line of a file (-: standard input)")
+    add_one = parser.add_mutually_exclusive_group().add_argument
+    add_one("--split", choices=("train", "valid", "test"), help="score this split; default: test")
+    add_one("--input", metavar="FILE", help="write y for each line of a file (-: standard input)")
+    add_one("--export", type=Path, metavar="DIR", help="write the stage for transformers")
+    add_one("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
     items = "N items of the split, or lines of --input: outputs, sampled warmups, weights"
     add("--show", type=int, metavar="N", help=items)
-    add("--export", type=Path, metavar="DIR", help="write the stage as a folder for transformers")
-    add("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
     add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: policy, else sft")
     add("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     changeable = ("beams", "max_target_tokens", "batch_tokens", "data", "device", "threads")
@@ -710,14 +659,11 @@ def parse(argv):
     add_flags(more, dict.fromkeys(changeable, argparse.SUPPRESS))
     args = parser.parse_args(argv)
 
-    given = [name for name in ("split", "input", "show", "export", "plot") if getattr(args, name)]
-    if len(given) > 1 and given not in (["split", "show"], ["input", "show"]):
-        parser.error(f"--{given[0]} does not go with --{given[1]}")
-    if args.show is not None and args.show < 1:
-        parser.error("--show takes a number of items, 1 or more")
+    if args.show is not None and (args.show < 1 or args.export or args.plot):
+        parser.error("--show takes a number of items, 1 or more, of --split or --input")
     if args.plot and args.plot.suffix != ".png":  # no other file is written over
         parser.error("--plot takes the name of a .png file")
-    if args.show_warmup and given != ["input"]:
+    if args.show_warmup and (args.input is None or args.show):
         parser.error("--show-warmup goes with --input alone")
     changes = {name: value for name, value in vars(args).items() if name in changeable}
     config = replace(read_config(args.run), out=str(args.run), **changes)
@@ -735,7 +681,8 @@ def main(argv):
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
-    run = Finished(config, tokenizer, pick_device(config.device))
+    device = pick_device(config.device)
+    run = SimpleNamespace(config=config, tokenizer=tokenizer, device=device)
     stages = [stage for stage in STAGES if (config.folder / f"{stage}.pt").exists()]
     if not stages:
         raise UserError(f"{args.run} was not validated yet: {resume_command(args.run)}")
@@ -770,9 +717,9 @@ def score_split(run, stages, args):
     print_table(rows, ceiling(run.tokenizer, examples, config), config, examples, split)
     files = {"ref": [one_line(example.target) for example in examples]}
     for row in rows:
-        files[row.stage] = row.hypotheses
-        if any(row.warmups):
-            files[f"{row.stage}.warmups"] = row.warmups
+        files[row.stage], warmups, _ = zip(*row.outputs)
+        if any(warmups):
+            files[f"{row.stage}.warmups"] = warmups
     for name, texts in files.items():
         path = folder / f"{split}.{name}.txt"
         lines = "".join(text + "\n" for text in texts)

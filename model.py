@@ -372,8 +372,8 @@ class EncoderDecoder(nn.Module):
         if self.config.scaled:
             x = x * self.config.width**0.5
         if self.config.absolute:
-            places = sinusoids(past, past + tokens.size(1), self.config.width, x.device)  # (L,E)
-            x = x + places.to(x.dtype)
+            positions = sinusoids(past, past + tokens.size(1), self.config.width, x.device)  # (L,E)
+            x = x + positions.to(x.dtype)
         return x
 
     def encode(self, source) -> Memory:
@@ -887,13 +887,13 @@ def t5_tensors(name, config):
     """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0."""
     if name in ("embedding.weight", "output.weight"):
         return ["shared.weight" if name == "embedding.weight" else "lm_head.weight"]
-    stack, kind, *place = name.removesuffix(".weight").split(".", 3)
+    stack, kind, *rest = name.removesuffix(".weight").split(".", 3)
     if kind == "norm":
         return [f"{stack}.final_layer_norm.weight"]
-    block = f"{stack}.block.{place[0]}.layer"
+    block = f"{stack}.block.{rest[0]}.layer"
     if kind == "biases":
         return [f"{block}.0.SelfAttention.relative_attention_bias.weight"]
-    number, tensors = T5_PARTS[place[1]]
+    number, tensors = T5_PARTS[rest[1]]
     if number == 2 and stack == "encoder":
         number = 1  # there is no cross-attention before it
     if config.gated:

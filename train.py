@@ -87,17 +87,20 @@ from warmup import sft_loss, target_tokens, warmup_loss
 # A forward pass takes 2 FLOPs for each parameter that meets a token, and 4·H·D in a layer for each
 # key that a token attends to. A backward pass takes two forward passes. Padding counts, because it
 # is computed; what --recompute repeats does not.
-def count(modules):
-    """The parameters of these modules."""
-    return sum(p.numel() for module in modules for p in module.parameters())
+CROSS = "cross_attention.kv"  # of the decoder, but computed once per source token
+
+
+def count(module, part=""):
+    """The parameters of a module: those with this part in their names."""
+    return sum(p.numel() for name, p in module.named_parameters() if part in name)
 
 
 def encoder_flops(model, batch):
     """A forward pass over the sources, with the keys and values that the decoder sees of them."""
     B, S = batch.source.shape
-    cross = [block.cross_attention.kv for block in model.decoder.blocks]
+    parameters = count(model.encoder) + count(model.decoder, CROSS)
     scores = 2 * model.config.inner * S * model.config.encoder_layers
-    return 2 * B * S * (count([model.encoder, *cross]) + scores)
+    return 2 * B * S * (parameters + scores)
 
 
 def decoder_flops(model, batch, tokens, length, predicted):
@@ -106,11 +109,10 @@ def decoder_flops(model, batch, tokens, length, predicted):
     predicted: how many of them the output layer sees.
     """
     config = model.config
-    cross = [block.cross_attention.kv for block in model.decoder.blocks]
+    parameters = count(model.decoder) - count(model.decoder, CROSS)
     keys = length + batch.source.size(1)
     scores = 2 * config.inner * keys * config.decoder_layers
-    products = tokens * (count([model.decoder]) - count(cross) + scores)
-    return 2 * (products + predicted * config.width * config.vocab_size)
+    return 2 * (tokens * (parameters + scores) + predicted * config.width * config.vocab_size)
 
 
 def sft_flops(model, batch):
@@ -307,11 +309,10 @@ def validate_and_save(run):
 
 def decode_some(run):
     """The metrics of the first --eval-decode validation examples."""
-    config, data, examples = run.config, run.data["valid"], run.examples["valid"]
-    index = range(len(examples))[: config.eval_decode]
-    outputs = decode_split(run.model, run.tokenizer, data.pick(index), config, run.spec)
-    hypotheses, warmups, _ = zip(*outputs)
-    return compute_metrics(config, examples[: len(index)], list(hypotheses), list(warmups))
+    count = run.config.eval_decode
+    some = run.data["valid"][:count]
+    outputs = decode_split(run.model, run.tokenizer, some, run.config, run.spec)
+    return compute_metrics(run.config, run.examples["valid"][:count], outputs)
 
 
 def save_state(run):
@@ -321,7 +322,6 @@ def save_state(run):
     """
     if rank():
         return
-    log_file = run.config.folder / "log.jsonl"
     save_checkpoint(
         run.config.folder / "last.pt",
         "state",
@@ -331,7 +331,7 @@ def save_state(run):
         batches=(run.batches.epoch, run.batches.position),
         random=torch.get_rng_state(),
         data=run.checksum,
-        log_bytes=log_file.stat().st_size if log_file.exists() else 0,
+        log_bytes=(run.config.folder / "log.jsonl").stat().st_size,
     )
 
 
@@ -348,11 +348,10 @@ def restore(run):
     if saved["state"]["stage"] not in config.stages:
         raise UserError(f"{config.folder} is in a stage that its config.json now leaves out")
     log_file = config.folder / "log.jsonl"
-    log_bytes = saved["log_bytes"]
-    if log_bytes and not (log_file.exists() and log_file.stat().st_size >= log_bytes):
+    if not log_file.exists() or log_file.stat().st_size < saved["log_bytes"]:
         raise UserError(f"{log_file} is incomplete: bring it back, or start a new run")
-    if rank() == 0 and log_file.exists():  # forget what came after the checkpoint
-        os.truncate(log_file, log_bytes)
+    if rank() == 0:  # forget what came after the checkpoint
+        os.truncate(log_file, saved["log_bytes"])
     gather(None)  # the others read the log only now
 
     start_stage(run, saved["state"]["stage"])
@@ -371,10 +370,10 @@ def checksum(examples, data):
     Ids alone would miss a change between two characters that are both <unk>.
     """
     crc = 0
-    for split, columns in data.items():
+    for split in data:
         crc = zlib.crc32(json.dumps(examples[split]).encode(), crc)
-        for column in columns:
-            crc = zlib.crc32(np.concatenate(column), crc)
+        for ids in data[split]:
+            crc = zlib.crc32(np.concatenate(ids), crc)
     return crc
 
 
@@ -510,10 +509,9 @@ def parse(argv):
     only = f"--{', --'.join(MOVABLE)}"
     text = f"go on with this run folder, by its own settings; only {only} may change"
     parser.add_argument("--resume", metavar="RUN", help=text)
-    if known.resume is None:
-        add_flags(parser, defaults)
-    else:
-        add_flags(parser, dict.fromkeys(MOVABLE, argparse.SUPPRESS))
+    if known.resume is not None:
+        defaults = dict.fromkeys(MOVABLE, argparse.SUPPRESS)
+    add_flags(parser, defaults)
     args = vars(parser.parse_args(argv))
     folder = args.pop("resume")
     if folder is None:
@@ -534,16 +532,14 @@ def new_folder(folder, overwrite):
     somebody's work.
     """
     names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
-    for stage in STAGES:
-        names.append(f"{stage}.pt")
-        for split in ("train", "valid", "test"):  # eval.py's
-            names += [f"{split}.{stage}.txt", f"{split}.{stage}.warmups.txt", f"{split}.ref.txt"]
+    names += [f"{stage}.pt" for stage in STAGES]
+    for split in ("train", "valid", "test"):  # eval.py's
+        names += [f"{split}.{part}.txt" for part in ("ref", *STAGES, "policy.warmups")]
     ours = [folder / name for name in names if (folder / name).exists()]
     if ours and not overwrite:
-        whole = (folder / "config.json").exists() and (folder / "last.pt").exists()
-        what = "a run: --resume it," if whole else f"a {ours[0].name}:"
-        raise UserError(f"{folder} holds {what} --overwrite it, or choose another --out")
-    for path in set(ours):
+        said = f"{folder} holds a run ({ours[0].name})"
+        raise UserError(f"{said}: --resume it, --overwrite it, or choose another --out")
+    for path in ours:
         path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -591,12 +587,11 @@ def prepare(config, resume) -> Run:
         "train": encode_split(tokenizer, splits["train"], config, "train", scored=False),
         "valid": encode_split(tokenizer, splits["valid"], config, "valid"),
     }
-    if not data["train"].source:
+    if not data["train"]:
         limits = "--max-source-tokens or --max-target-tokens"
         raise UserError(f"all training pairs are too long: raise {limits}")
-    if rank() == 0:
-        for lost in what_is_lost(tokenizer, scored, config):
-            print(f"data: {lost}")
+    if lost := what_is_lost(tokenizer, scored, config):
+        print(f"data: {lost}")
 
     run = Run(config, splits, data)
     run.tokenizer, run.device, run.model = tokenizer, device, model.to(device)
@@ -607,7 +602,7 @@ def prepare(config, resume) -> Run:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"model: {config.init or config.size}, {size:.2f} M parameters, vocabulary "
-        f"{model.config.vocab_size}, on {device}; {len(data['train'].source)} training pairs"
+        f"{model.config.vocab_size}, on {device}; {len(data['train'])} training pairs"
     )
     return run
 
@@ -625,6 +620,7 @@ def begin(run, resume):
         if rank() == 0:
             new_folder(config.folder, config.overwrite)
             run.tokenizer.save(str(config.folder / "tokenizer.json"))
+            (config.folder / "log.jsonl").touch()
         save_state(run)
         gather(None)  # the others wait for the file
     restore(run)
@@ -650,12 +646,9 @@ def report(run):
     saved = []
     for row in rows:
         numbers = asdict(row)
-        del numbers["hypotheses"], numbers["warmups"]  # eval.py writes them into files
+        del numbers["outputs"]  # eval.py writes them into files
         saved.append(numbers)
     results = {
-        "task": config.task,
-        "pair": config.pair,
-        "data": config.data,
         "split": split,
         "rows": saved,
         "ceiling": best,
@@ -681,11 +674,11 @@ def main(argv):
     if config.threads:
         torch.set_num_threads(config.threads)
     run = prepare(config, resume)
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, run.interrupt) for number in signals]
+    signal.signal(signal.SIGINT, run.interrupt)
+    signal.signal(signal.SIGTERM, run.interrupt)
     train(run)
-    for number, handler in zip(signals, before):  # all is saved: leave at once
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: leave at once
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if rank() == 0:
         report(run)
     gather(None)

@@ -140,9 +140,9 @@ def score(model, memory, batch, c, spec) -> Scores:
     two are even where a tenth are equal.
     """
     B, K, _ = c.shape
-    kept, place = distinct_rows(c)  # (n,) of all B·K rows, (B,K)
+    kept, index = distinct_rows(c)  # (n,) of all B·K rows, (B,K)
     if len(kept) <= 0.9 * B * K:
-        return score_distinct(model, memory, batch, c, spec, kept, place)
+        return score_distinct(model, memory, batch, c, spec, kept, index)
     log_pi, log_p = score_rows(model, memory, batch, c, spec)  # (B,K) both
     return Scores(log_pi, log_p, torch.full((B,), K))
 
@@ -295,7 +295,7 @@ def weights(estimator, R, log_pi, c):
 
 
 def earliest_equal(c):
-    """c (B,K,W) -> (B,K): the first place where the same example has an equal warmup."""
+    """c (B,K,W) -> (B,K): the first k where the same example has an equal warmup."""
     same = (c[:, :, None] == c[:, None]).all(-1)  # (B,K,K)
     return same.int().argmax(-1)  # of equals, argmax takes the first
 
@@ -444,7 +444,7 @@ def generate(model, batch, spec, length, *, beams=1, length_penalty=1.0, forbidd
 def distinct_rows(c):
     """c (B,K,W) -> the rows, of all B·K, that differ from earlier ones of their example: (n,).
 
-    Also, for each warmup, its place among them: (B,K). Both on the CPU.
+    Also, for each warmup, its index among them: (B,K). Both on the CPU.
     """
     B, K, _ = c.shape
     earliest = earliest_equal(c).cpu()  # (B,K). The only wait for a GPU
@@ -452,7 +452,7 @@ def distinct_rows(c):
     return row.unique(return_inverse=True)
 
 
-def score_distinct(model, memory, batch, c, spec, kept, place) -> Scores:
+def score_distinct(model, memory, batch, c, spec, kept, index) -> Scores:
     """`score` where many warmups are equal: each kept row gets a memory of its own.
 
     Its log-probs are handed back to all the warmups that are equal to it.
@@ -460,10 +460,10 @@ def score_distinct(model, memory, batch, c, spec, kept, place) -> Scores:
     B, K, W = c.shape
     rows = (kept // K).bincount(minlength=B)  # (B,)
     kept = kept.to(c.device, non_blocking=True)
-    place = place.to(c.device, non_blocking=True)
+    index = index.to(c.device, non_blocking=True)
     example = kept // K  # (n,)
     c = c.reshape(B * K, 1, W)[kept]  # (n,1,W)
     memory = copy_memory(memory, example)
     batch = Batch(batch.source[example], batch.prompt[example], batch.target[example])
     log_pi, log_p = score_rows(model, memory, batch, c, spec)  # (n,1) both
-    return Scores(log_pi[place, 0], log_p[place, 0], rows)
+    return Scores(log_pi[index, 0], log_p[index, 0], rows)

@@ -25,7 +25,6 @@ import train
 from conftest import standard_input
 from data import (
     Config,
-    Encoded,
     load,
     load_tokenizer,
     program as one_line_for_errors,
@@ -365,7 +364,7 @@ def test_overwriting_takes_our_files_and_waits_until_all_else_is_well(capsys, ru
     monkeypatch.setattr(train, "report", lambda *_: None)
     assert train.main([*TINY, "--out", str(run), "--overwrite"]) == 0
     left = {path.name for path in run.iterdir()}
-    assert left == {"config.json", "tokenizer.json", "last.pt", "notes.v2.txt"}
+    assert left == {"config.json", "tokenizer.json", "log.jsonl", "last.pt", "notes.v2.txt"}
 
 
 def test_overwriting_takes_every_file_of_a_run(tmp_path):
@@ -374,8 +373,8 @@ def test_overwriting_takes_every_file_of_a_run(tmp_path):
     names += [f"{stage}.pt" for stage in ("sft", "policy", "control")]
     for split in ("train", "valid", "test"):
         names.append(f"{split}.ref.txt")
-        for stage in ("sft", "policy", "control"):
-            names += [f"{split}.{stage}.txt", f"{split}.{stage}.warmups.txt"]
+        names += [f"{split}.{stage}.txt" for stage in ("sft", "policy", "control")]
+        names.append(f"{split}.policy.warmups.txt")
     for name in names:
         (tmp_path / name).write_text("old", encoding="utf-8")
         with pytest.raises(train.UserError, match="--overwrite"):
@@ -708,7 +707,7 @@ def test_recomputing_on_mps_would_draw_other_dropout(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     "content, says",
-    [(None, "cannot read text"), (b"\xff\xfe\n", "it is not UTF-8"), (b"a\rb\r", "end in CR")],
+    [(None, "cannot read text"), (b"\xff\xfe\n", "as text in UTF-8"), (b"a\rb\r", "end in CR")],
 )
 def test_text_that_cannot_be_read(content, says, capsys, finished, tmp_path):
     """From a file and from standard input, which Python itself reads without complaint at times."""
@@ -857,7 +856,7 @@ def test_killed_in_the_middle_of_a_save(capsys, tmp_path):
 
 
 def test_stopped_before_the_first_update(monkeypatch, capsys, tmp_path):
-    """By Ctrl-C, twice. There is a first checkpoint but no log yet."""
+    """By Ctrl-C, twice. There is a first checkpoint, and the log is empty."""
 
     def interrupt(*_):
         signal.raise_signal(signal.SIGINT)
@@ -867,7 +866,7 @@ def test_stopped_before_the_first_update(monkeypatch, capsys, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(train, "sft_loss", interrupt)
         assert train.main([*TINY, "--out", "run"]) == 1
-    assert "--resume run" in capsys.readouterr().err and not (tmp_path / "run/log.jsonl").exists()
+    assert "--resume run" in capsys.readouterr().err and log_steps(tmp_path / "run") == []
     assert train.main(["--resume", "run"]) == 0
     assert log_steps(tmp_path / "run") == [1, 2]
 
@@ -977,8 +976,8 @@ def test_the_checksum_looks_at_all_texts():
             "valid": [evaluation.Example("x", "<2de>", valid)],
             "test": [],
         }
-        row = [np.array([1])]
-        return train.checksum(splits, dict.fromkeys(("train", "valid"), Encoded(row, row, row)))
+        ids = evaluation.Example(*[np.array([1])] * 3)
+        return train.checksum(splits, dict.fromkeys(("train", "valid"), [ids]))
 
     one, two = ("a b", "<2de>", "c"), ("d", "<2de>", "e f")
     sums = [

@@ -24,7 +24,6 @@ from data import (
     VERBS,
     Batches,
     Config,
-    Encoded,
     Example,
     built_in_translation,
     clause,
@@ -421,13 +420,10 @@ def test_each_pointer_and_each_symbol_is_one_token():
     """The toy goes through the same tokenizer as text; a symbol is the same token in question, answer and warmup."""
     rows = generate_splits(pointers, Config(task="toy", built_in_size=2000))["train"]
     data = encode(tokenizer := train_tokenizer(rows, 4000), rows)
-    assert {len(ids) for ids in data.source} == {16} and {
-        len(ids) for ids in data.prompt + data.target
-    } == {2}
-    assert {int(ids[1]) for ids in data.prompt} == {int(ids[0]) for ids in data.target}
-    assert not {int(ids[0]) for ids in data.target} & set(special_ids(tokenizer)) >= {
-        int(ids[0]) for ids in data.prompt
-    }
+    assert {tuple(map(len, ids)) for ids in data} == {(16, 2, 2)}
+    assert {int(ids.prompt[1]) for ids in data} == {int(ids.target[0]) for ids in data}
+    assert not {int(ids.target[0]) for ids in data} & set(special_ids(tokenizer))
+    assert {int(ids.prompt[0]) for ids in data} <= set(special_ids(tokenizer))
 
 
 def test_letters_are_not_normalised():
@@ -446,7 +442,7 @@ def test_letters_are_not_normalised():
         "</s> <pad>",
         "ein \u2028 Satz",
     ):
-        [target] = encode(tokenizer, [Example(text, "", text)]).target
+        [(_, _, target)] = encode(tokenizer, [Example(text, "", text)])
         assert tokenizer.decode(target.tolist()) == text
         assert tokenizer.token_to_id(UNK) not in target
 
@@ -698,9 +694,9 @@ def test_text_survives_encoding_and_decoding(tokenizer, built_in):
 
 def test_encoded_rows_hold_no_unknown_or_special_token_but_the_end(tokenizer, built_in):
     encoded = encode(tokenizer, built_in[0]["test"])
-    assert all(row.min() > 4 for row in encoded.source)
-    assert all(row[-1] == 1 and (row[:-1] > 4).all() for row in encoded.target)
-    assert all(row.tolist() == [4] for row in encoded.prompt)
+    assert all(ids.source.min() > 4 for ids in encoded)
+    assert all(ids.target[-1] == 1 and (ids.target[:-1] > 4).all() for ids in encoded)
+    assert all(ids.prompt.tolist() == [4] for ids in encoded)
 
 
 def test_digits_are_tokens_of_their_own(tokenizer):
@@ -738,8 +734,7 @@ def shortened(words, task: str, split: str, scored: bool, target: int = 7) -> li
     """Source, and number of tokens of the target, of what is left of sources of 5 tokens."""
     config = Config(task=task, max_source_tokens=5, max_target_tokens=target)
     data = encode_split(words, TEXTS, config, split, scored)
-    assert {len(column) for column in data} == {len(data.source)}
-    return [(words.decode(source), len(target)) for source, target in zip(data.source, data.target)]
+    return [(words.decode(ids.source), len(ids.target)) for ids in data]
 
 
 def test_long_training_pairs_are_left_out_and_counted(words, capsys):
@@ -782,8 +777,8 @@ def test_a_source_that_ends_in_eos_keeps_it(words):
     )
     config = Config(task="wmt", max_source_tokens=5, max_target_tokens=9)
     data = encode_split(t5, TEXTS, config, "test")
-    assert [row.tolist()[-1] for row in data.source] == [1, 1, 1]
-    assert [t5.decode(row.tolist()) for row in data.source] == ["a b c", "a b c d", "a b"]
+    assert [ids.source.tolist()[-1] for ids in data] == [1, 1, 1]
+    assert [t5.decode(ids.source.tolist()) for ids in data] == ["a b c", "a b c d", "a b"]
 
 
 def test_a_target_as_long_as_the_limit_stays(words):
@@ -791,7 +786,7 @@ def test_a_target_as_long_as_the_limit_stays(words):
     for task in ("wmt", "xsum"):
         for limit, left in ((4, 1), (5, 2), (8, 2), (9, 3)):
             config = Config(task=task, max_source_tokens=99, max_target_tokens=limit)
-            assert len(encode_split(words, TEXTS, config, "train", scored=False).source) == left
+            assert len(encode_split(words, TEXTS, config, "train", scored=False)) == left
 
 
 def test_what_fits_is_not_touched(words, capsys):
@@ -812,16 +807,15 @@ def test_each_task_has_limits_of_its_own():
 # ------------------------------------------------------------------------------------------ batches
 
 
-def numbered(count: int = 300, longest: int = 30) -> Encoded:
+def numbered(count: int = 300, longest: int = 30) -> list[Example]:
     """Example i has source i+2, i+2, ... and a target of the same number, closed by 1: rows tell who they are."""
     rng = np.random.default_rng(6)
     lengths = rng.integers(1, longest, (2, count))
     source, target = (
         [np.full(n, i + 2, dtype=np.int32) for i, n in enumerate(row)] for row in lengths
     )
-    return Encoded(
-        source, [np.array([4], dtype=np.int32)] * count, [np.append(row, 1) for row in target]
-    )
+    prompt = np.array([4], dtype=np.int32)
+    return [Example(s, prompt, np.append(t, 1)) for s, t in zip(source, target)]
 
 
 def epoch(batches: Batches) -> list[torch.Tensor]:
@@ -840,7 +834,8 @@ def test_every_example_once_per_epoch():
 
 def test_batches_keep_the_token_limit_and_come_close_to_it():
     data = numbered()
-    data.source[7] = np.full(500, 9, dtype=np.int32)  # too long for any batch: alone in its own
+    # too long for any batch: alone in its own
+    data[7] = data[7]._replace(source=np.full(500, 9, dtype=np.int32))
     batches = Batches(data, 400, seed=0)
     made = [next(batches) for _ in range(len(batches.order))]
     sizes = [batch.source.numel() + batch.target.numel() for batch in made]
@@ -848,14 +843,15 @@ def test_batches_keep_the_token_limit_and_come_close_to_it():
         all(size <= 400 or len(batch.source) == 1 for size, batch in zip(sizes, made))
         and max(sizes) > 400
     )
-    assert len(made) < 2 * sum(len(row) for row in data.source + data.target) / 400
+    assert len(made) < 2 * sum(len(ids.source) + len(ids.target) for ids in data) / 400
 
 
 def test_of_equally_long_sources_those_with_like_targets_share_a_batch():
     """Sources of 5, targets of 1 to 60 in mixed order: without their own order half is padding."""
     lengths = [1 + 37 * i % 60 for i in range(600)]
-    rows = [[np.full(n, 9, dtype=np.int32) for n in ns] for ns in ([5] * 600, [0] * 600, lengths)]
-    batches = Batches(Encoded(*rows), 400, seed=0)
+    ids = np.full(60, 9, dtype=np.int32)
+    data = [Example(ids[:5], ids[:0], ids[:n]) for n in lengths]
+    batches = Batches(data, 400, seed=0)
     targets = torch.cat([next(batches).target.flatten() for _ in range(len(batches.order))])
     assert (targets == 0).float().mean() < 0.1
 
@@ -867,7 +863,7 @@ def test_rows_are_padded_on_the_right_and_unchanged():
         batch = next(batches)
         for source, target in zip(batch.source, batch.target):
             i = source[0].item() - 2
-            for row, original in ((source, data.source[i]), (target, data.target[i])):
+            for row, original in ((source, data[i].source), (target, data[i].target)):
                 assert (
                     row[: len(original)].tolist() == original.tolist()
                     and not row[len(original) :].any()
@@ -917,17 +913,17 @@ def test_chunks_of_text_stay_in_order():
     examples = [Example(f"{i} Katzen", "<2en>", f"{i + 7} cats") for i in range(5000)]
     tokenizer = train_tokenizer(examples[:500], 300)
     data = encode(tokenizer, examples)
-    assert [len(column) for column in data] == [5000] * 3
+    assert len(data) == 5000
     for i in (0, 1, 4094, 4095, 4096, 4097, 4999):
-        assert tokenizer.decode(data.source[i].tolist()) == examples[i].source
-        assert tokenizer.decode(data.target[i].tolist()[:-1]) == examples[i].target
+        assert tokenizer.decode(data[i].source.tolist()) == examples[i].source
+        assert tokenizer.decode(data[i].target.tolist()[:-1]) == examples[i].target
 
 
 def test_in_order_covers_everything_once_longest_first():
     data, seen, lengths = numbered(), [], []
     for index, batch in in_order(data, 400, "a test"):
-        assert who([batch.source]) == index.tolist()
-        seen, lengths = seen + index.tolist(), lengths + [batch.source.size(1)]
+        assert who([batch.source]) == index
+        seen, lengths = seen + index, lengths + [batch.source.size(1)]
     assert sorted(seen) == list(range(300)) and lengths == sorted(lengths, reverse=True)
 
 
@@ -940,10 +936,10 @@ def test_special_tokens_in_text_are_text():
     """A corpus that spells </s> or <pad> must not end or hide its sentences."""
     tokenizer = train_tokenizer([Example("a </s> <pad> b", "<2en>", "a <sep> b")] * 3, 300)
     data = encode(tokenizer, [Example("a </s> <pad> b", "<2en>", "b <sep> a")])
-    assert not set(data.source[0].tolist()) & {0, 1, 3} and not set(
-        data.target[0][:-1].tolist()
+    assert not set(data[0].source.tolist()) & {0, 1, 3} and not set(
+        data[0].target[:-1].tolist()
     ) & {0, 1, 3}
-    assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2en>")] and data.target[0][-1] == 1
+    assert data[0].prompt.tolist() == [tokenizer.token_to_id("<2en>")] and data[0].target[-1] == 1
 
 
 def test_prompts_of_a_split_have_one_length(words):

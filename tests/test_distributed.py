@@ -156,9 +156,8 @@ def test_rank_0_alone_validates_and_decodes(tmp_path, monkeypatch):
 
 def test_batches_are_dealt_out_without_overlap_or_loss(monkeypatch):
     """Call j of rank r of N is batch jN + r of one sequence, over epochs, and with another N."""
-    monkeypatch.setattr(data, "collate", lambda encoded, index: tuple(index))
-    column = [torch.zeros(n % 7 + 1).numpy() for n in range(50)]
-    encoded = data.Encoded(column, column, column)
+    monkeypatch.setattr(data, "collate", lambda examples: tuple(int(e.source[0]) for e in examples))
+    encoded = [data.Example(*[torch.full((n % 7 + 1,), n).numpy()] * 3) for n in range(50)]
 
     def of(number, count, state, calls):
         batches = data.Batches(encoded, 60, seed=0, rank=number, processes=count)

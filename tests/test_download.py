@@ -218,8 +218,11 @@ def failed(capsys, task="wmt") -> str:
 )
 def test_what_does_not_arrive_is_named(net, capsys, name, problem):
     net.files[name] = problem
-    line = failed(capsys)
-    assert f"/{name}" in line and str(problem) in line
+    assert data.main(["wmt"]) == 1
+    out, err = capsys.readouterr()
+    assert out.endswith(f"/{name}\n") and "from https://" in out
+    assert err.startswith(f"error: cannot download wmt: {type(problem).__name__}: ")
+    assert str(problem) in err and err.count("\n") == 1 and files(".") == []
     assert load("wmt")[1] == "built-in"  # train.py still has that
     net.files[name] = FILES[name]
     assert data.main(["wmt"]) == 0 and len(load("wmt")[0]["train"]) == 500
@@ -274,7 +277,7 @@ def test_a_file_that_windows_still_holds_hides_no_error(net, capsys, monkeypatch
         patch.setattr(os, "unlink", held)
         assert data.main(["wmt"]) == 1
     said = capsys.readouterr().err
-    assert "a file of wmt is not what we expected" in said and "another process" not in said
+    assert "cannot download wmt: " in said and "another process" not in said
 
 
 def test_missing_articles_are_counted(net, capsys):

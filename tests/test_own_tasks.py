@@ -15,6 +15,7 @@ import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,7 +233,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(mine, monkeypatch):
     )
     config = data.Config(task="wmt")
     monkeypatch.setitem(data.TASKS, "wmt", Task("odd", generator="translation"))
-    assert evaluation.compute_metrics(config, [], [], []) == {"x": 0.5, "y": 1.0}
+    assert evaluation.compute_metrics(config, [], [evaluation.Output("")]) == {"x": 0.5, "y": 1.0}
 
 
 def test_a_metric_that_is_gone(finished_run, monkeypatch, capsys):
@@ -352,7 +353,7 @@ def test_an_export_is_called_by_its_row(
     monkeypatch.setattr(evaluation, "save_pretrained", lambda model, out: out.mkdir())
     tokenizer = evaluation.load_tokenizer(finished_run / "tokenizer.json")
     config = data.Config(estimator=estimator, out=str(finished_run))
-    run = evaluation.Finished(config, tokenizer, torch.device("cpu"))
+    run = SimpleNamespace(config=config, tokenizer=tokenizer, device=torch.device("cpu"))
     evaluation.export(run, "policy", tmp_path / "out")
     assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}: {name}\n"
 

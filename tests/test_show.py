@@ -153,35 +153,22 @@ def test_training_and_scoring_end_with_what_show_prints(run, capsys):
 
 
 class Axis:
-    """Stands for matplotlib's: keeps what is drawn. A curve's thick line is drawn after a thin one."""
+    """Stands for matplotlib's: keeps what is drawn."""
 
     def __init__(self, title):
-        self.lines, self.colors, self.widths = {}, {}, {}
-        self.title, self.scale, self.marker, self.named = title, "linear", None, False
+        self.title, self.curves, self.colors, self.named = title, {}, {}, False
 
-    def plot(self, x, y, label=None, marker="", color=None, linewidth=1.0, **how):
-        curves = self.lines.setdefault(color, [])
-        curves.append((list(x), list(y)))
-        self.widths.setdefault(color, []).append(linewidth)
-        self.colors[label] = color
-        self.marker = marker
+    def plot(self, x, y, color, label=None, marker=None, linewidth=1.0):
+        assert (label is None) == (marker is None) == (linewidth < 1)
+        self.curves[label or f"thin {color}"] = list(x), list(y)
+        if label:
+            self.colors[label] = color
 
     def set_xlabel(self, text):
         assert "TFLOP" in text
 
-    def set_yscale(self, scale):
-        self.scale = scale
-
     def legend(self, **how):
         self.named = True
-
-    def curve(self, name):
-        """x and y of its thick line."""
-        return self.lines[self.colors[name]][-1]
-
-    def thin(self, name):
-        """The thin lines below."""
-        return self.lines[self.colors[name]][:-1]
 
 
 @pytest.fixture
@@ -194,8 +181,7 @@ def drawn(monkeypatch):
             made.axes.clear(), made.places.clear()
             self.axes = made.axes
 
-        def add_subplot(self, rows, columns, number, sharex, title):
-            assert sharex is (made.axes[0] if made.axes else None)
+        def add_subplot(self, rows, columns, number, title):
             made.places.append((rows, columns, number))
             made.axes.append(Axis(title))
             return made.axes[-1]
@@ -214,59 +200,62 @@ def drawn(monkeypatch):
     return made
 
 
+VALIDATED = "nll reward spread ess entropy distinct swap_gap over_empty".split()
+
+
 def test_plot_draws_the_log_against_flops(run, drawn, tmp_path, capsys):
     """Each stage's values at the FLOPs spent so far; both later stages begin where SFT ended."""
     page = tmp_path / "curves.png"
     assert evaluation.main([str(run), "--plot", str(page)]) == 0
     assert capsys.readouterr().out == f"wrote {page}\n"
-    assert drawn.page == page and drawn.title == "run" and len(drawn.axes) == 4
+    assert drawn.page == page and drawn.title.startswith("run: ")
+    assert [axis.title for axis in drawn.axes] == VALIDATED
     records = [
         json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 
     def cost(stage, step):
-        return (
-            sum(
-                r["flops"]
-                for r in records
-                if (r["kind"], r["stage"]) == ("train", stage) and r["step"] <= step
-            )
-            / 1e12
-        )
+        flops = [
+            record["flops"]
+            for record in records
+            if (record["kind"], record["stage"]) == ("train", stage) and record["step"] <= step
+        ]
+        return sum(flops) / 1e12
 
     names = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}
-    for axis, (kind, key) in zip(
-        drawn.axes,
-        [("valid", "nll"), ("valid", "swap_gap"), ("train", "spread"), ("train", "entropy")],
-    ):
-        assert axis.title
+    for axis, key in zip(drawn.axes, VALIDATED):
         for stage, name in names.items():
             before = 0 if stage == "sft" else cost("sft", 99)
             wanted = [
-                (before + cost(stage, r["step"]), r[key])
-                for r in records
-                if (r["kind"], r["stage"]) == (kind, stage) and key in r
+                (before + cost(stage, record["step"]), record[key])
+                for record in records
+                if (record["kind"], record["stage"]) == ("valid", stage) and key in record
             ]
             assert bool(wanted) == (stage == "policy" or key == "nll")
-            assert (name in axis.colors) == bool(wanted)
-            x, y = axis.curve(name) if wanted else ([], [])
+            assert (name in axis.curves) == bool(wanted)
+            x, y = axis.curves.get(name, ([], []))
             assert x == pytest.approx([x for x, _ in wanted], rel=1e-9)
-            assert y == pytest.approx([y for _, y in wanted], rel=1e-9)  # too few to smooth
-            if wanted:
-                thin = [] if kind == "valid" else [(x, [y for _, y in wanted])]
-                assert axis.thin(name) == thin
+            assert y == [y for _, y in wanted]
+            updates = [
+                (before + cost(stage, record["step"]), record[key])
+                for record in records
+                if (record["kind"], record["stage"]) == ("train", stage) and key in record
+            ]
+            logged = stage == "policy" and key not in ("swap_gap", "over_empty")
+            assert bool(updates) == logged
+            x, y = axis.curves.get(f"thin {axis.colors.get(name)}", ([], []))
+            assert x == pytest.approx([x for x, _ in updates], rel=1e-9)
+            assert y == [y for _, y in updates]
     colors = {
         name: {axis.colors.get(name) for axis in drawn.axes} - {None} for name in names.values()
     }
     assert sorted(map(len, colors.values())) == [1, 1, 1] and len(set.union(*colors.values())) == 3
-    assert [axis.named for axis in drawn.axes] == [True, False, False, False]
-    assert drawn.places == [(2, 2, 1), (2, 2, 2), (2, 2, 3), (2, 2, 4)]
-    assert [axis.scale for axis in drawn.axes] == ["log", "linear", "linear", "linear"]
-    assert [axis.marker for axis in drawn.axes] == ["o", "o", "", ""]
+    assert all(axis.named for axis in drawn.axes)
+    assert drawn.places == [(3, 3, number) for number in range(1, 9)]
 
 
 def test_plot_has_a_panel_for_each_metric_that_was_logged(run, drawn, tmp_path):
-    """--eval-decode: three of them here. Seven panels: the eighth place stays empty."""
+    """--eval-decode: three of them here. Eleven panels: the twelfth place stays empty."""
     path = run / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for n, line in enumerate(lines):
@@ -274,27 +263,13 @@ def test_plot_has_a_panel_for_each_metric_that_was_logged(run, drawn, tmp_path):
             line |= {"1 hop": n / 100, "2 hops": n / 50, "hit rate": n / 70}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert evaluation.main([str(run), "--plot", str(tmp_path / "curves.png")]) == 0
-    assert [axis.title for axis in drawn.axes[4:]] == [
-        "1 hop, validation",
-        "2 hops, validation",
-        "hit rate, validation",
-    ]
-    assert drawn.places == [(4, 2, number) for number in range(1, 8)]
+    titles = [axis.title for axis in drawn.axes]
+    assert len(titles) == 11 and {"1 hop", "hit rate"} < set(titles)
+    assert drawn.places == [(4, 3, number) for number in range(1, 12)]
     wanted = [
         n / 50 for n, line in enumerate(lines) if line["kind"] == "valid" and line["stage"] == "sft"
     ]
-    assert drawn.axes[5].curve("sft")[1] == wanted
-
-
-def test_updates_are_smoothed_and_stay_visible():
-    axis = Axis("")
-    values = [float(n % 2) for n in range(400)]
-    evaluation.draw_curve(axis, "train", range(400), values, color="black", label="warmup")
-    [(_, raw)], (_, smooth) = axis.thin("warmup"), axis.curve("warmup")
-    assert raw == values and len(smooth) == 400
-    thin, thick = axis.widths["black"]
-    assert thin < thick
-    assert max(abs(y - 0.5) for y in smooth[20:-20]) < 0.03  # a mean of 21
+    assert drawn.axes[titles.index("2 hops")].curves["sft"][1] == wanted
 
 
 def show_lines(run, capsys, *flags) -> list[str]:
@@ -337,7 +312,8 @@ def test_show_takes_another_split_or_lines_of_ones_own(run, tmp_path, capsys):
 def test_what_does_not_go_together(flags, run, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(run), *flags])
-    assert stop.value.code == 2 and "does not go with" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and ("not allowed with" in said or "--show takes" in said)
 
 
 def test_plot_writes_a_picture(run, tmp_path):

@@ -270,8 +270,8 @@ def test_validation_is_the_loss_of_each_example_alone(kind, runs):
     nll = evaluation.validate(model, data, config, spec)["nll"]
     assert not model.training
     total, tokens = 0.0, 0
-    for i in range(len(data.source)):
-        batch = collate(data, [i])
+    for i in range(len(data)):
+        batch = collate([data[i]])
         with torch.no_grad():
             if spec is None:
                 total += sft_loss(model, batch).item()
@@ -279,8 +279,8 @@ def test_validation_is_the_loss_of_each_example_alone(kind, runs):
                 memory = model.encode(batch.source)
                 c, _ = sample_warmups(model, memory, batch.prompt, spec, 1)
                 total -= score(model, memory, batch, c, spec)[1].item()
-        tokens += len(data.target[i])
-    assert len(data.source) > 50 and nll == pytest.approx(total / tokens, rel=1e-9)
+        tokens += len(data[i].target)
+    assert len(data) > 50 and nll == pytest.approx(total / tokens, rel=1e-9)
 
 
 def test_averages_are_per_token_per_example_or_per_swap():
@@ -304,9 +304,8 @@ def test_the_first_validation_examples_are_decoded_and_scored_against_themselves
         seen.append((data, spec))
         return [evaluation.Output(f"text {n}", f"warmup {n}", True) for n in range(7)]
 
-    def metrics(config, examples, hypotheses, warmups):
-        assert hypotheses == [f"text {n}" for n in range(7)]
-        assert warmups == [f"warmup {n}" for n in range(7)]
+    def metrics(config, examples, outputs):
+        assert outputs == [(f"text {n}", f"warmup {n}", True) for n in range(7)]
         scored.append(examples)
         return {"BLEU": 12.5}
 
@@ -427,7 +426,7 @@ def test_the_command_for_sacrebleu_compares_with_the_control_else_with_sft(
     assert table.count("(p = ") == 2 * (len(outputs) - 1)  # BLEU and chrF++ of all but the first
     config = replace(read_config(folder), out=str(folder))
     tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
-    run = evaluation.Finished(config, tokenizer, torch.device("cpu"))
+    run = SimpleNamespace(config=config, tokenizer=tokenizer, device=torch.device("cpu"))
     rows = evaluation.score_run(run, stages, load(config)[0]["test"], "test")
     for row, (_, *scores) in zip(rows, systems):  # those of our table
         scores = [float(score.split()[0]) for score in scores]

@@ -22,29 +22,19 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import eval as evaluation
 import train
 from conftest import TINY
-from data import (
-    EOS,
-    PAD,
-    SEP,
-    UNK,
-    Config,
-    Encoded,
-    Example,
-    collate,
-    encode,
-    read_config,
-    train_tokenizer,
-)
+from data import EOS, PAD, SEP, UNK, Config, Example, collate, encode, read_config, train_tokenizer
 from model import Cache, EncoderDecoder, ModelConfig, beam_search, sample_tokens
 from warmup import Batch, WarmupSpec, generate
 
@@ -79,10 +69,10 @@ def test_text_of_any_script_comes_back_from_a_vocabulary_that_never_saw_it(langu
     for seen in ("only plain English words", text):
         tokenizer = train_tokenizer([Example(seen, "<2de>", seen)] * 3, 400)
         data = encode(tokenizer, [Example(text, "<2de>", text)])
-        assert tokenizer.token_to_id(UNK) not in data.target[0]
-        for row in (data.source[0], data.target[0]):
+        assert tokenizer.token_to_id(UNK) not in data[0].target
+        for row in (data[0].source, data[0].target):
             assert tokenizer.decode(row.tolist()) == text
-        assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2de>")]
+        assert data[0].prompt.tolist() == [tokenizer.token_to_id("<2de>")]
 
 
 def test_vowel_signs_are_part_of_their_word():
@@ -100,7 +90,7 @@ def test_a_tag_swallows_the_space_behind_it():
     example = Example("a b c i", "<2hops> i", "i")
     tokenizer = train_tokenizer([example] * 3, 300)
     data = encode(tokenizer, [example])
-    assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2hops>"), data.target[0][0]]
+    assert data[0].prompt.tolist() == [tokenizer.token_to_id("<2hops>"), data[0].target[0]]
 
 
 # ----------------------------------------------------------------------------- lengths
@@ -135,12 +125,12 @@ def test_the_same_y_alone_and_in_a_batch(beams, spec):
     model, rng = wordy_model(), np.random.default_rng(0)
     lengths = [1, 40, *rng.integers(1, 30, 18)]
     source = [rng.integers(4, 12, n).astype(np.int32) for n in lengths]
-    one = [np.array([1], dtype=np.int32)] * 20
-    data = Encoded(source, [np.array([5], dtype=np.int32)] * 20, one)
-    c, y = generate(model, collate(data, range(20)), spec, 30, beams=beams)
+    five, one = np.array([5], dtype=np.int32), np.array([1], dtype=np.int32)
+    data = [Example(ids, five, one) for ids in source]
+    c, y = generate(model, collate(data), spec, 30, beams=beams)
     ends = set()
     for i in range(20):
-        own_c, own = generate(model, collate(data, [i]), spec, 30, beams=beams)
+        own_c, own = generate(model, collate([data[i]]), spec, 30, beams=beams)
         assert torch.equal(own[0], y[i]) and (spec is None or torch.equal(own_c[0], c[i]))
         ends.add(y[i].tolist().index(1) if 1 in y[i] else 30)
     assert len(ends) > 4 and 30 in ends and min(ends) < 20  # or nothing was tested
@@ -208,7 +198,8 @@ def test_the_table_says_how_many_outputs_ended_at_the_limit(
     monkeypatch.setattr(evaluation, "generate", fake)
     config = read_config(folder)
     examples = [Example(f"{i} Hunde", "<2en>", f"{i} dogs") for i in range(5)]
-    run = evaluation.Finished(replace(config, out=str(folder)), tokenizer, torch.device("cpu"))
+    config = replace(config, out=str(folder))
+    run = SimpleNamespace(config=config, tokenizer=tokenizer, device=torch.device("cpu"))
     [row] = evaluation.score_run(run, ["policy"], examples, "test")
     assert row.at_limit == 2
     evaluation.print_table([row], {}, config, examples, "test")
@@ -338,7 +329,7 @@ def test_the_ceiling_of_a_poor_vocabulary():
     references = [[example.target for example in POOR]]
     for name, metric in metrics.items():
         assert scores[name] == pytest.approx(metric.corpus_score(texts, references).score, abs=1e-4)
-    [said] = evaluation.what_is_lost(poor_tokenizer(), POOR, config)
+    said = evaluation.what_is_lost(poor_tokenizer(), POOR, config)
     assert "cannot write 25.0 % of the targets" in said
     assert (
         f"perfect model would score BLEU {scores['BLEU']:.2f}, chrF++ {scores['chrF++']:.2f}"
@@ -348,9 +339,7 @@ def test_the_ceiling_of_a_poor_vocabulary():
     assert f"{100 * 7 / letters:.1f} % of target tokens" in said  # eeeeee and é
     sources = sum(len(example.source) for example in POOR)
     assert f"<unk> is {100 * 4 / sources:.1f} % of source tokens" in said
-    assert said.endswith("Most often lost: e é")  # three of four targets can be kept
-    [said] = evaluation.what_is_lost(poor_tokenizer(), [POOR[2], POOR[2], POOR[0]], config)
-    assert said.endswith("Choose another --init")
+    assert said.endswith("Most often lost: 'e' 'é'. Another --init may do better")
 
 
 def test_the_limit_is_part_of_the_ceiling():
@@ -363,7 +352,7 @@ def test_the_limit_is_part_of_the_ceiling():
     assert scores["BLEU"] == pytest.approx(wanted, abs=1e-4) and wanted < 90
     whole = evaluation.ceiling(poor_tokenizer(), examples[:1], replace(config, max_target_tokens=5))
     assert whole["chrF++"] == 100.0  # "a dog" has 5 tokens
-    assert evaluation.what_is_lost(poor_tokenizer(), examples, config) == []
+    assert evaluation.what_is_lost(poor_tokenizer(), examples, config) == ""
 
 
 def test_spaces_of_another_kind_are_no_loss():
@@ -371,16 +360,16 @@ def test_spaces_of_another_kind_are_no_loss():
     examples = [Example("x", "<2en>", "a\u00a0dog"), Example("x", "<2en>", "a  cat\u2009runs")]
     tokenizer = poor_tokenizer()
     tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
-    assert evaluation.what_is_lost(tokenizer, examples, Config()) == []
+    assert evaluation.what_is_lost(tokenizer, examples, Config()) == ""
     mixed = [*examples, Example("x", "<2en>", "the cat")]
-    [said] = evaluation.what_is_lost(tokenizer, mixed, Config())
-    assert "33.3 % of the targets" in said and said.endswith("Most often lost: e")
+    said = evaluation.what_is_lost(tokenizer, mixed, Config())
+    assert "33.3 % of the targets" in said and "Most often lost: 'e'." in said
 
 
 def test_a_lost_character_that_cannot_be_seen_is_named_by_its_number():
     examples = [Example("x", "<2en>", "a\u200dcat"), Example("x", "<2en>", "a dog")]
-    [said] = evaluation.what_is_lost(poor_tokenizer(), examples, Config())
-    assert said.endswith("Most often lost: U+200D")
+    said = evaluation.what_is_lost(poor_tokenizer(), examples, Config())
+    assert r"Most often lost: '\u200d'." in said
 
 
 @pytest.mark.parametrize("splits", [("train", "valid"), ("train", "valid", "test")])
@@ -390,7 +379,7 @@ def test_what_is_lost_is_looked_for_in_the_split_of_the_table(splits, tmp_path, 
             (tmp_path / f"{split}.{language}").write_text(f"{split}\n" * 3, encoding="utf-8")
     seen = []
     monkeypatch.setattr(
-        train, "what_is_lost", lambda tokenizer, examples, config: (seen.extend(examples), [])[1]
+        train, "what_is_lost", lambda tokenizer, examples, config: (seen.extend(examples), "")[1]
     )
     config, _ = train.parse([*TINY, "--data", str(tmp_path), "--out", str(tmp_path / "run")])
     train.prepare(config, False)
@@ -400,20 +389,20 @@ def test_what_is_lost_is_looked_for_in_the_split_of_the_table(splits, tmp_path, 
 def test_a_source_that_cannot_be_read_is_announced():
     good = Example("ein", "<2en>", "a dog")
     fine = [Example("hund", "<2en>", "a cat")] * 60
-    [said] = evaluation.what_is_lost(
+    said = evaluation.what_is_lost(
         poor_tokenizer(), [Example("Эй", "<2en>", "a cat"), *fine[:9]], Config()
     )
     assert said.startswith(
         "this tokenizer cannot read all sources: <unk> is 5.3 % of source tokens"
     )
-    assert evaluation.what_is_lost(poor_tokenizer(), [good, *fine], Config()) == []  # 0.4 %
+    assert evaluation.what_is_lost(poor_tokenizer(), [good, *fine], Config()) == ""  # 0.4 %
 
 
 def test_nothing_is_said_where_nothing_is_lost():
     examples = [Example(text, "<2en>", text) for text in (SENTENCES | OTHERS).values()]
     tokenizer = train_tokenizer(examples[:1], 300)
     config = Config(max_target_tokens=1000)
-    assert evaluation.what_is_lost(tokenizer, examples, config) == []
+    assert evaluation.what_is_lost(tokenizer, examples, config) == ""
     assert evaluation.ceiling(tokenizer, examples, config) == {"BLEU": 100.0, "chrF++": 100.0}
 
 
@@ -458,15 +447,19 @@ def test_a_poor_vocabulary_is_announced_before_training_and_stands_in_the_table(
 # ----------------------------------------------------------------------------- scores
 
 
+def scores_of(config, examples, texts):
+    return evaluation.compute_metrics(config, examples, map(evaluation.Output, texts))
+
+
 @pytest.mark.parametrize("language", SENTENCES)
 def test_identical_text_scores_100(language):
     text = SENTENCES[language]
     examples = [Example("x", f"<2{language}>", text)] * 3
     config = Config(pair=f"xx-{language}")
-    scores = evaluation.compute_metrics(config, examples, [text] * 3, [""] * 3)
+    scores = scores_of(config, examples, [text] * 3)
     assert scores == {"BLEU": 100.0, "chrF++": 100.0}
     config = Config(task="xsum")
-    scores = evaluation.compute_metrics(config, examples, [text] * 3, [""] * 3)
+    scores = scores_of(config, examples, [text] * 3)
     assert scores == {"ROUGE-1": 100.0, "ROUGE-2": 100.0, "ROUGE-L": 100.0}
 
 
@@ -511,31 +504,29 @@ def test_a_wrong_summary_scores_less(language):
     text, config = SENTENCES[language], Config(task="xsum")
     half, other = text[: len(text) // 2], OTHERS["ko"]
     examples = [Example("x", "", text)]
-    some = evaluation.compute_metrics(config, examples, [half], [""])["ROUGE-1"]
-    none = evaluation.compute_metrics(config, examples, [other], [""])["ROUGE-1"]
+    some = scores_of(config, examples, [half])["ROUGE-1"]
+    none = scores_of(config, examples, [other])["ROUGE-1"]
     assert 30 < some < 90 and none < 10
 
 
-def test_rouge_of_english_and_german_stays_comparable():
-    """At most 5 % of the letters are others: rouge-score's own tokenizer and stemmer, as everywhere."""
+def test_rouge_of_english_is_that_of_rouge_score():
+    """Its own tokenizer and stemmer for words of a-z and 0-9, so English scores as everywhere."""
     config = Config(task="xsum")
     theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    target, written = (
-        "Three people were hurt in a café fire in Leeds.",
-        "Two persons hurt by fires in Leeds",
-    )
-    examples = [Example("x", "", target)]
-    scores = evaluation.compute_metrics(config, examples, [written], [""])
-    for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
-        wanted = 100 * theirs.score(target, written)[key].fmeasure
-        assert scores[name] == pytest.approx(wanted, abs=1e-4)
-    assert evaluation.signatures(config, examples)["ROUGE"].endswith(
-        "its own words, Porter stemmer"
-    )
-    many = [Example("x", "", "é" * 6 + "a" * 94)]
-    assert "any script" in evaluation.signatures(config, many)["ROUGE"]
-    few = [Example("x", "", "é" * 5 + "a" * 95)]
-    assert "its own words" in evaluation.signatures(config, few)["ROUGE"]
+    pairs = [
+        (
+            "Three people weren't hurt in a fire_drill in Leeds.",
+            "Two persons hurt by fires in Leeds",
+        ),
+        ("The 12-year-old U.S. runners' times improved", "12 year old US runner was improving"),
+    ]
+    for target, written in pairs:
+        scores = scores_of(config, [Example("x", "", target)], [written])
+        for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
+            wanted = 100 * theirs.score(target, written)[key].fmeasure
+            assert scores[name] == pytest.approx(wanted, abs=1e-4)
+        words = evaluation.AnyScript().tokenize(target)
+        assert words == DefaultTokenizer(use_stemmer=True).tokenize(target)
 
 
 def test_one_summary_in_another_script_counts():
@@ -543,13 +534,13 @@ def test_one_summary_in_another_script_counts():
     config = Config(task="xsum")
     targets = ["Three people were hurt in a fire in Leeds."] * 98 + ["好。"] * 2
     examples = [Example("x", "", target) for target in targets]
-    scores = evaluation.compute_metrics(config, examples, targets, [""] * 100)
+    scores = scores_of(config, examples, targets)
     assert scores["ROUGE-1"] == 100
 
 
 def test_the_printed_signature_names_the_words_of_rouge(capsys):
     config = Config(task="xsum")
-    row = evaluation.Row("sft", "sft", {"ROUGE-1": 1.0}, 1.0, 1, 1, 1.0, 0, [], [])
+    row = evaluation.Row("sft", "sft", {"ROUGE-1": 1.0}, 1.0, 1, 1, 1.0, 0, [])
     evaluation.print_table([row], {}, config, [Example("x", "", SENTENCES["th"])], "test")
     out = capsys.readouterr().out
     assert re.search(r"ROUGE: rouge-score [\d.]+, words of any script, characters where", out)

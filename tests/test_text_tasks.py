@@ -232,8 +232,8 @@ def test_a_long_puzzle_keeps_its_question_and_options(capsys):
     tokenizer = train_tokenizer([example], 300)
     config = Config(task="logiqa", max_source_tokens=40)
     data = encode_split(tokenizer, [example], config, "train", scored=False)
-    kept = tokenizer.decode(data.source[0].tolist())
-    assert len(data.source[0]) == 40
+    kept = tokenizer.decode(data[0].source.tolist())
+    assert len(data[0].source) == 40
     assert kept.endswith("word So? (A) a b (B) b (C) c c (D) d")
     said = capsys.readouterr().out
     assert re.search(

@@ -183,12 +183,12 @@ def test_sentinels_become_sep_and_tags(folder):
 def test_tags_are_prompts_and_special_tokens_in_a_text_are_not(folder):
     tokenizer = pretrained_tokenizer(folder, ["<2de>"], 140)
     data = encode(tokenizer, [Example("a</s>b <2de> <sep>", "<2de>", "a <pad>")])
-    assert data.prompt[0].tolist() == [tokenizer.token_to_id("<2de>")]
-    assert not set(data.source[0][:-1].tolist()) & set(special_ids(tokenizer)) - {2}
+    assert data[0].prompt.tolist() == [tokenizer.token_to_id("<2de>")]
+    assert not set(data[0].source[:-1].tolist()) & set(special_ids(tokenizer)) - {2}
     assert (
-        data.target[0].tolist().count(1) == 1
-        and data.target[0][-1] == 1
-        and 0 not in data.target[0]
+        data[0].target.tolist().count(1) == 1
+        and data[0].target[-1] == 1
+        and 0 not in data[0].target
     )
 
 
@@ -340,7 +340,7 @@ def test_t5_reads_sources_that_end(folder):
     example = Example("a house", "<2de>", "house")
     own = encode(train_tokenizer([example], 300), [example])
     t5 = encode(pretrained_tokenizer(folder, ["<2de>"], 140), [example])
-    assert t5.source[0][-1] == 1 == t5.target[0][-1] and own.source[0][-1] != 1 == own.target[0][-1]
+    assert t5[0].source[-1] == 1 == t5[0].target[-1] and own[0].source[-1] != 1 == own[0].target[-1]
 
 
 def test_learning_rates_default_lower_for_pretrained_models():

@@ -186,20 +186,16 @@ def test_new_questions_have_a_tab_before_their_prompt(tmp_path, capsys):
     text.write_text(
         "ab bc cd de ef fa\t<2hops> a\n\nab bc cd de ef fa\t<1hops> c\n", encoding="utf-8"
     )
-    seen, decode = [], evaluation.collate
+    seen, real = [], data.collate
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            data,
-            "collate",
-            lambda encoded, index: seen.append((encoded, index)) or decode(encoded, index),
-        )
+        patch.setattr(data, "collate", lambda examples: seen.extend(examples) or real(examples))
         assert evaluation.main([str(folder), "--input", str(text)]) == 0
     assert capsys.readouterr().out.count("\n") == 3
     tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
-    [(encoded, _)] = seen
-    assert [
-        tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in encoded.prompt
-    ] == ["<2hops> a", "<1hops> c"]
+    assert [tokenizer.decode(ids.prompt, skip_special_tokens=False) for ids in seen] == [
+        "<2hops> a",
+        "<1hops> c",
+    ]
     text.write_text("ab bc cd de ef fa\t<2hops> a\nab bc cd de ef fa\n", encoding="utf-8")
     assert evaluation.main([str(folder), "--input", str(text)]) == 1
     assert (
