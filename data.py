@@ -164,7 +164,9 @@ class Config:
     symbols: int = flag(16, "task toy: letters in the permutation", 2, 26)
     hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
     seed: int = flag(0, "of weights, batches, dropout, warmups, built-in data", 0, 2**63 - 1)
-    max_source_tokens: int = flag(128, "longer sources are cut; see the guide", 2, 10**5)
+    max_source_tokens: int = flag(
+        128, "longer sources are cut or left out; see the guide", 2, 10**5
+    )
     max_target_tokens: int = flag(128, "of y; longer training pairs are left out", 2, 10**5)
     batch_tokens: int = flag(3000, "source, target, padding in a micro-batch", 16, 10**9)
     # model
@@ -335,6 +337,8 @@ def group(data, batch_tokens, key):
 class Batches:
     """Endless training batches of similar lengths. (seed, epoch, position) fixes the next one.
 
+    So a resumed run restores the order of the data by `seek`.
+
     N processes take turns: `next` moves on by N batches and returns the rank-th of them. So they
     share an epoch without talking to each other.
     """
@@ -365,11 +369,11 @@ class Batches:
 
 
 # ===== plumbing: reading config.json, where data comes from, tokenizers, built-in data, download
-def in_order(data, batch_tokens, what):
+def longest_first(data, batch_tokens, what):
     """Every example once, longest sources first, with its indices. The progress bar says `what`."""
-    longest_first = -lengths(data, "source")
+    key = -lengths(data, "source")
     with tqdm(total=len(data), desc=what, unit="example", delay=2, leave=False) as bar:
-        for index in group(data, batch_tokens, longest_first):
+        for index in group(data, batch_tokens, key):
             yield index, collate([data[i] for i in index])
             bar.update(len(index))
 
@@ -509,7 +513,7 @@ def read_lines(path):
         with file:
             lines = [line.strip() for line in file]
     except (OSError, EOFError, UnicodeError, zlib.error) as error:
-        raise UserError(f"cannot read {name} as text in UTF-8: {error}") from None
+        raise UserError(f"cannot read {name}, which must be text in UTF-8: {error}") from None
     if len(lines) == 1 and "\r" in lines[0]:
         raise UserError(f"the lines of {name} end in CR alone: convert them to LF")
     return lines
@@ -980,7 +984,7 @@ def generate_splits(generate, config):
         example = generate(r, config)
         check_example(config.task, example)
         longer = max(example.source, example.target, key=lambda text: (len(text), text))
-        number = zlib.crc32(longer.encode()) % 20
+        number = zlib.crc32(longer.encode()) % 20  # a twentieth for test, as many for validation
         split = {0: "test", 1: "valid"}.get(number, "train")
         in_vain += 1
         if len(splits[split]) < wanted[split] and example not in splits[split]:

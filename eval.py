@@ -45,9 +45,9 @@ from data import (
     collate,
     encode,
     encode_split,
-    in_order,
     load,
     load_tokenizer,
+    longest_first,
     lookup,
     program,
     read_config,
@@ -95,7 +95,7 @@ def validate(model, data, config, spec):
     device = next(model.parameters()).device
     sums, tokens = {}, 0
     batch_tokens = config.batch_tokens // (config.eval_samples if spec else 1)
-    for _, batch in in_order(data, batch_tokens, "validation"):
+    for _, batch in longest_first(data, batch_tokens, "validation"):
         tokens += target_tokens(model, batch)
         here = batch.to(device)
         with precision(config.dtype, device):
@@ -178,7 +178,7 @@ def to_text(tokenizer, rows: list[list[int]]):
 def decode_split(model, tokenizer, data, config, spec):
     """The outputs in the order of the data."""
     outputs = {}
-    for index, batch in in_order(data, config.batch_tokens, "decoding"):
+    for index, batch in longest_first(data, config.batch_tokens, "decoding"):
         outputs |= zip(index, decode_batch(model, tokenizer, batch, config, spec))
     return [outputs[i] for i in range(len(data))]
 
@@ -229,7 +229,7 @@ class Row:
     name: str
     metrics: dict[str, float]
     nll: float
-    updates: int  # all optimizer updates behind this row, the SFT stage included
+    updates: int  # all that were made, the SFT stage's included; the best may have been an earlier
     flops: int  # of their matrix products
     seconds: float  # of the same
     at_limit: int  # outputs that ended at --max-target-tokens
@@ -257,10 +257,10 @@ def score_run(run, stages, examples, split):
     return rows
 
 
-def print_table(rows, best, config, examples, split):
+def print_table(rows, perfect, config, examples, split):
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage.
 
-    best: what `ceiling` says.
+    perfect: what `ceiling` says.
     """
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     lines = [["", *names, "NLL/token", "updates", "TFLOP", "seconds"]]
@@ -268,7 +268,7 @@ def print_table(rows, best, config, examples, split):
         tflop = f"{row.flops / 1e12:,.2f}"
         cost = [f"{row.nll:.3f}", f"{row.updates}", tflop, f"{row.seconds:.0f}"]
         lines.append([row.name, *cells(names, row.metrics), *cost])
-    lines.append(["ceiling", *cells(names, best)])
+    lines.append(["ceiling", *cells(names, perfect)])
     width = max([10, *(len(name) + 2 for name in names)])
     pair = f" {config.pair}" if TASKS[config.task].translates else ""
     print(f"\n{config.task}{pair}, {split} split, {len(examples)} examples")
@@ -303,17 +303,17 @@ def show(run, stages, examples):
             before = f"{output.warmup} -> " if output.warmup else ""
             page.append(f"{row_name(stage, config):20}{before}{output.text}")
             if samples_something and config.samples > 1:
-                scored = bool(examples[i].target)
-                page += samples_at_work(model, tokenizer, data[i], config, spec, scored)
+                has_reference = bool(examples[i].target)
+                page += samples_at_work(model, tokenizer, data[i], config, spec, has_reference)
     for page in pages:
         print("\n".join(page))
 
 
-def samples_at_work(model, tokenizer, ids, config, spec, scored):
+def samples_at_work(model, tokenizer, ids, config, spec, has_reference):
     """K sampled warmups of one example, as in a policy update. A line for each that differs:
 
-    how often drawn, log P(c|x), y after c. scored, that is with a reference: also the reward
-    R = log P(y|x,c), and the weights a and b of one draw.
+    how often drawn, log P(c|x), y after c. With a reference: also the reward R = log P(y|x,c), and
+    the weights a and b of one draw.
     """
     K = config.samples
     device = next(model.parameters()).device
@@ -326,7 +326,7 @@ def samples_at_work(model, tokenizer, ids, config, spec, scored):
 
     title = "drawn  log P(c|x)  sampled c -> y"
     form = "{:12.3f}"
-    if scored:
+    if has_reference:
         title = "drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y"
         form = "{:12.3f}{:14.3f}{:+9.3f}{:9.3f}"
     numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows of 4
@@ -431,7 +431,7 @@ def compute_metrics(config, examples, outputs):
     try:
         scores = metrics(config, examples, hypotheses, warmups)
         return {name: round(float(value), 4) for name, value in scores.items()}
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"line {place.lineno} of {Path(place.filename).name}"
         said = f"task {config.task}: its metric failed, {type(error).__name__}: {error}, in {where}"
@@ -479,8 +479,9 @@ def what_is_lost(tokenizer, examples, config):
     shares = f"<unk> is {in_source:.1f} % of source tokens, {in_target:.1f} % of target tokens"
     targets = [one_line(example.target) for example in examples]
     texts = [one_line(text) for text in to_text(tokenizer, [ids.target.tolist() for ids in data])]
-    scores = compute_metrics(config, examples, map(Output, texts))
-    if texts == targets or scores == compute_metrics(config, examples, map(Output, targets)):
+    same = texts == targets  # as always with a tokenizer of ours: metrics can take long
+    scores = {} if same else compute_metrics(config, examples, map(Output, texts))
+    if same or scores == compute_metrics(config, examples, map(Output, targets)):
         return f"this tokenizer cannot read all sources: {shares}" if in_source >= 1 else ""
     cases = sum(target != text for target, text in zip(targets, texts))
     lost = Counter("".join(targets)) - Counter("".join(texts))
@@ -577,8 +578,8 @@ def read_input(file, config, tokenizer):
             example = Example(source.strip(), prompt.strip(), "")
             if not prompt.split() or prompt.split()[0] not in tags:
                 raise UserError(
-                    f"line {number} of --input has no prompt: a line is the source, a tab, and a "
-                    f"prompt that begins with {' or '.join(tags)}"
+                    f"line {number} of --input: a line is the source, a tab, and a prompt that "
+                    f"begins with {' or '.join(tags)}"
                 )
         examples.append(example._replace(source=line and prefix + example.source))
     return examples
@@ -688,7 +689,7 @@ def main(argv):
         raise UserError(f"{args.run} was not validated yet: {resume_command(args.run)}")
     if args.stage:
         stages = [args.stage]
-    if args.export:
+    if args.export:  # the policy if there is one: it is the last of STAGES
         export(run, stages[-1], args.export)
     elif args.input is not None and args.show:
         examples = [e for e in read_input(args.input, config, tokenizer) if e.source]

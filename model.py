@@ -291,7 +291,7 @@ class Cache:
     def reserve(self, end):
         """See to it that `end` tokens have a place. -> the position biases of all places."""
         if end > self.places:
-            self.places = min(self.room, max(64, 2 * end))
+            self.places = min(self.room, max(64, 2 * end))  # 64: no copying for short outputs
             self.biases = self.decoder.position_biases(self.places)  # sliced at every step
         return self.biases
 
@@ -309,7 +309,7 @@ class Cache:
         return kv[:, 0, :, :end], kv[:, 1, :, :end]
 
     def select(self, rows):
-        """Keep these rows in this order: expand B rows to B·K, or follow the surviving beams."""
+        """Reorder the rows: expand B rows to B·K, or follow the surviving beams."""
         for layer, kv in enumerate(self.kv):
             chosen = kv.new_empty(len(rows), *kv.shape[1:])
             used = chosen[:, :, :, : self.length]  # the other places hold nothing yet
@@ -421,10 +421,10 @@ class EncoderDecoder(nn.Module):
         In float32, or in float64 for a float64 model. forbidden: ids of probability 0.
         """
         hidden, weight = self.output_operands(hidden)
-        if temperature != 1.0:
+        if temperature != 1.0:  # dividing hidden divides the logits, and is the smaller tensor
             hidden = hidden / temperature
         device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # it does not reach into an autograd.Function
+        if torch.is_autocast_enabled(device):  # autocast does not reach into an autograd.Function
             dtype = torch.get_autocast_dtype(device)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         if hidden.dtype == torch.float64:  # the exact tests; all else accumulates in float32
@@ -448,7 +448,7 @@ def plain_token_logprobs(hidden, weight, targets, forbidden=None):
 def read_prefix(model, memory, prefix, length, copies):
     """Read prefix (B,prefix) once per example, then copy the rows: cache, hidden (N,E).
 
-    length: of what will be written after it.
+    length: how many tokens will be written after it.
     """
     cache = Cache(model.decoder, prefix.size(1) + length)
     hidden = model.decode(prefix, memory, cache)[:, -1]  # (B,E)
@@ -599,7 +599,7 @@ def cpu_dropout(x, p):
 
 
 CHUNK = 2**26  # most numbers in the logits that are made at once: 256 MiB of float32
-KEPT = 3 * CHUNK  # most numbers that are kept for the backward pass
+KEPT = 3 * CHUNK  # most numbers that are kept for the backward pass: 768 MiB
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -712,7 +712,7 @@ def pick_device(name):
 
 
 def precision(dtype, device):
-    """Matrix products in bfloat16 if so named (auto: on CUDA). Weights stay float32."""
+    """Matrix products in bfloat16 (bf16) if so named; auto: on CUDA. Weights stay float32."""
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     # no cache of cast weights: sampling would fill it without gradients, and scoring would use it
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)
@@ -901,25 +901,25 @@ def t5_tensors(name, config):
     return [f"{block}.{number}.{tensor}.weight" for tensor in tensors.split()]
 
 
-def pretrained_folder(source):
+def pretrained_folder(init):
     """The folder itself, or where the hub's files of that name lie once they are downloaded."""
-    if Path(source).is_dir():
-        return Path(source)
+    if Path(init).is_dir():
+        return Path(init)
     from huggingface_hub import snapshot_download  # comes with tokenizers
 
-    kinds = ["pytorch_model*.bin"]
+    kinds = ["pytorch_model*.bin"]  # a repository has one of the two kinds, or both
     if find_spec("safetensors"):
         kinds.insert(0, "model*.safetensors")
     try:
         for pattern in kinds:
             files = ["*.json", "spiece.model", pattern]
-            folder = Path(snapshot_download(source, allow_patterns=files))
+            folder = Path(snapshot_download(init, allow_patterns=files))
             if list(folder.glob(pattern)):
                 break
         return folder
     except Exception as error:  # the hub, its HTTP library and the cache raise a zoo of types
         name = type(error).__name__
-        raise UserError(f"{source}: no folder here, and the hub did not give it ({name})") from None
+        raise UserError(f"{init}: no folder here, and the hub did not give it ({name})") from None
 
 
 def read_json(path):
@@ -978,12 +978,12 @@ def untangle(tensors, config, settings) -> ModelConfig:
     return config
 
 
-def load_pretrained(source, **changes) -> EncoderDecoder:
+def load_pretrained(init, **changes) -> EncoderDecoder:
     """A T5 in float32 from a Hugging Face folder or hub name.
 
     changes: ModelConfig fields, such as dropout. Every tensor is used or named in a UserError.
     """
-    folder = pretrained_folder(source)
+    folder = pretrained_folder(init)
     settings = read_json(folder / "config.json")
     config = replace(t5_config(settings), **changes)
     tensors = read_weights(folder)

@@ -50,13 +50,14 @@ from data import (
     train_tokenizer,
 )
 from eval import (
+    Output,
     add_sums,
     averages,
     ceiling,
     compute_metrics,
     decode_split,
-    resume_command,
     print_table,
+    resume_command,
     score_run,
     show,
     signatures,
@@ -84,9 +85,9 @@ from warmup import sft_loss, target_tokens, warmup_loss
 
 
 # ----------------------------------------------------------------------------- equal compute
-# A forward pass takes 2 FLOPs for each parameter that meets a token, and 4·H·D in a layer for each
-# key that a token attends to. A backward pass takes two forward passes. Padding counts, because it
-# is computed; what --recompute repeats does not.
+# A forward pass takes 2 FLOPs for each parameter that meets a token, and in each layer 2·H·D for a
+# token's score with each key, and as many to mix the values. Padding and masked keys count, because
+# they are computed. What --recompute repeats does not. A backward pass takes two forward passes.
 CROSS = "cross_attention.kv"  # of the decoder, but computed once per source token
 
 
@@ -124,7 +125,7 @@ def sft_flops(model, batch):
 
 
 def policy_flops(model, batch, spec, rows, sampled):
-    """A policy update. rows (B,): trained rows [start] prompt c <sep> y of each example.
+    """A policy update. rows (B,): how many rows [start] prompt c <sep> y each example trains.
 
     sampled: warmups drawn for each example, forward only.
     """
@@ -137,7 +138,9 @@ def policy_flops(model, batch, spec, rows, sampled):
     predicted = int(rows @ real) + (0 if spec.pause else N * W)  # log P(c|x) is trained, too
     decoder = decoder_flops(model, batch, N * length, length, predicted)
     flops = 3 * (encoder_flops(model, batch) + decoder)
-    if sampled:  # the prefix once, then token by token in rows of this mean length
+    # the prefix once, then token by token, in rows of prefix + W/2 on average. The last token of c
+    # is drawn, but not read
+    if sampled:
         tokens = B * prefix + B * sampled * (W - 1)
         flops += decoder_flops(model, batch, tokens, prefix + W // 2, B * sampled * W)
     return flops
@@ -151,7 +154,7 @@ class State:
     stage: str = "sft"
     step: int = 0  # updates done in this stage
     total: int = 0  # updates this stage will do
-    best: float = math.inf  # lowest validation NLL of this stage
+    best_nll: float = math.inf  # lowest of this stage's validations
 
 
 class Run:
@@ -180,10 +183,8 @@ def train(run):
         if stage != run.state.stage:
             start_stage(run, stage)
         state = run.state
-        hidden = rank() > 0
-        with tqdm(
-            total=state.total, initial=state.step, desc=stage, unit="update", disable=hidden
-        ) as bar:
+        how = dict(total=state.total, initial=state.step, unit="update", disable=rank() > 0)
+        with tqdm(desc=stage, **how) as bar:
             train_stage(run, bar)
 
 
@@ -203,8 +204,8 @@ def start_stage(run, stage):
         sft, policy = training_cost(folder, "sft"), training_cost(folder, "policy")
         total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
     if stage != "sft":
-        best = load_model(folder / "sft.pt", tokenizer.get_vocab_size(), "cpu")
-        run.model.load_state_dict(best.state_dict())
+        sft_model = load_model(folder / "sft.pt", tokenizer.get_vocab_size(), "cpu")
+        run.model.load_state_dict(sft_model.state_dict())
     run.state = State(stage, total=total)
     run.shown = {}  # beside the progress bar
     run.spec = warmup_spec(stage, config, tokenizer)
@@ -246,7 +247,7 @@ def train_stage(run, bar):
     UserError if the gradient is not finite. KeyboardInterrupt after Ctrl-C, once all is saved.
     """
     config, state, model, optimizer = run.config, run.state, run.model, run.optimizer
-    if state.stage != "sft" and state.best == math.inf:
+    if state.stage != "sft" and state.best_nll == math.inf:  # nothing was validated yet
         validate_and_save(run)  # where the stage begins: the best SFT weights
     while state.step < state.total:
         started = time.perf_counter()
@@ -299,11 +300,13 @@ def validate_and_save(run):
         if config.eval_decode:
             numbers |= decode_some(run)
         log(run, "valid", numbers)
-        if numbers["nll"] < state.best:
-            state.best = numbers["nll"]
+        if numbers["nll"] < state.best_nll:
+            state.best_nll = numbers["nll"]
             path = config.folder / f"{state.stage}.pt"
-            save_checkpoint(path, "stage", run.model, best_step=state.step, valid_nll=state.best)
-    state.best = gather(state.best)[0]  # the others wait here
+            save_checkpoint(
+                path, "stage", run.model, best_step=state.step, valid_nll=state.best_nll
+            )
+    state.best_nll = gather(state.best_nll)[0]  # the others wait here
     save_state(run)
 
 
@@ -316,7 +319,7 @@ def decode_some(run):
 
 
 def save_state(run):
-    """last.pt: everything that the next update depends on. By rank 0.
+    """last.pt: all that the next update depends on, on a CPU and by one process. By rank 0.
 
     log_bytes says how much of log.jsonl belongs to it. What came later is cut off on resuming.
     """
@@ -336,7 +339,9 @@ def save_state(run):
 
 
 def restore(run):
-    """Take up last.pt. On a CPU, by one process, the next update is then the same bit for bit.
+    """Take up last.pt: weights, optimizer, random state, the order of the data.
+
+    On a CPU, by one process, the next update is then the same bit for bit.
 
     On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
     UserError if the data or the log is not that of the run.
@@ -379,7 +384,8 @@ def checksum(examples, data):
 
 def summary(sums, norm, tokens):
     """An update's sums over all processes, as a record of log.jsonl: averages, and totals."""
-    sums = gather_sums(sums | {"grad_norm": norm / processes()})  # all have the same norm
+    # all processes have the same norm: so the sum is the norm
+    sums = gather_sums(sums | {"grad_norm": norm / processes()})
     totals = {name: sums.pop(name) for name in ("flops", "grad_norm")}
     return totals | averages(sums, tokens)
 
@@ -453,7 +459,7 @@ def add_up(x) -> torch.Tensor:
 
 
 def gather_sums(sums):
-    """Named numbers, summed over the processes. Tensors come in one transfer from a GPU."""
+    """Named numbers, summed over the processes. Tensors become numbers in one transfer."""
     names = [name for name, value in sums.items() if torch.is_tensor(value)]
     values = torch.stack([sums[name].float() for name in names]).tolist()
     everyone = gather(sums | dict(zip(names, values)))
@@ -525,23 +531,13 @@ def parse(argv):
     return config, folder is not None
 
 
-def new_folder(folder, overwrite):
-    """Make the run folder. An earlier run in it is refused or, with overwrite, removed.
-
-    Only files that this program writes are removed. A slip in --out must not cost
-    somebody's work.
-    """
+def earlier_files(folder):
+    """The files of an earlier run in a folder. Others are not this program's: they stay."""
     names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
     names += [f"{stage}.pt" for stage in STAGES]
     for split in ("train", "valid", "test"):  # eval.py's
         names += [f"{split}.{part}.txt" for part in ("ref", *STAGES, "policy.warmups")]
-    ours = [folder / name for name in names if (folder / name).exists()]
-    if ours and not overwrite:
-        said = f"{folder} holds a run ({ours[0].name})"
-        raise UserError(f"{said}: --resume it, --overwrite it, or choose another --out")
-    for path in ours:
-        path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    return [folder / name for name in names if (folder / name).exists()]
 
 
 def new_model(config, examples):
@@ -568,6 +564,10 @@ def prepare(config, resume) -> Run:
 
     All that can fail fails here, before an earlier run is overwritten and before hours are spent.
     """
+    earlier = earlier_files(config.folder)
+    if earlier and not (resume or config.overwrite):
+        said = f"{config.folder} holds a run ({earlier[0].name})"
+        raise UserError(f"{said}: --resume it, --overwrite it, or choose another --out")
     splits, origin = load(config)
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     device = pick_device(config.device)
@@ -581,7 +581,9 @@ def prepare(config, resume) -> Run:
     else:
         model, tokenizer = new_model(config, splits["train"])
     scored = splits.get("test", splits["valid"])
-    ceiling(tokenizer, scored[:8], config)  # a metric that fails should fail now
+    for warmup in ("", "some words"):  # a metric that fails should fail now
+        some = scored[:8]
+        compute_metrics(config, some, [Output(example.target, warmup) for example in some])
 
     data = {
         "train": encode_split(tokenizer, splits["train"], config, "train", scored=False),
@@ -618,7 +620,9 @@ def begin(run, resume):
     if not resume:
         start_stage(run, "sft")
         if rank() == 0:
-            new_folder(config.folder, config.overwrite)
+            for path in earlier_files(config.folder):
+                path.unlink()
+            config.folder.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(str(config.folder / "tokenizer.json"))
             (config.folder / "log.jsonl").touch()
         save_state(run)
@@ -641,7 +645,7 @@ def report(run):
     stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
     examples = splits[split]
     rows = score_run(run, stages, examples, split)
-    best = ceiling(run.tokenizer, examples, config)
+    perfect = ceiling(run.tokenizer, examples, config)
     packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
     saved = []
     for row in rows:
@@ -651,7 +655,7 @@ def report(run):
     results = {
         "split": split,
         "rows": saved,
-        "ceiling": best,
+        "ceiling": perfect,
         "signature": signatures(config, examples),
         "config": asdict(config),
         "data_checksum": run.checksum,
@@ -661,7 +665,7 @@ def report(run):
     }
     path = config.folder / "results.json"
     write_json(path, results)  # first: a reader such as `head` may leave
-    print_table(rows, best, config, examples, split)
+    print_table(rows, perfect, config, examples, split)
     show(run, stages, examples[:3])
     print(f"\nsaved {path}. Score again: python eval.py {shell_word(config.folder)}")
 

@@ -106,7 +106,7 @@ def sft_loss(model, batch):
 def sample_warmups(model, memory, prompt, spec, samples, temperature=None):
     """Draw K = samples warmups per example from P(c|x): c (B,K,W), log P(c|x) (B,K). No autograd.
 
-    temperature None: the spec's; 0: greedy.
+    temperature None: the spec's; 0: greedy. No top-k or top-p: `model.sample_tokens` says why.
     """
     if spec.pause:
         c = prompt.new_full((len(prompt), samples, spec.length), spec.sep_id)  # (B,K,W)
@@ -207,7 +207,7 @@ def mean_of_others(x):
 
 
 def marginal(R):
-    """a = w - 1/K, b = w, w = softmax(R): our reading of the paper. Eq. (1):
+    """a = w - 1/K, b = w, w = softmax(R): our reading of the paper. Equation (1):
 
     ∇ log P(y|x) = E_{c~pi}[ r(c) (∇ log pi + ∇ log p) ],  r(c) = p / P(y|x)                   (1)
 
@@ -444,7 +444,8 @@ def generate(model, batch, spec, length, *, beams=1, length_penalty=1.0, forbidd
 def distinct_rows(c):
     """c (B,K,W) -> the rows, of all B·K, that differ from earlier ones of their example: (n,).
 
-    Also, for each warmup, its index among them: (B,K). Both on the CPU.
+    Also, for each warmup, its index among them: (B,K). Both on the CPU. `unique` sorts the rows,
+    and its inverse has the shape of what it was given.
     """
     B, K, _ = c.shape
     earliest = earliest_equal(c).cpu()  # (B,K). The only wait for a GPU

@@ -31,7 +31,7 @@ from data import (
     encode_split,
     find_file,
     generate_splits,
-    in_order,
+    longest_first,
     load,
     load_tokenizer,
     noun_phrase,
@@ -921,7 +921,7 @@ def test_chunks_of_text_stay_in_order():
 
 def test_in_order_covers_everything_once_longest_first():
     data, seen, lengths = numbered(), [], []
-    for index, batch in in_order(data, 400, "a test"):
+    for index, batch in longest_first(data, 400, "a test"):
         assert who([batch.source]) == index
         seen, lengths = seen + index, lengths + [batch.source.size(1)]
     assert sorted(seen) == list(range(300)) and lengths == sorted(lengths, reverse=True)

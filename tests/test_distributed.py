@@ -139,7 +139,7 @@ def test_rank_0_alone_validates_and_decodes(tmp_path, monkeypatch):
 
         def watched(run, stage):
             if stage != "sft":
-                best.append(run.state.best)
+                best.append(run.state.best_nll)
             start_stage(run, stage)
 
         train.start_stage = watched
@@ -187,7 +187,7 @@ def test_what_processes_share_and_what_not(tmp_path):
         run = train.prepare(config, resume=False)
         draw, weights = torch.rand(5), [p.clone() for p in run.model.parameters()]
         train.validate_and_save(run)
-        return draw, weights, run.state.best
+        return draw, weights, run.state.best_nll
 
     (draw, weights, best), (other_draw, other_weights, other_best) = in_processes(work, tmp_path)
     torch.testing.assert_close(weights, other_weights, rtol=0, atol=0)

@@ -215,6 +215,11 @@ def test_a_metric_may_look_at_warmups(mine, monkeypatch, capsys):
         (lambda config, examples: {}, "TypeError"),
         (lambda *_: {"x": "many"}, "ValueError"),
         (lambda *_: {"x": [1][3]}, "IndexError"),
+        (lambda *_: {"x": misspelt}, "NameError"),  # noqa: F821
+        (
+            lambda c, e, h, warmups: {"x": float(any(w and w.split()[9] for w in warmups))},
+            "IndexError",
+        ),
     ],
 )
 def test_a_metric_that_fails_does_so_before_training(metric, says, mine, monkeypatch, capsys):

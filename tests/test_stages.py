@@ -79,7 +79,7 @@ def watched_run(folder, *flags):
     config, _ = train.parse(["--task", "wmt", *FLAGS, *flags, "--out", str(folder)])
     run = train.prepare(config, resume=False)
     loss, warmup_loss, step = train.batch_loss, train.warmup_loss, torch.optim.AdamW.step
-    evaluate, in_order = evaluation.evaluate_warmups, evaluation.in_order
+    evaluate, in_order = evaluation.evaluate_warmups, evaluation.longest_first
 
     def watched_loss(run, batch):
         fresh = all(p.grad is None or not p.grad.any() for p in run.model.parameters())
@@ -118,7 +118,7 @@ def watched_run(folder, *flags):
         patch.setattr(train, "warmup_loss", watched_warmup_loss)
         patch.setattr(torch.optim.AdamW, "step", watched_step)
         patch.setattr(evaluation, "evaluate_warmups", watched_evaluate)
-        patch.setattr(evaluation, "in_order", watched_in_order)
+        patch.setattr(evaluation, "longest_first", watched_in_order)
         train.train(run)
     return seen
 
@@ -309,10 +309,10 @@ def test_the_first_validation_examples_are_decoded_and_scored_against_themselves
         scored.append(examples)
         return {"BLEU": 12.5}
 
-    monkeypatch.setattr(train, "decode_split", decode)
-    monkeypatch.setattr(train, "compute_metrics", metrics)
     config, _ = train.parse(["--task", "wmt", *FLAGS, "--eval-decode=7", "--out", f"{tmp_path}/r"])
     run = train.prepare(config, resume=False)
+    monkeypatch.setattr(train, "decode_split", decode)
+    monkeypatch.setattr(train, "compute_metrics", metrics)
     train.train(run)
     wanted = encode_split(run.tokenizer, run.examples["valid"][:7], config, "valid")
     for examples in scored:
