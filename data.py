@@ -134,8 +134,8 @@ BASELINES = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, fro
 
 
 # ----------------------------------------------------------------------------- settings
-def flag(default, help, low=None, high=None, choices=None):
-    """A setting: its default, what it means and in which unit, its range or its choices."""
+def flag(default, help, low=1, high=10**9, choices=None):
+    """A setting: its default, what it means and in which unit, a number's range, or its choices."""
     return field(default=default, metadata=dict(help=help, limits=(low, high), choices=choices))
 
 
@@ -168,7 +168,7 @@ class Config:
         128, "longer sources are cut or left out; see the guide", 2, 10**5
     )
     max_target_tokens: int = flag(128, "of y; longer training pairs are left out", 2, 10**5)
-    batch_tokens: int = flag(3000, "source, target, padding in a micro-batch", 16, 10**9)
+    batch_tokens: int = flag(3000, "source, target, padding in a micro-batch", 16)
     # model
     size: str = flag("tiny", "of a model from scratch", choices=SIZES)
     vocab_size: int = flag(4000, "most tokens in a vocabulary from scratch", 300, 10**6)
@@ -177,16 +177,16 @@ class Config:
     recompute: bool = flag(False, "compute activations again in the backward pass: less memory")
     compile: bool = flag(False, "torch.compile of encoder and decoder: minutes at first")
     # optimisation
-    sft_steps: int = flag(900, "updates of the SFT stage", 1, 10**9)
-    policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0, 10**9)
+    sft_steps: int = flag(900, "updates of the SFT stage")
+    policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0)
     control: bool = flag(True, "afterwards SFT again, for the policy stage's FLOPs")
-    policy_batch_tokens: int = flag(1500, "in the policy stage; K samples count once", 16, 10**9)
-    accumulate: int = flag(1, "micro-batches per update, of each process", 1, 10**6)
+    policy_batch_tokens: int = flag(1500, "in the policy stage; K samples count once", 16)
+    accumulate: int = flag(1, "micro-batches per update, of each process")
     lr: float = flag(3e-3, "peak learning rate of SFT", 1e-12, 10)
     policy_lr: float = flag(1e-3, "peak learning rate of policy stage and control", 1e-12, 10)
-    lr_rampup_steps: int = flag(100, "updates of linear rise, at most 1/4 of a stage", 0, 10**9)
+    lr_rampup_steps: int = flag(100, "updates of linear rise, at most 1/4 of a stage", 0)
     weight_decay: float = flag(0.01, "AdamW's decay of weight matrices", 0, 100)
-    clip: float = flag(1.0, "largest norm of the gradient", 1e-9, 1e9)
+    clip: float = flag(1.0, "largest norm of the gradient", 1e-9)
     # warmups
     estimator: str = flag(
         "marginal",
@@ -195,12 +195,12 @@ class Config:
     )
     samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
     warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)
-    alpha: float = flag(1.0, "factor on the reward", 0, 1e9)
+    alpha: float = flag(1.0, "factor on the reward", 0)
     temperature: float = flag(1.0, "softmax temperature of the warmup policy", 1e-3, 1e3)
     # validation and test
-    eval_every: int = flag(100, "updates between validations; each saves last.pt", 1, 10**9)
+    eval_every: int = flag(100, "updates between validations; each saves last.pt")
     eval_samples: int = flag(4, "warmups per example in the estimate of NLL", 1, 1024)
-    eval_decode: int = flag(0, "validation examples to decode at each validation", 0, 10**9)
+    eval_decode: int = flag(0, "validation examples to decode at each validation", 0)
     beams: int = flag(4, "beam width for the test table; 1: greedy", 1, 1024)
     length_penalty: float = flag(1.0, "beam score = log-prob / length ** this", 0, 10)
     # machine
@@ -228,7 +228,7 @@ class Config:
             kinds = (int, float) if f.type is float else (f.type,)
             if type(value) not in kinds:
                 return f"{name} must be of type {f.type.__name__}, not {value!r}"
-            if low is not None and not low <= value <= high:
+            if f.type in (int, float) and not low <= value <= high:
                 return f"{name} must lie between {low} and {high}"
             if choices and value not in choices:
                 return f"{name} must be one of {', '.join(choices)}"
@@ -394,9 +394,7 @@ def cut(ids, most, side, kept_end):
 
     kept_end: so many tokens at the end stay all the same, as T5's </s>.
     """
-    if len(ids) <= most:
-        return ids
-    if side == "start":
+    if side == "start" or len(ids) <= most:
         return ids[-most:]
     return np.append(ids[: most - kept_end], ids[len(ids) - kept_end :])
 
@@ -1142,8 +1140,10 @@ def add_flags(parser, defaults):
         if f.name not in defaults:
             continue
         low, high = f.metadata["limits"]
-        text = f.metadata["help"] if low is None else f"{f.metadata['help']} [{low} to {high}]"
+        text = f.metadata["help"]
         how = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type in (int, float):
+            text += f" [{low} to {high}]"
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag_name(f.name), default=defaults[f.name], help=text, **how)

@@ -486,19 +486,15 @@ def greedy(probs):
 
 
 @torch.no_grad()
-def sample_tokens(
-    model, memory, prefix, length, *, samples=1, temperature=1.0, forbidden=None, stop=None, fill=0
-):
+def sample_tokens(model, memory, prefix, length, *, samples=1, temperature=1.0, forbidden=None):
     """Write `length` tokens after prefix (B,prefix): tokens, their log-probs, (B,K,length) both.
 
     K = samples independent draws per example. temperature 0 is greedy. No top-k or top-p: a policy
     gradient is only right if we sample from exactly the distribution that `token_logprobs` scores.
-    A row ends at `stop`. The rest of it holds `fill`, with log-prob 0: it is no choice.
     """
     cache, hidden = read_prefix(model, memory, prefix, length, samples)  # hidden (N,E)
-    tokens = prefix.new_full((len(hidden), length), fill)  # (N,length)
-    log_probs = torch.zeros_like(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    done = torch.zeros_like(tokens[:, 0], dtype=torch.bool)  # (N,)
+    tokens = prefix.new_empty(len(hidden), length)  # (N,length)
+    log_probs = torch.empty_like(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for t in range(length):
         if temperature not in (0, 1):
             hidden = hidden / temperature
@@ -506,14 +502,10 @@ def sample_tokens(
         probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (N,V), not normalised
         token, total = greedy(probs) if temperature == 0 else draw(probs)  # (N,1) both
         log_prob = (probs.gather(1, token) / total).log()  # (N,1)
-        tokens[:, t] = torch.where(done, fill, token[:, 0])
-        log_probs[:, t] = torch.where(done, 0.0, log_prob[:, 0])
-        if stop is not None:
-            done = done | (tokens[:, t] == stop)
-            if all_true(done, t):
-                break
+        tokens[:, t] = token[:, 0]
+        log_probs[:, t] = log_prob[:, 0]
         if t + 1 < length:
-            hidden = model.decode(tokens[:, t : t + 1], memory, cache)[:, -1]
+            hidden = model.decode(token, memory, cache)[:, -1]
     shape = (-1, samples, length)
     return tokens.view(shape), log_probs.view(shape)
 
@@ -540,6 +532,8 @@ def candidates(logits, scores):
 @torch.no_grad()
 def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, forbidden=None):
     """The n = beams best continuations of prefix (B,prefix): tokens (B,n,length), scores (B,n).
+
+    Padded after </s>. One beam is greedy decoding.
 
     score = sum of log-probs / (tokens written, </s> included) ** length_penalty, best first. Each
     step looks at 2n candidates, so that n stay open when some end. An example stops when its best
@@ -573,8 +567,9 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
         running = running & (scores[:, :1] / normaliser > ended_scores[:, -1:])
         if t + 1 == length or all_true(~running, t):
             break
-        survivors = first_row + beam.gather(1, keep)  # (B,n): the cache rows they continue
-        cache.select(survivors.view(-1))
+        if n > 1:
+            survivors = first_row + beam.gather(1, keep)  # (B,n): the cache rows they continue
+            cache.select(survivors.view(-1))
         hidden = model.decode(tokens[:, :, t].reshape(-1, 1), memory, cache)[:, -1]
     return ended, ended_scores
 

@@ -429,14 +429,15 @@ def generate(model, batch, spec, length, *, beams=1, length_penalty=1.0, forbidd
         sep = torch.full_like(c[:, :1], spec.sep_id)
         prefix = torch.cat([prefix, c, sep], 1)  # (B,1+prompt+W+1)
         never.add(spec.sep_id)
-    never = tuple(never - {config.eos_id})
-    how = {"forbidden": tensor_of(never, prefix.device)}
-    if beams > 1:
-        how |= {"beams": beams, "length_penalty": length_penalty}
-        y, _ = beam_search(model, memory, prefix, length, **how)
-    else:
-        how |= {"temperature": 0.0, "stop": config.eos_id, "fill": config.pad_id}
-        y, _ = sample_tokens(model, memory, prefix, length, **how)
+    y, _ = beam_search(
+        model,
+        memory,
+        prefix,
+        length,
+        beams=beams,
+        length_penalty=length_penalty,
+        forbidden=tensor_of(tuple(never - {config.eos_id}), prefix.device),
+    )
     return c, y[:, 0]  # (B,W), (B,length): the best beam
 
 

@@ -198,7 +198,7 @@ def test_new_questions_have_a_tab_before_their_prompt(tmp_path, capsys):
     ]
     text.write_text("ab bc cd de ef fa\t<2hops> a\nab bc cd de ef fa\n", encoding="utf-8")
     assert evaluation.main([str(folder), "--input", str(text)]) == 1
-    assert "line 2 of --input a line is the source, a tab, and" in capsys.readouterr().err
+    assert "line 2 of --input: a line is the source, a tab, and" in capsys.readouterr().err
     text.write_text("ab bc cd de ef fa\t<3hops> a\n", encoding="utf-8")
     assert evaluation.main([str(folder), "--input", str(text)]) == 1
     assert "a prompt that begins with <1hops> or <2hops>" in capsys.readouterr().err

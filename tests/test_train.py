@@ -131,7 +131,8 @@ def test_log_lines_after_the_checkpoint_are_forgotten(tmp_path):
 def test_other_data_is_not_trained_on_after_resuming(column, tmp_path):
     run = prepared(tmp_path)
     train.restore(run)
-    getattr(run.data["train"][7], column)[0] += 1
+    rows = run.examples["train"]
+    rows[7] = rows[7]._replace(**{column: "x"})
     other = train.Run(run.config, run.examples, run.data)
     with pytest.raises(train.UserError, match="not what"):
         train.restore(other)
