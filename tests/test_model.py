@@ -373,6 +373,18 @@ def test_logprobs_equal_plain_and_survive_a_second_backward(case, monkeypatch):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
+def test_the_gradient_of_many_chunks_adds_up_in_float32(monkeypatch):
+    """In bfloat16, 128 chunks: an error of 0.2 % of the largest element. Added up in bfloat16: 1.2 %."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(model_module, "CHUNK", 16 * 8)
+    hidden, weight = torch.randn(1024, 8).bfloat16(), torch.randn(16, 8).bfloat16()
+    targets = torch.randint(0, 16, (1024,))
+    exact, ours = weight.double().requires_grad_(), weight.clone().requires_grad_()
+    plain_token_logprobs(hidden.double(), exact, targets).sum().backward()
+    TokenLogProbs.apply(hidden, ours, targets, None).sum().backward()
+    assert (ours.grad.double() - exact.grad).abs().max() < 0.005 * exact.grad.abs().max()
+
+
 def test_plain_logprobs_are_torchs_cross_entropy():
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(6, 8), torch.randn(9, 8), torch.randint(2, 9, (6,))
