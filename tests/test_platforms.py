@@ -213,3 +213,17 @@ def test_requirements_have_bounds():
     for line in lines:
         lower, upper = re.fullmatch(r"[a-z-]+>=(\d+)[\d.]*,<(\d+)", line).groups()
         assert int(upper) == int(lower) + 1, line
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for number in ("0", "3"):
+        monkeypatch.setenv("LOCAL_RANK", number)
+        assert model.pick_device("auto").type == "cuda"
+    assert taken == [0, 3]
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    assert model.pick_device("auto").type == "cpu"
+    with pytest.raises(model.UserError, match="no cuda device"):
+        model.pick_device("cuda")
