@@ -696,7 +696,7 @@ def pick_device(name):
         "cpu": True,
     }
     if name == "auto":
-        name = "cuda" if here["cuda"] else "cpu"
+        name = "cuda" if torch.cuda.device_count() else "cpu"
     if not here[name]:
         raise UserError(f"torch finds no {name} device for this process: choose another --device")
     if name == "cuda":
