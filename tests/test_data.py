@@ -919,12 +919,13 @@ def test_chunks_of_text_stay_in_order():
         assert tokenizer.decode(data[i].target.tolist()[:-1]) == examples[i].target
 
 
-def test_in_order_covers_everything_once_longest_first():
+def test_each_example_once_longest_first():
     data, seen, lengths = numbered(), [], []
     for index, batch in longest_first(data, 400, "a test"):
         assert who([batch.source]) == index
         seen, lengths = seen + index, lengths + [batch.source.size(1)]
     assert sorted(seen) == list(range(300)) and lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == 35  # 49 if each batch were measured by the longest of all before it
 
 
 def test_a_pair_of_unknown_languages_has_no_built_in_data():

@@ -79,7 +79,7 @@ def watched_run(folder, *flags):
     config, _ = train.parse(["--task", "wmt", *FLAGS, *flags, "--out", str(folder)])
     run = train.prepare(config, resume=False)
     loss, warmup_loss, step = train.batch_loss, train.warmup_loss, torch.optim.AdamW.step
-    evaluate, in_order = evaluation.evaluate_warmups, evaluation.longest_first
+    evaluate, longest_first = evaluation.evaluate_warmups, evaluation.longest_first
 
     def watched_loss(run, batch):
         fresh = all(p.grad is None or not p.grad.any() for p in run.model.parameters())
@@ -109,16 +109,16 @@ def watched_run(folder, *flags):
         seen.drawn.append(samples)
         return evaluate(model, batch, spec, samples, alpha)
 
-    def watched_in_order(data, batch_tokens, what):
+    def watched_longest_first(data, batch_tokens, what):
         seen.split.append((run.state.stage, batch_tokens, what))
-        return in_order(data, batch_tokens, what)
+        return longest_first(data, batch_tokens, what)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "batch_loss", watched_loss)
         patch.setattr(train, "warmup_loss", watched_warmup_loss)
         patch.setattr(torch.optim.AdamW, "step", watched_step)
         patch.setattr(evaluation, "evaluate_warmups", watched_evaluate)
-        patch.setattr(evaluation, "longest_first", watched_in_order)
+        patch.setattr(evaluation, "longest_first", watched_longest_first)
         train.train(run)
     return seen
 

@@ -14,7 +14,7 @@ Each of these was planted once to see a test fail:
     the sources; a NBSP counted as lost               test_the_limit_is_…, …source_that…, …spaces_of…
     combining marks split off                         test_vowel_signs_are_part_of_their_word
     position biases for the whole limit               test_places_are_made_as_they_are_needed
-    rouge-score's own words for all scripts, or none  test_identical_text_scores_100, …stay_comparable
+    rouge-score's own words for all scripts, or none  test_identical_text_scores_100, test_rouge_of_english_…
     13a for Thai, for zho                             test_identical_text_scores_100
 """
 
