@@ -154,7 +154,7 @@ def test_no_length_depends_on_the_source(finished_run, tmp_path, capsys):
     assert set(lengths) == {40, 7} and lengths[-1] == 7
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [1, 2, 3])
 def test_a_target_of_three_hundred_tokens(beams):
     """Far beyond the first places of the cache: equal to decoding without a cache."""
     model = wordy_model(1)
