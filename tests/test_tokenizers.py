@@ -180,6 +180,18 @@ def test_sentinels_become_sep_and_tags(folder):
     )  # as a run folder keeps it
 
 
+def test_no_special_token_swallows_the_spaces_around_it(folder):
+    """The sentinels in T5's own tokenizer.json do."""
+    text = read_spiece(folder / "spiece.model", 140).to_str()
+    text = text.replace('"lstrip":false,"rstrip":false', '"lstrip":true,"rstrip":true')
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    theirs = Tokenizer.from_file(str(folder / "tokenizer.json")).get_added_tokens_decoder()
+    assert all(token.lstrip and token.rstrip for token in theirs.values())
+    ours = pretrained_tokenizer(folder, ["<2de>"], 140).get_added_tokens_decoder()
+    assert len(ours) >= len(theirs)
+    assert not any(token.lstrip or token.rstrip for token in ours.values())
+
+
 def test_tags_are_prompts_and_special_tokens_in_a_text_are_not(folder):
     tokenizer = pretrained_tokenizer(folder, ["<2de>"], 140)
     data = encode(tokenizer, [Example("a</s>b <2de> <sep>", "<2de>", "a <pad>")])
