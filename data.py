@@ -667,7 +667,11 @@ def load_tokenizer(path, *more) -> Tokenizer:
         ):
             raise ValueError("its ids have gaps, or it lacks special tokens")
         return tokenizer
-    except Exception as error:  # tokenizers raises bare Exception
+    except KeyboardInterrupt:
+        raise
+    except (
+        BaseException
+    ) as error:  # tokenizers raises bare Exception, and for a panic not even that
         raise UserError(f"cannot read {path}: {error}") from None
 
 

@@ -88,9 +88,13 @@ def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> d
 
 
 def content(run: Path) -> list[bytes]:
-    """What must be equal: the stages' checkpoints, log and results, without seconds."""
+    """What must be equal: the stages' checkpoints, log and results.
+
+    But for seconds, and for --overwrite, by which a run begins again that left no last.pt.
+    """
+    varies = rb'"seconds": [-+.\de]+|"overwrite": \w+'
     names = ["log.jsonl", "results.json", *(f"{stage}.pt" for stage in data.STAGES)]
-    return [re.sub(rb'"seconds": [-+.\de]+', b"", (run / name).read_bytes()) for name in names]
+    return [re.sub(varies, b"", (run / name).read_bytes()) for name in names]
 
 
 def kills(home: Path, r: random.Random, left: int, note):

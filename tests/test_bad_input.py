@@ -996,6 +996,19 @@ def test_the_checksum_looks_at_all_texts():
     assert len(set(sums)) == len(sums) and of(one, two) == sums[0]
 
 
+def test_a_panic_of_the_tokenizers_library_is_one_line(capsys, run, monkeypatch):
+    """Rust's panics are no Exception. Found by tests/stress.py, input 908."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(path):
+        raise PanicException("range end index out of range")
+
+    monkeypatch.setattr("data.Tokenizer", SimpleNamespace(from_file=panics))
+    assert "tokenizer.json: range end index" in complaint(capsys, evaluation, run)
+
+
 def test_a_run_of_another_version_is_refused_in_one_line(capsys, run):
     """Before byte-level tokenizers a run had --max-tokens, and checkpoints of format 3."""
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
