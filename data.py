@@ -64,10 +64,6 @@ class Task:
     cut: str = ""  # which side of a long source is cut. "": a long training pair is left out
     settings: dict = field(default_factory=dict)  # defaults of Config for this task
 
-    @property
-    def translates(self):
-        return self.metrics == "translation"
-
 
 TRANSLATE = "translate {} to {}: "
 TASKS = {
@@ -220,6 +216,10 @@ class Config:
             return ["sft"]
         return ["sft", "policy", "control"] if self.control else ["sft", "policy"]
 
+    @property
+    def translates(self):
+        return TASKS[self.task].metrics == "translation"
+
     def problem(self):
         """What is wrong with the settings. "": nothing."""
         for f in fields(self):
@@ -235,7 +235,7 @@ class Config:
         alone = self.estimator in ("best", "exact", *BASELINES)  # needs no other sample
         if self.samples < 2 and self.policy_steps and not alone:
             return f"--estimator {self.estimator} compares warmups: --samples must be at least 2"
-        return wrong_pair(self.pair) if TASKS[self.task].translates else ""
+        return wrong_pair(self.pair) if self.translates else ""
 
 
 # ----------------------------------------------------------------------------- text to token ids
@@ -407,7 +407,7 @@ def read_config(folder) -> Config:
         known = ", ".join(sorted(str(run.parent) for run in runs)[:8])
         here = f": runs here are {known}" if known else ""
         raise UserError(f"no run in {folder}{here}. One that was killed early: start it again")
-    saved = read_json(path)
+    saved = read_json(path) | {"out": str(folder)}
     if saved.keys() != {f.name for f in fields(Config)}:
         raise UserError(f"{path} is of another version of the program: train again, --overwrite")
     config = Config(**saved)
@@ -452,7 +452,7 @@ def load(config):
         splits = read_splits(Path(origin), *reader(config.pair))
     else:
         raise UserError(f"{said} all data is generated: leave --data out")
-    print(f"data: {origin}, {config.pair}" if task.translates else f"data: {origin}")
+    print(f"data: {origin}, {config.pair}" if config.translates else f"data: {origin}")
     if "test" not in splits:
         print("data: no test split, so the validation split, which picks the checkpoint, is scored")
     prefix = source_prefix(config)
@@ -488,7 +488,7 @@ def wrong_pair(pair):
 def task_folder(task, pair):
     """data/TASK, or data/TASK/PAIR, where a pair's folder serves both directions."""
     folder = Path("data") / task
-    if not TASKS[task].translates:
+    if TASKS[task].metrics != "translation":
         return folder
     reverse = folder / "-".join(reversed(pair.split("-")))
     return reverse if reverse.is_dir() and not (folder / pair).is_dir() else folder / pair

@@ -18,7 +18,7 @@ import traceback
 import unicodedata
 from collections import Counter, defaultdict
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +35,7 @@ from data import (
     EOS,
     PAD,
     SEP,
+    SPLITS,
     STAGES,
     TASKS,
     UNK,
@@ -57,14 +58,14 @@ from data import (
     special_ids,
     translation,
 )
-from model import UserError, load_model, one_line, precision, save_pretrained, pick_device
+from model import EOS_ID, UserError, load_model, one_line, precision, save_pretrained, pick_device
 from warmup import (
     WarmupSpec,
-    direct_logprobs,
     evaluate_warmups,
     generate,
     sample_warmups,
     score,
+    sft_loss,
     target_tokens,
     weights,
 )
@@ -85,32 +86,26 @@ def warmup_spec(stage, config, tokenizer) -> WarmupSpec | None:
 
 # ----------------------------------------------------------------------------- likelihood
 @torch.no_grad()
-def validate(model, data, config, spec):
+def validate(run, data):
     """Held-out numbers, no dropout. nll: nats per target token, </s> included.
 
     Without a spec: -log P₀(y|x). With one: -log of the mean of P(y|x,c) over --eval-samples sampled
     warmups, in expectation an upper bound on -log P(y|x), and evaluate_warmups' other numbers.
     """
+    config, model, spec = run.config, run.model, run.spec
     model.eval()
-    device = next(model.parameters()).device
-    sums, tokens = {}, 0
+    sums, tokens = Counter(), 0
     batch_tokens = config.batch_tokens // (config.eval_samples if spec else 1)
     for _, batch in longest_first(data, batch_tokens, "validation"):
-        tokens += target_tokens(model, batch)
-        here = batch.to(device)
-        with precision(config.dtype, device):
+        tokens += target_tokens(batch)
+        here = batch.to(run.device)
+        with precision(config.dtype, run.device):
             if spec:
                 new = evaluate_warmups(model, here, spec, config.eval_samples, config.alpha)
             else:
-                memory = model.encode(here.source)
-                new = {"nll": -direct_logprobs(model, memory, here).sum()}
-        sums = add_sums(sums, new | {"examples": len(batch.source)})
+                new = {"nll": sft_loss(model, here)}
+        sums.update(new | {"examples": len(batch.source)})
     return averages(sums, tokens)
-
-
-def add_sums(sums, new):
-    """Numbers of one more batch, added by name."""
-    return {name: sums.get(name, 0) + value for name, value in new.items()}
 
 
 def averages(sums, tokens):
@@ -136,17 +131,17 @@ class Output(NamedTuple):
     ended: bool = True  # by </s>; False: cut at --max-target-tokens
 
 
-def decode_batch(model, tokenizer, batch, config, spec, c=None):
+def decode_batch(run, batch, c=None):
     """An Output for each example: a greedy warmup, then y by beam search.
 
     y ends at </s> or at --max-target-tokens, whatever stands beside it in the batch.
     c (B,W): the warmups to write y after. None: the greedy ones.
     """
-    device = next(model.parameters()).device
-    with precision(config.dtype, device):
+    config, tokenizer, spec = run.config, run.tokenizer, run.spec
+    with precision(config.dtype, run.device):
         c, y = generate(
-            model,
-            batch.to(device),
+            run.model,
+            batch.to(run.device),
             spec,
             config.max_target_tokens,
             beams=config.beams,
@@ -159,7 +154,7 @@ def decode_batch(model, tokenizer, batch, config, spec, c=None):
     if spec is not None and not spec.pause:
         texts = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
         warmups = [one_line(text) or " " for text in texts]  # "" would say: no warmup
-    ended = [model.config.eos_id in row for row in rows]
+    ended = [EOS_ID in row for row in rows]
     return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
 
 
@@ -175,11 +170,11 @@ def to_text(tokenizer, rows: list[list[int]]):
     return lines
 
 
-def decode_split(model, tokenizer, data, config, spec):
+def decode_split(run, data):
     """The outputs in the order of the data."""
     outputs = {}
-    for index, batch in longest_first(data, config.batch_tokens, "decoding"):
-        outputs |= zip(index, decode_batch(model, tokenizer, batch, config, spec))
+    for index, batch in longest_first(data, run.config.batch_tokens, "decoding"):
+        outputs |= zip(index, decode_batch(run, batch))
     return [outputs[i] for i in range(len(data))]
 
 
@@ -200,12 +195,11 @@ def pointer_scores(config, examples, hypotheses, warmups):
     hit rate: the share of warmups that begin with the symbols in between. Nobody labelled them.
     """
     right = defaultdict(list)
-    written = any(warmups)
     for example, hypothesis, warmup in zip(examples, hypotheses, warmups):
         symbols = chain(example)
         hops, between = len(symbols) - 1, symbols[1:-1]
         right["1 hop" if hops == 1 else f"{hops} hops"].append(hypothesis == symbols[-1])
-        if written and between:
+        if warmup and between:
             right["hit rate"].append(warmup.split()[: len(between)] == between)
     return {name: sum(right[name]) / len(right[name]) for name in sorted(right)}
 
@@ -221,63 +215,65 @@ def ceiling(tokenizer, examples, config):
 
 
 # ----------------------------------------------------------------------------- the table
-@dataclass
-class Row:
-    """One line of the table, and what it was computed from."""
-
-    stage: str
-    name: str
-    metrics: dict[str, float]
-    nll: float
-    updates: int  # all that were made, the SFT stage's included; the best may have been an earlier
-    flops: int  # of their matrix products
-    seconds: float  # of the same
-    at_limit: int  # outputs that ended at --max-target-tokens
-    outputs: list[Output]
-
-
 def score_run(run, stages, examples, split):
-    """Decode and score the best checkpoints of stages on a split: a Row for each.
+    """Decode and score the best checkpoints of stages on a split: a row for each; their outputs.
 
-    Checkpoints were chosen on validation, so the test split is looked at once.
+    Checkpoints were chosen on validation, so the test split is looked at once. A row's cost is of
+    all updates, the SFT stage's included. at_limit: outputs that ended at --max-target-tokens.
     """
-    config, tokenizer = run.config, run.tokenizer
-    rows = []
-    data = encode_split(tokenizer, examples, config, split)
+    config = run.config
+    rows, outputs = [], {}
+    data = encode_split(run.tokenizer, examples, config, split)
     for stage in stages:
         cost = training_cost(config.folder, "sft", stage)  # first: decoding takes long
         torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
-        model, spec = load_stage(run, stage)
-        outputs = decode_split(model, tokenizer, data, config, spec)
-        metrics = compute_metrics(config, examples, outputs)
-        nll = round(validate(model, data, config, spec)["nll"], 4)
-        at_limit = sum(not output.ended for output in outputs)
-        name = row_name(stage, config)
-        rows.append(Row(stage, name, metrics, nll, **cost, at_limit=at_limit, outputs=outputs))
-    return rows
+        load_stage(run, stage)
+        written = decode_split(run, data)
+        row = {
+            "stage": stage,
+            "name": row_name(stage, config),
+            "metrics": compute_metrics(config, examples, written),
+            "nll": round(validate(run, data)["nll"], 4),
+            **cost,
+            "at_limit": sum(not output.ended for output in written),
+        }
+        rows.append(row)
+        outputs[stage] = written
+    results = {
+        "split": split,
+        "rows": rows,
+        "ceiling": ceiling(run.tokenizer, examples, config),
+        "signature": signatures(config, examples),
+    }
+    return results, outputs
 
 
-def print_table(rows, perfect, config, examples, split):
+def print_table(results, config, count):
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage.
 
-    perfect: what `ceiling` says.
+    count: of the examples.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    rows = results["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     lines = [["", *names, "NLL/token", "updates", "TFLOP", "seconds"]]
     for row in rows:
-        tflop = f"{row.flops / 1e12:,.2f}"
-        cost = [f"{row.nll:.3f}", f"{row.updates}", tflop, f"{row.seconds:.0f}"]
-        lines.append([row.name, *cells(names, row.metrics), *cost])
-    lines.append(["ceiling", *cells(names, perfect)])
+        cost = [
+            f"{row['nll']:.3f}",
+            f"{row['updates']}",
+            f"{row['flops'] / 1e12:,.2f}",
+            f"{row['seconds']:.0f}",
+        ]
+        lines.append([row["name"], *cells(names, row["metrics"]), *cost])
+    lines.append(["ceiling", *cells(names, results["ceiling"])])
     width = max([10, *(len(name) + 2 for name in names)])
-    pair = f" {config.pair}" if TASKS[config.task].translates else ""
-    print(f"\n{config.task}{pair}, {split} split, {len(examples)} examples")
+    pair = f" {config.pair}" if config.translates else ""
+    print(f"\n{config.task}{pair}, {results['split']} split, {count} examples")
     for title, *line in lines:
         print(f"{title:20}" + "".join(f"{cell:>{width}}" for cell in line))
     for row in rows:
-        if row.at_limit:
-            print(f"{row.name}: {cut_outputs(row.at_limit, len(examples), config)}")
-    for name, signature in signatures(config, examples).items():
+        if row["at_limit"]:
+            print(f"{row['name']}: {cut_outputs(row['at_limit'], count, config)}")
+    for name, signature in results["signature"].items():
         print(f"{name}: {signature}")
 
 
@@ -287,53 +283,53 @@ def show(run, stages, examples):
 
     Stages in the outer loop: one model in memory at a time.
     """
-    config, tokenizer = run.config, run.tokenizer
+    config = run.config
     torch.manual_seed(config.seed)
-    data = encode_split(tokenizer, examples, config, "shown")
+    data = encode_split(run.tokenizer, examples, config, "shown")
     pages = []
     for example in examples:
         pages.append([f"\n{'source':20}{example.source}", f"{'prompt':20}{example.prompt}"])
         if example.target:
             pages[-1].append(f"{'reference':20}{example.target}")
     for stage in stages:
-        model, spec = load_stage(run, stage)
-        samples_something = spec and not spec.pause and config.estimator != "exact"
+        load_stage(run, stage)
+        samples_something = run.spec and not run.spec.pause and config.estimator != "exact"
         for i, page in enumerate(pages):
-            [output] = decode_batch(model, tokenizer, collate([data[i]]), config, spec)
+            [output] = decode_batch(run, collate([data[i]]))
             before = f"{output.warmup} -> " if output.warmup else ""
             page.append(f"{row_name(stage, config):20}{before}{output.text}")
             if samples_something and config.samples > 1:
-                has_reference = bool(examples[i].target)
-                page += samples_at_work(model, tokenizer, data[i], config, spec, has_reference)
+                page += samples_at_work(run, data[i])
     for page in pages:
         print("\n".join(page))
 
 
-def samples_at_work(model, tokenizer, ids, config, spec, has_reference):
+def samples_at_work(run, ids):
     """K sampled warmups of one example, as in a policy update. A line for each that differs:
 
     how often drawn, log P(c|x), y after c. With a reference: also the reward R = log P(y|x,c), and
     the weights a and b of one draw.
     """
+    config, model, spec = run.config, run.model, run.spec
     K = config.samples
-    device = next(model.parameters()).device
-    batch = collate([ids]).to(device)
-    with precision(config.dtype, device), torch.no_grad():
+    batch = collate([ids]).to(run.device)
+    with precision(config.dtype, run.device), torch.no_grad():
         memory = model.encode(batch.source)
-        c, _ = sample_warmups(model, memory, batch.prompt, spec, K)  # (1,K,W)
+        c = sample_warmups(model, memory, batch.prompt, spec, K)  # (1,K,W)
         log_pi, R, _ = score(model, memory, batch, c, spec)  # (1,K) both
     a, b = weights(config.estimator, config.alpha * R, log_pi, c)  # (1,K) both
 
     title = "drawn  log P(c|x)  sampled c -> y"
     form = "{:12.3f}"
-    if has_reference:
+    if len(ids.target) > 1:  # a reference: more than </s>
         title = "drawn  log P(c|x)  log P(y|x,c)        a        b  sampled c -> y"
         form = "{:12.3f}{:14.3f}{:+9.3f}{:9.3f}"
     numbers = torch.cat([log_pi, R, a, b]).T.tolist()  # K rows of 4
-    outputs = decode_batch(model, tokenizer, collate([ids] * K), config, spec, c[0])
-    lines = Counter()
-    for row, output in zip(numbers, outputs):
-        lines[f"{form.format(*row)}  {output.warmup} -> {output.text}"] += 1
+    outputs = decode_batch(run, collate([ids] * K), c[0])
+    lines = Counter(
+        f"{form.format(*row)}  {output.warmup} -> {output.text}"
+        for row, output in zip(numbers, outputs)
+    )
     return [title, *(f"{times:4} x{line}" for line, times in lines.most_common())]
 
 
@@ -360,7 +356,7 @@ def translation_metrics(config):
 
     {} for other tasks. UserError where sacreBLEU lacks a tokenizer.
     """
-    if not TASKS[config.task].translates:
+    if not config.translates:
         return {}
     try:
         return {"BLEU": BLEU(tokenize=bleu_tokenizer(config)), "chrF++": CHRF(word_order=2)}
@@ -376,27 +372,24 @@ NO_SPACES = (
 )
 
 
-class AnyScript:
+class AnyScript(DefaultTokenizer):
     """A tokenizer for rouge-score: words of letters, marks and digits, in lower case.
 
     rouge-score's own keeps a-z and 0-9 alone. It stems the words of these, so plain English scores
     as everywhere. In a script without spaces each character is a word.
     """
 
-    def __init__(self):
-        self.stems = DefaultTokenizer(use_stemmer=True).tokenize
-
     def tokenize(self, text):
         text = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
         words = []
         for word in re.sub(f"([{NO_SPACES}])", r" \1 ", text).split():
-            words += self.stems(word) if word.isascii() else [word]
+            words += super().tokenize(word) if word.isascii() else [word]
         return words
 
 
 def rouge_scores(config, examples, hypotheses, warmups):
     """Mean F1 of ROUGE-1, -2 and -L, times 100."""
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=AnyScript())
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=AnyScript(use_stemmer=True))
     sums = Counter()
     for example, hypothesis in zip(examples, hypotheses):
         for kind, value in scorer.score(example.target, hypothesis).items():
@@ -433,9 +426,10 @@ def compute_metrics(config, examples, outputs):
         return {name: round(float(value), 4) for name, value in scores.items()}
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"line {place.lineno} of {Path(place.filename).name}"
-        said = f"task {config.task}: its metric failed, {type(error).__name__}: {error}, in {where}"
-        raise UserError(said) from error
+        raise UserError(
+            f"task {config.task}: its metric failed, {type(error).__name__}: {error}, in line "
+            f"{place.lineno} of {Path(place.filename).name}"
+        ) from error
 
 
 def signatures(config, examples):
@@ -505,7 +499,7 @@ def read_log(folder):
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [record for record in records if record["kind"] and record["stage"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except Exception as error:
         raise UserError(f"{path} is incomplete ({error}): try again, or --resume") from None
 
 
@@ -571,12 +565,12 @@ def read_input(file, config, tokenizer):
     examples = []
     for number, line in enumerate(read_lines(None if file == "-" else Path(file)), 1):
         example = Example(line, "", "")
-        if TASKS[config.task].translates:
+        if config.translates:
             example = translation(config.pair, line, "")
         elif line and tags:
             source, _, prompt = line.partition("\t")
             example = Example(source.strip(), prompt.strip(), "")
-            if not prompt.split() or prompt.split()[0] not in tags:
+            if not example.prompt.startswith(tuple(tags)):
                 raise UserError(
                     f"line {number} of --input: a line is the source, a tab, and a prompt that "
                     f"begins with {' or '.join(tags)}"
@@ -593,16 +587,16 @@ def answer(run, stage, file, show_warmup):
     config, tokenizer = run.config, run.tokenizer
     examples = read_input(file, config, tokenizer)
     filled = [example for example in examples if example.source]
-    model, spec = load_stage(run, stage)
+    load_stage(run, stage)
     with redirect_stdout(sys.stderr):  # what is cut must not stand among the outputs
         data = encode_split(tokenizer, filled, config, "--input")
     longest = np.zeros(config.max_target_tokens)  # y may become so long: it counts in a batch
     data = [ids._replace(target=longest) for ids in data]
-    outputs = iter(decode_split(model, tokenizer, data, config, spec))
+    outputs = iter(decode_split(run, data))
     at_limit = 0
     for example in examples:
         output = next(outputs) if example.source else Output("")
-        print(f"{output.warmup}\t{output.text}" if show_warmup and spec else output.text)
+        print(f"{output.warmup}\t{output.text}" if show_warmup and run.spec else output.text)
         at_limit += not output.ended
     if at_limit:
         print(f"note: {cut_outputs(at_limit, len(filled), config)}", file=sys.stderr)
@@ -610,7 +604,7 @@ def answer(run, stage, file, show_warmup):
 
 def export(run, stage, out):
     """A stage as a folder that transformers and --init load, with its tokenizer."""
-    model, _ = load_stage(run, stage)
+    load_stage(run, stage)
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,
@@ -620,7 +614,7 @@ def export(run, stage, out):
     try:
         if out.exists() and any(out.iterdir()):
             raise UserError(f"{out} is not empty: choose another folder")
-        save_pretrained(model, out)  # UserError before anything is written
+        save_pretrained(run.model, out)  # UserError before anything is written
         run.tokenizer.save(str(out / "tokenizer.json"))
         (out / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
@@ -630,10 +624,10 @@ def export(run, stage, out):
 
 # ----------------------------------------------------------------------------- the program
 def load_stage(run, stage):
-    """The best model of a stage, and what stands before its y. UserError if it is not there."""
+    """Give run the best model of a stage, and its spec. UserError if it is not there."""
     path = run.config.folder / f"{stage}.pt"
-    model = load_model(path, run.tokenizer.get_vocab_size(), run.device)
-    return model, warmup_spec(stage, run.config, run.tokenizer)
+    run.model = load_model(path, run.tokenizer, run.device)
+    run.spec = warmup_spec(stage, run.config, run.tokenizer)
 
 
 def row_name(stage, config):
@@ -647,13 +641,13 @@ def parse(argv):
     add = parser.add_argument
     add("run", type=Path, help="a run folder that train.py made")
     add_one = parser.add_mutually_exclusive_group().add_argument
-    add_one("--split", choices=("train", "valid", "test"), help="score this split; default: test")
+    add_one("--split", choices=SPLITS, help="score this split; default: test")
     add_one("--input", metavar="FILE", help="write y for each line of a file (-: standard input)")
     add_one("--export", type=Path, metavar="DIR", help="write the stage for transformers")
     add_one("--plot", type=Path, metavar="PNG", help="draw the log (needs matplotlib)")
     items = "N items of the split, or lines of --input: outputs, sampled warmups, weights"
     add("--show", type=int, metavar="N", help=items)
-    add("--stage", choices=tuple(STAGES), help="default: all; --input, --export: policy, else sft")
+    add("--stage", choices=STAGES, help="default: all; --input, --export: policy, else sft")
     add("--show-warmup", action="store_true", help="with --input: the warmup and a tab first")
     changeable = ("beams", "max_target_tokens", "batch_tokens", "data", "device", "threads")
     more = parser.add_argument_group("settings of the run that may differ from its own")
@@ -667,7 +661,7 @@ def parse(argv):
     if args.show_warmup and (args.input is None or args.show):
         parser.error("--show-warmup goes with --input alone")
     changes = {name: value for name, value in vars(args).items() if name in changeable}
-    config = replace(read_config(args.run), out=str(args.run), **changes)
+    config = replace(read_config(args.run), **changes)
     if wrong := config.problem():
         parser.error(wrong)
     return args, config
@@ -691,15 +685,15 @@ def main(argv):
         stages = [args.stage]
     if args.export:  # the policy if there is one: it is the last of STAGES
         export(run, stages[-1], args.export)
-    elif args.input is not None and args.show:
+    elif args.input is None:
+        score_split(run, stages, args)
+    elif args.show:
         examples = [e for e in read_input(args.input, config, tokenizer) if e.source]
         if not examples:
             raise UserError("--input holds no line to show")
         show(run, stages, examples[: args.show])
-    elif args.input is not None:
-        answer(run, stages[-1], args.input, args.show_warmup)
     else:
-        score_split(run, stages, args)
+        answer(run, stages[-1], args.input, args.show_warmup)
 
 
 def score_split(run, stages, args):
@@ -714,20 +708,20 @@ def score_split(run, stages, args):
     examples = splits[split]
     if args.show:
         return show(run, stages, examples[: args.show])
-    rows = score_run(run, stages, examples, split)
-    print_table(rows, ceiling(run.tokenizer, examples, config), config, examples, split)
+    results, outputs = score_run(run, stages, examples, split)
+    print_table(results, config, len(examples))
     files = {"ref": [one_line(example.target) for example in examples]}
-    for row in rows:
-        files[row.stage], warmups, _ = zip(*row.outputs)
+    for stage, written in outputs.items():
+        files[stage], warmups, _ = zip(*written)
         if any(warmups):
-            files[f"{row.stage}.warmups"] = warmups
+            files[f"{stage}.warmups"] = warmups
     for name, texts in files.items():
         path = folder / f"{split}.{name}.txt"
         lines = "".join(text + "\n" for text in texts)
         path.write_text(lines, encoding="utf-8", newline="\n")
         print(f"wrote {path}")
     show(run, stages, examples[:3])
-    if len(rows) > 1 and TASKS[config.task].translates:
+    if len(outputs) > 1 and config.translates:
         print(f"\ncompare, by paired bootstrap:\n{significance_command(stages, config, split)}")
 
 

@@ -17,6 +17,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+PAD_ID = 0  # also the decoder's start token: T5 has no other
+EOS_ID = 1
 MASKED = -1e9  # added to a score to hide a key. Finite: a row that sees no key stays free of NaN
 
 
@@ -46,8 +49,6 @@ class ModelConfig:
     scaled: bool = True  # our form of the same function, for AdamW (see `embed`); False: T5's
     absolute: bool = True  # add sinusoidal positions to the embeddings; False: T5, which has none
     dropout: float = 0.1
-    pad_id: int = 0  # also the decoder's start token: T5 has no other
-    eos_id: int = 1
 
     @property
     def inner(self):
@@ -60,7 +61,7 @@ class ModelConfig:
 
 
 # ----------------------------------------------------------------------------- building blocks
-def attention(q, k, v, bias, scale=1.0):
+def attention(q, k, v, bias, scale):
     """softmax(scale q kᵀ + bias) v: (B,H,L,D), (B,H,S,D) x2 -> (B,H,L,D), fused where torch can.
 
     bias, broadcast to (B,H,L,S), holds position bias and masks. scale is 1 for T5. No dropout of
@@ -71,7 +72,7 @@ def attention(q, k, v, bias, scale=1.0):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
 
-def plain_attention(q, k, v, bias, scale=1.0):
+def plain_attention(q, k, v, bias, scale):
     """The same in plain algebra. Tests hold `attention` to it, forward and backward."""
     scores = scale * (q @ k.transpose(-1, -2)) + bias  # (B,H,L,S)
     return scores.softmax(-1).to(v.dtype) @ v
@@ -92,17 +93,13 @@ def rms_norm(config):
     return nn.RMSNorm(config.width, eps=1e-6)
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """Zero each element with probability p and scale the rest by 1/(1-p), in training only."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
 
     def forward(self, x):
         if self.training and self.p and x.device.type == "cpu":
             return cpu_dropout(x, self.p)  # a faster form; p is rounded to 1/256
-        return F.dropout(x, self.p, self.training)
+        return super().forward(x)
 
 
 class SelfAttention(nn.Module):
@@ -113,10 +110,11 @@ class SelfAttention(nn.Module):
         self.out = linear(config.inner, config.width)
 
     def forward(self, x, bias, cache, layer):
-        q, k, v = split_heads(self.qkv(x), 3, self.heads)  # (N,H,L,D) each
+        qkv = split_heads(self.qkv(x), 3, self.heads)  # (3,N,H,L,D)
+        q, kv = qkv[0], qkv[1:]
         if cache is not None:
-            k, v = cache.append(layer, k, v)  # (N,H,past+L,D)
-        mixed = attention(q, k, v, bias, self.scale)  # (N,H,L,D)
+            kv = cache.append(layer, kv)  # (2,N,H,past+L,D)
+        mixed = attention(q, *kv, bias, self.scale)  # (N,H,L,D)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (N,L,E)
 
 
@@ -135,12 +133,12 @@ class CrossAttention(nn.Module):
         self.out = linear(config.inner, config.width)
 
     def project(self, states):
-        """Encoder states (B,S,E) -> keys and values, (B,H,S,D) each."""
-        return split_heads(self.kv(states), 2, self.heads).unbind()
+        """Encoder states (B,S,E) -> keys and values, (2,B,H,S,D)."""
+        return split_heads(self.kv(states), 2, self.heads)
 
     def forward(self, x, kv, bias):
         N, L, _ = x.shape
-        B = len(kv[0])
+        B = kv.size(1)
         q = self.q(x).view(B, N // B * L, self.heads, -1)  # (B,K·L,H,D)
         mixed = attention(q.transpose(1, 2), *kv, bias, self.scale)  # (B,H,K·L,D)
         return self.out(mixed.transpose(1, 2).reshape(N, L, -1))  # (N,L,E)
@@ -176,7 +174,7 @@ class Block(nn.Module):
         self.feed_forward, self.ff_norm = FeedForward(config), rms_norm(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x, bias, memory=None, cache=None, layer=0):
+    def forward(self, x, bias, memory, cache, layer):
         read = self.self_attention(self.self_norm(x), bias, cache, layer)
         x = x + self.dropout(read)
         if memory is not None:
@@ -200,38 +198,36 @@ class PositionBias(nn.Module):
 
     def bucket(self, distance):
         """distance = key position - query position, any shape -> bucket index, same shape."""
-        n = self.buckets
-        offset = torch.zeros_like(distance)
-        if self.bidirectional:
-            n //= 2
-            offset = (distance > 0).long() * n
-            distance = distance.abs()
-        else:
-            distance = (-distance).clamp(min=0)
+        n = self.buckets // 2 if self.bidirectional else self.buckets
         exact = n // 2  # distances below have a bucket each
-        ratio = torch.log(distance.clamp(min=1).float() / exact)
+        steps = distance.abs()  # both ways alike: the decoder's future is masked
+        ratio = torch.log(steps.clamp(min=1) / exact)
         ratio = ratio / math.log(self.max_distance / exact)  # from 0 to 1, and beyond
         far = exact + (ratio * (n - exact)).long()
-        return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
+        bucket = torch.where(steps < exact, steps, far.clamp(max=n - 1))
+        if self.bidirectional:
+            bucket = bucket + n * (distance > 0)
+        return bucket
 
     def forward(self, length):
         """(1,H,L,L), L the length. In the decoder the future is MASKED."""
         at = torch.arange(length, device=self.weight.device)
-        distance = at[None, :] - at[:, None]  # (L,L)
-        bias = self.weight[self.bucket(distance)]  # (L,L,H)
+        distance = at - at[:, None]  # (L,L)
+        bias = self.weight[self.bucket(distance)].permute(2, 0, 1)  # (H,L,L)
         if not self.bidirectional:
-            bias = bias.masked_fill((distance > 0)[..., None], MASKED)
+            bias = bias.masked_fill(distance > 0, MASKED)
         # contiguous: CUDA's fused kernels ask for such a mask
-        return bias.permute(2, 0, 1)[None].contiguous()
+        return bias[None].contiguous()
 
 
-def sinusoids(start, end, width, device):
-    """(end-start,width): sin and cos of positions from start on (Vaswani et al. §3.5).
+def sinusoids(x, past):
+    """(L,E) for x (N,L,E): sin and cos of positions from `past` on (Vaswani et al. §3.5).
 
     Their wavelengths go from 2π to 20,000π.
     """
-    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
-    angle = torch.arange(start, end, device=device)[:, None] * rate  # (end-start,width/2)
+    _, L, E = x.shape
+    rate = torch.exp(torch.arange(0, E, 2, device=x.device) * (-math.log(10000.0) / E))
+    angle = torch.arange(past, past + L, device=x.device)[:, None] * rate  # (L,E/2)
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
@@ -257,9 +253,7 @@ class Stack(nn.Module):
         if torch.is_autocast_enabled(device) and device != "cpu":
             dtype = torch.get_autocast_dtype(device)
             biases = [bias.to(dtype) for bias in biases]  # once, not in the attention of each layer
-        if len(biases) == 1:
-            biases = biases * len(self.blocks)
-        for layer, (block, bias) in enumerate(zip(self.blocks, biases)):
+        for layer, (block, bias) in enumerate(zip(self.blocks, cycle(biases))):
             if self.recompute and torch.is_grad_enabled():
                 # the second pass restores the random state, so it draws the same dropout
                 x = checkpoint(block, x, bias, memory, None, layer, use_reentrant=False)
@@ -273,7 +267,7 @@ class Stack(nn.Module):
 class Memory:
     """What the decoder sees of B sources."""
 
-    kv: list[tuple[Tensor, Tensor]]  # per decoder layer: keys and values, (B,H,S,D) each
+    kv: list[Tensor]  # per decoder layer: keys and values, (2,B,H,S,D)
     bias: Tensor  # (B,1,1,S): 0 at a source token, MASKED at padding
 
 
@@ -286,34 +280,32 @@ class Cache:
     def __init__(self, decoder, room):
         self.decoder, self.room = decoder, room
         self.places, self.length = 0, 0  # a token has a place; `length` places are used
-        self.kv = [None] * len(decoder.blocks)  # (N,2,H,places,D) each, made on first use
+        self.kv = {}  # layer: (2,N,H,places,D)
 
-    def reserve(self, end):
-        """See to it that `end` tokens have a place. -> the position biases of all places."""
-        if end > self.places:
-            self.places = min(self.room, max(64, 2 * end))  # 64: no copying for short outputs
+    def extend(self, L):
+        """Count L more tokens as read. -> their position biases, (1,H,L,length) each."""
+        self.past, self.length = self.length, self.length + L
+        if self.length > self.places:
+            # 64: no copying for short outputs
+            self.places = min(self.room, max(64, 2 * self.length))
             self.biases = self.decoder.position_biases(self.places)  # sliced at every step
-        return self.biases
+        return [bias[:, :, self.past : self.length, : self.length] for bias in self.biases]
 
-    def append(self, layer, k, v):
-        """Write L new places, return all so far: (N,H,L,D) x2 -> (N,H,length+L,D) x2."""
-        kv = self.kv[layer]
-        end = self.length + k.size(2)
-        if kv is None:
-            kv = torch.stack([k, v], 1)[:, :, :, :0]  # (N,2,H,0,D)
-        if kv.size(3) < self.places:
-            kv = F.pad(kv, (0, 0, 0, self.places - kv.size(3)))
-            self.kv[layer] = kv
-        kv[:, 0, :, self.length : end] = k
-        kv[:, 1, :, self.length : end] = v
-        return kv[:, 0, :, :end], kv[:, 1, :, :end]
+    def append(self, layer, kv):
+        """Write L new places, return all so far: (2,N,H,L,D) -> (2,N,H,length,D)."""
+        whole = self.kv.get(layer, kv[:, :, :, :0])
+        if whole.size(3) < self.places:
+            whole = F.pad(whole, (0, 0, 0, self.places - whole.size(3)))
+            self.kv[layer] = whole
+        whole[:, :, :, self.past : self.length] = kv
+        return whole[:, :, :, : self.length]
 
     def select(self, rows):
         """Reorder the rows: expand B rows to B·K, or follow the surviving beams."""
-        for layer, kv in enumerate(self.kv):
-            chosen = kv.new_empty(len(rows), *kv.shape[1:])
+        for layer, kv in self.kv.items():
+            chosen = kv.new_empty(2, len(rows), *kv.shape[2:])
             used = chosen[:, :, :, : self.length]  # the other places hold nothing yet
-            torch.index_select(kv[:, :, :, : self.length], 0, rows, out=used)
+            torch.index_select(kv[:, :, :, : self.length], 1, rows, out=used)
             self.kv[layer] = chosen
 
 
@@ -331,18 +323,17 @@ class EncoderDecoder(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """1/sqrt(fan-in), as T5: products have variance 1. Unscaled queries are sqrt(D) smaller.
+        """1/sqrt(fan-in): products have variance 1. T5's own weights are read from its files.
 
         Our choice: with a tied output, logits and what layers add to the residual stream start at
         0.3 of that. Else the decoder's own input token dominates the logits.
         """
         config = self.config
         small = 0.3 if config.tied else 1.0
-        shrink = config.head_size**-0.5 / config.attention_scale  # 1, or T5's 1/sqrt(D)
         wide = config.width**-0.5
         std = {
             "qkv": wide,
-            "q": shrink * wide,
+            "q": wide,
             "kv": wide,
             "up": wide,
             "out": small * config.inner**-0.5,
@@ -352,13 +343,10 @@ class EncoderDecoder(nn.Module):
             layer = name.split(".")[-2]
             if layer in std:
                 nn.init.normal_(parameter, std=std[layer])
-            if layer == "qkv":
-                parameter.data[: config.inner] *= shrink  # the queries
-        nn.init.normal_(self.embedding.weight, std=wide if config.scaled else 1.0)
-        if config.tied:
-            nn.init.constant_(self.decoder.norm.weight, small)
-        else:
-            nn.init.normal_(self.output.weight, std=small * wide)
+        nn.init.normal_(self.embedding.weight, std=wide)
+        nn.init.constant_(self.decoder.norm.weight, small)
+        if not config.tied:
+            nn.init.normal_(self.output.weight, std=wide)
 
     def embed(self, tokens, past=0):
         """tokens (N,L), of which the first is at position `past` -> (N,L,E).
@@ -372,13 +360,12 @@ class EncoderDecoder(nn.Module):
         if self.config.scaled:
             x = x * self.config.width**0.5
         if self.config.absolute:
-            positions = sinusoids(past, past + tokens.size(1), self.config.width, x.device)  # (L,E)
-            x = x + positions.to(x.dtype)
+            x = x + sinusoids(x, past)
         return x
 
     def encode(self, source) -> Memory:
         """source (B,S), padded on the right with pad_id -> Memory. Every row needs a real token."""
-        padding = (source == self.config.pad_id)[:, None, None, :] * MASKED  # (B,1,1,S)
+        padding = (source == PAD_ID)[:, None, None] * MASKED  # (B,1,1,S)
         biases = [bias + padding for bias in self.encoder.position_biases(source.size(1))]
         states = self.encoder(self.embed(source), biases)  # (B,S,E)
         kv = [block.cross_attention.project(states) for block in self.decoder.blocks]
@@ -395,12 +382,9 @@ class EncoderDecoder(nn.Module):
         if cache is None:
             biases = self.decoder.position_biases(tokens.size(1))
             return self.decoder(self.embed(tokens), biases, memory)
-        past, end = cache.length, cache.length + tokens.size(1)
-        biases = [bias[:, :, past:end, :end] for bias in cache.reserve(end)]  # (1,H,L,end)
+        biases = cache.extend(tokens.size(1))  # (1,H,L,past+L)
         # a cached step has a new shape each time: `forward` avoids what compile_stacks compiled
-        hidden = self.decoder.forward(self.embed(tokens, past), biases, memory, cache)
-        cache.length = end
-        return hidden
+        return self.decoder.forward(self.embed(tokens, cache.past), biases, memory, cache)
 
     def output_operands(self, hidden):
         """(hidden, weight (V,E)) whose product is the logits."""
@@ -438,10 +422,13 @@ def plain_token_logprobs(hidden, weight, targets, forbidden=None):
     The plain form, which makes all (tokens,V) logits. forbidden: ids of probability 0.
     """
     logits = hidden @ weight.T  # (tokens,V)
-    if forbidden is not None:
-        logits = logits.index_fill(1, forbidden, -torch.inf)
-    log_probs = logits.log_softmax(-1)
+    log_probs = forbid(logits, forbidden).log_softmax(-1)
     return log_probs.gather(1, targets[:, None]).squeeze(1)  # (tokens,)
+
+
+def forbid(logits, ids):
+    """logits (N,V), in place -inf for these ids. None: for none."""
+    return logits if ids is None else logits.index_fill_(1, ids, -torch.inf)
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -457,14 +444,8 @@ def read_prefix(model, memory, prefix, length, copies):
     return cache, hidden[rows]
 
 
-def next_logits(model, hidden, forbidden):
-    """hidden (N,E) -> logits (N,V), -inf for forbidden ids."""
-    logits = model.logits(hidden)
-    return logits if forbidden is None else logits.index_fill_(1, forbidden, -torch.inf)
-
-
 def draw(probs):
-    """probs (N,V), not normalised -> a token of each row and the row's sum, (N,1) both.
+    """probs (N,V), not normalised -> a token of each row, (N,1).
 
     Inverts the cumulative distribution: the token is the first whose cumulative sum exceeds
     u·sum, u uniform in [0,1). One random number a row; torch.multinomial draws V.
@@ -473,60 +454,43 @@ def draw(probs):
     if cdf.is_cuda:
         # a parallel sum rounds up and down: a token of probability 0 must not be drawn
         cdf = cdf.masked_fill_(probs == 0, 0.0).cummax(-1).values
-    total = cdf[:, -1:]
     # a little less than 1: u·sum must stay below the sum after rounding, too
     u = torch.rand(len(cdf), 1, device=cdf.device, dtype=cdf.dtype) * (1 - 2**-20)
-    token = torch.searchsorted(cdf, u * total, right=True)
-    return token.clamp(max=probs.size(1) - 1), total  # clamp: if the sum is nan, none is found
-
-
-def greedy(probs):
-    """As `draw`, but always the likeliest token."""
-    return probs.argmax(-1, keepdim=True), probs.sum(-1, keepdim=True)
+    token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+    return token.clamp(max=probs.size(1) - 1)  # clamp: if the sum is nan, none is found
 
 
 @torch.no_grad()
 def sample_tokens(model, memory, prefix, length, *, samples=1, temperature=1.0, forbidden=None):
-    """Write `length` tokens after prefix (B,prefix): tokens, their log-probs, (B,K,length) both.
+    """Write `length` tokens after prefix (B,prefix): (B,K,length).
 
     K = samples independent draws per example. temperature 0 is greedy. No top-k or top-p: a policy
     gradient is only right if we sample from exactly the distribution that `token_logprobs` scores.
     """
     cache, hidden = read_prefix(model, memory, prefix, length, samples)  # hidden (N,E)
-    tokens = prefix.new_empty(len(hidden), length)  # (N,length)
-    log_probs = torch.empty_like(tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    tokens = []
     for t in range(length):
-        if temperature not in (0, 1):
-            hidden = hidden / temperature
-        logits = next_logits(model, hidden, forbidden)  # (N,V)
+        if t > 0:
+            hidden = model.decode(tokens[-1], memory, cache)[:, -1]
+        hidden = hidden / (temperature or 1.0)
+        logits = forbid(model.logits(hidden), forbidden)  # (N,V)
         probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (N,V), not normalised
-        token, total = greedy(probs) if temperature == 0 else draw(probs)  # (N,1) both
-        log_prob = (probs.gather(1, token) / total).log()  # (N,1)
-        tokens[:, t] = token[:, 0]
-        log_probs[:, t] = log_prob[:, 0]
-        if t + 1 < length:
-            hidden = model.decode(token, memory, cache)[:, -1]
-    shape = (-1, samples, length)
-    return tokens.view(shape), log_probs.view(shape)
-
-
-def take(rows, index):
-    """rows (B,n,L), index (B,m) -> (B,m,L): the rows of each example in the order of its index."""
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.size(2)))
+        token = draw(probs) if temperature else probs.argmax(-1, keepdim=True)
+        tokens.append(token)  # (N,1)
+    return torch.cat(tokens, 1).view(-1, samples, length)
 
 
 def candidates(logits, scores):
     """The best 2n ways to go on from n open beams, best first.
 
     logits (B·n,V), scores (B,n) -> new scores, the beam that goes on, its next token: (B,2n) each.
-    2n of each beam's likeliest tokens are enough to find them.
     """
     B, n = scores.shape
-    top, token = logits.topk(min(2 * n, logits.size(1)), -1)  # (B·n,2n)
-    log_probs = top - logits.logsumexp(-1, keepdim=True)
-    sums = (scores.view(-1, 1) + log_probs).view(B, -1)  # (B,n·2n)
-    sums, index = sums.topk(min(2 * n, sums.size(1)), -1)  # (B,2n)
-    return sums, index // top.size(1), token.view(B, -1).gather(1, index)
+    V = logits.size(1)
+    log_probs = logits.sub_(logits.logsumexp(-1, keepdim=True))
+    sums = log_probs.add_(scores.view(-1, 1)).view(B, n * V)
+    sums, index = sums.topk(2 * n, -1)  # (B,2n)
+    return sums, index // V, index % V
 
 
 @torch.no_grad()
@@ -539,36 +503,35 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
     step looks at 2n candidates, so that n stay open when some end. An example stops when its best
     open beam, at its present length, cannot beat its worst finished one.
     """
-    B = len(prefix)
-    n = beams
+    B, n = len(prefix), beams
     device = prefix.device
     cache, hidden = read_prefix(model, memory, prefix, length, n)  # hidden (B·n,E)
-    first_row = torch.arange(B, device=device)[:, None] * n  # (B,1) of each example
-    tokens = prefix.new_full((B, n, length), model.config.pad_id)  # open beams
+    example = torch.arange(B, device=device)[:, None]  # (B,1)
+    tokens = prefix.new_full((B, n, length), PAD_ID)  # open beams
     scores = torch.full((B, n), MASKED, device=device)  # of open beams: sums of log-probs
     ended, ended_scores = tokens.clone(), scores.clone()  # finished beams
     scores[:, 0] = 0.0  # all beams are alike at first: count only one
-    running = torch.ones_like(first_row, dtype=torch.bool)  # (B,1)
+    running = torch.ones_like(example, dtype=torch.bool)  # (B,1)
     for t in range(length):
-        logits = next_logits(model, hidden, forbidden)  # (B·n,V)
+        logits = forbid(model.logits(hidden), forbidden)  # (B·n,V)
         sums, beam, token = candidates(logits, scores)  # (B,2n) each
-        grown = take(tokens, beam)  # (B,2n,length)
+        grown = tokens[example, beam]  # (B,2n,length)
         grown[:, :, t] = token
-        ends = (token == model.config.eos_id) | (t + 1 == length)
+        ends = (token == EOS_ID) | (t + 1 == length)
         normaliser = (t + 1) ** length_penalty
 
         # finished: those among the best n that end here, while the example runs
         final = (sums / normaliser).masked_fill(~ends | ~running, MASKED)[:, :n]
         ended_scores, keep = torch.cat([ended_scores, final], 1).topk(n, -1)
-        ended = take(torch.cat([ended, grown[:, :n]], 1), keep)
+        ended = torch.cat([ended, grown[:, :n]], 1)[example, keep]
         # open: the best n that do not end
         scores, keep = sums.masked_fill(ends, MASKED).topk(n, -1)
-        tokens = take(grown, keep)
+        tokens = grown[example, keep]
         running = running & (scores[:, :1] / normaliser > ended_scores[:, -1:])
         if t + 1 == length or all_true(~running, t):
             break
         if n > 1:
-            survivors = first_row + beam.gather(1, keep)  # (B,n): the cache rows they continue
+            survivors = example * n + beam[example, keep]  # (B,n): the cache rows they continue
             cache.select(survivors.view(-1))
         hidden = model.decode(tokens[:, :, t].reshape(-1, 1), memory, cache)[:, -1]
     return ended, ended_scores
@@ -577,7 +540,7 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
 # ===== plumbing: for fast paths; sizes; errors; device, precision, compile; checkpoints
 def copy_memory(memory, examples) -> Memory:
     """examples (n,) -> the memory of n decoder rows, each with a copy of its example's."""
-    kv = [(k.index_select(0, examples), v.index_select(0, examples)) for k, v in memory.kv]
+    kv = [kv.index_select(1, examples) for kv in memory.kv]
     return Memory(kv, memory.bias[examples])
 
 
@@ -586,7 +549,7 @@ def cpu_dropout(x, p):
 
     With torch's dropout an SFT step (size small) takes 1.12 to 1.22 times as long.
     """
-    dropped = min(255, round(p * 256))  # of the 256 values of a byte
+    dropped = round(p * 256)  # of the 256 values of a byte
     draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.uint8)[: x.numel()].view(x.shape)  # eight bytes from each draw
     kept = draws.to(x.dtype).ge_(dropped)  # 0 or 1
@@ -607,15 +570,15 @@ class TokenLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, forbidden):
-        ctx.save_for_backward(hidden, weight, targets, forbidden)
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        hidden, weight, targets, _ = inputs
         ctx.chunk = max(1, CHUNK // len(weight))  # tokens
         ctx.kept = {}
         log_probs = hidden.new_empty(len(targets), dtype=torch.float32)  # (tokens,)
         for at in range(0, len(targets), ctx.chunk):
             rows = slice(at, at + ctx.chunk)
-            some, *kept = one_chunk(hidden[rows], weight, targets[rows], forbidden)
-            log_probs[rows] = some
+            log_probs[rows], *kept = one_chunk(rows, *inputs)
             if len(targets) * len(weight) <= KEPT:
                 ctx.kept[at] = kept
             del kept  # before the next chunk is made
@@ -623,13 +586,13 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, targets, forbidden = ctx.saved_tensors
+        hidden, weight, targets, _ = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up: float32
         for at in range(0, len(targets), ctx.chunk):
             rows = slice(at, at + ctx.chunk)
             if at not in ctx.kept:
-                _, *ctx.kept[at] = one_chunk(hidden[rows], weight, targets[rows], forbidden)
+                _, *ctx.kept[at] = one_chunk(rows, *ctx.saved_tensors)
             exps, total = ctx.kept.pop(at)  # overwritten: a second backward pass computes it again
             # d log p / d logits = onehot - softmax, times the incoming gradient g
             g = grad[rows, None]  # (n,1)
@@ -644,13 +607,11 @@ class TokenLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def one_chunk(hidden, weight, targets, forbidden):
+def one_chunk(rows, hidden, weight, targets, forbidden):
     """n tokens: log-probs (n,), exp(logits - max) (n,V), and its row sums (n,1)."""
-    logits = (hidden @ weight.T).float()  # (n,V)
-    if forbidden is not None:
-        logits.index_fill_(1, forbidden, -torch.inf)
+    logits = forbid((hidden[rows] @ weight.T).float(), forbidden)  # (n,V)
     top = logits.amax(-1, keepdim=True)
-    picked = logits.gather(1, targets[:, None])  # (n,1). First: the next line overwrites logits
+    picked = logits.gather(1, targets[rows, None])  # (n,1). First: the next line overwrites logits
     exps = logits.sub_(top).exp_()
     total = exps.sum(-1, keepdim=True)
     return (picked - top - total.log()).squeeze(1), exps, total
@@ -689,18 +650,19 @@ def pick_device(name):
 
     Under torchrun each process has its own GPU. Nothing was ever run on mps.
     """
-    number = os.environ.get("LOCAL_RANK")  # set by torchrun. Processes cannot meet on mps
+    number = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun. Processes cannot meet on mps
+    gpus = torch.cuda.device_count()
     here = {
-        "cuda": torch.cuda.device_count() > int(number or 0),
-        "mps": torch.backends.mps.is_available() and number is None,
+        "cuda": gpus > number,
+        "mps": torch.backends.mps.is_available() and "LOCAL_RANK" not in os.environ,
         "cpu": True,
     }
     if name == "auto":
-        name = "cuda" if torch.cuda.device_count() else "cpu"
+        name = "cuda" if gpus else "cpu"
     if not here[name]:
         raise UserError(f"torch finds no {name} device for this process: choose another --device")
     if name == "cuda":
-        torch.cuda.set_device(int(number or 0))
+        torch.cuda.set_device(number)
         # cuDNN's attention plans anew for each shape, and no two batches are alike
         torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
@@ -731,21 +693,21 @@ def all_true(done, step):
     return (step % 8 == 7 or not done.is_cuda) and bool(done.all())
 
 
-def compile_stacks(model, **how):
+def compile_stacks(model):
     """torch.compile of encoder and decoder, with dynamic shapes: no two batches are alike."""
     # graphs: with gradients or not, with dropout or not, and where a length is 1 or two are equal
     torch._dynamo.config.recompile_limit = 32
-    model.encoder.compile(dynamic=True, **how)
-    model.decoder.compile(dynamic=True, **how)
+    model.encoder.compile(dynamic=True)
+    model.decoder.compile(dynamic=True)
 
 
 # ----------------------------------------------------------------------------- our checkpoints
-FORMAT = "warmup checkpoint 5"
+FORMAT = "warmup checkpoint 6"
 
 
 def write_file(path, save):
     """save(temporary path), then rename: `path` holds the old or the new, whole, whatever comes."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         save(temporary)
         with open(temporary, "r+b") as file:  # Windows flushes only what is open for writing
@@ -778,12 +740,12 @@ def load_checkpoint(path, what):
         raise UserError(f"cannot read the checkpoint {path} ({said})") from None
 
 
-def load_model(path, vocab_size, device, what="stage") -> EncoderDecoder:
-    """The model of a checkpoint. vocab_size: of the tokenizer that belongs to it."""
+def load_model(path, tokenizer, device, what="stage") -> EncoderDecoder:
+    """The model of a checkpoint, if it fits the tokenizer."""
     checkpoint = load_checkpoint(path, what)
     model = empty_model(ModelConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"], assign=True)
-    if model.config.vocab_size != vocab_size:
+    if model.config.vocab_size != tokenizer.get_vocab_size():
         raise UserError(f"{path} does not fit the tokenizer.json beside it: they are of two runs")
     return model.to(device).eval()
 
@@ -806,15 +768,13 @@ T5_SIZES = {  # in config.json: our name
     "relative_attention_num_buckets": "buckets",
     "relative_attention_max_distance": "max_distance",
 }
-T5_IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-T5_LIMITS = {  # else from 1 to 2**20. More layers would fill the memory with names of parameters
-    "num_layers": (1, 1000),
-    "num_decoder_layers": (1, 1000),
-    "relative_attention_num_buckets": (4, 2**20),
-}
-T5_FIXED = ("layer_norm_epsilon", *T5_IDS)  # of all T5s
-T5_USUAL = T5_IDS | {
+T5_FIXED = {  # of all T5s
     "layer_norm_epsilon": 1e-6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+T5_USUAL = T5_FIXED | {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "tie_word_embeddings": True,
@@ -838,7 +798,8 @@ def t5_config(settings) -> ModelConfig:
 
     wrong = [name for name in T5_FIXED if settings[name] != T5_USUAL[name]]
     for name in T5_SIZES:
-        least, most = T5_LIMITS.get(name, (1, 2**20))
+        least = 4 if name.endswith("buckets") else 1
+        most = 1000 if name.endswith("layers") else 2**20  # more would fill the memory with names
         value = settings.get(name)
         if type(value) is not int or not least <= value <= most:
             wrong.append(name)
@@ -864,17 +825,17 @@ def t5_config(settings) -> ModelConfig:
     )
 
 
-T5_PARTS = {  # of a block: T5's number of its part, and the tensors there
-    "self_attention.qkv": (0, "SelfAttention.q SelfAttention.k SelfAttention.v"),
-    "self_attention.out": (0, "SelfAttention.o"),
-    "self_norm": (0, "layer_norm"),
-    "cross_attention.q": (1, "EncDecAttention.q"),
-    "cross_attention.kv": (1, "EncDecAttention.k EncDecAttention.v"),
-    "cross_attention.out": (1, "EncDecAttention.o"),
-    "cross_norm": (1, "layer_norm"),
-    "feed_forward.up": (2, "DenseReluDense.wi"),
-    "feed_forward.down": (2, "DenseReluDense.wo"),
-    "ff_norm": (2, "layer_norm"),
+T5_PARTS = {  # of a block: the tensors, each behind T5's number of its part
+    "self_attention.qkv": "0.SelfAttention.q 0.SelfAttention.k 0.SelfAttention.v",
+    "self_attention.out": "0.SelfAttention.o",
+    "self_norm": "0.layer_norm",
+    "cross_attention.q": "1.EncDecAttention.q",
+    "cross_attention.kv": "1.EncDecAttention.k 1.EncDecAttention.v",
+    "cross_attention.out": "1.EncDecAttention.o",
+    "cross_norm": "1.layer_norm",
+    "feed_forward.up": "2.DenseReluDense.wi",
+    "feed_forward.down": "2.DenseReluDense.wo",
+    "ff_norm": "2.layer_norm",
 }
 
 
@@ -888,12 +849,12 @@ def t5_tensors(name, config):
     block = f"{stack}.block.{rest[0]}.layer"
     if kind == "biases":
         return [f"{block}.0.SelfAttention.relative_attention_bias.weight"]
-    number, tensors = T5_PARTS[rest[1]]
-    if number == 2 and stack == "encoder":
-        number = 1  # there is no cross-attention before it
+    tensors = T5_PARTS[rest[1]]
     if config.gated:
-        tensors = tensors.replace("wi", "wi_0 DenseReluDense.wi_1")  # wi_0 is the gate
-    return [f"{block}.{number}.{tensor}.weight" for tensor in tensors.split()]
+        tensors = tensors.replace("wi", "wi_0 2.DenseReluDense.wi_1")  # wi_0 is the gate
+    if stack == "encoder":
+        tensors = tensors.replace("2.", "1.")  # there is no cross-attention before it
+    return [f"{block}.{tensor}.weight" for tensor in tensors.split()]
 
 
 def pretrained_folder(init):
@@ -921,7 +882,7 @@ def read_json(path):
     """A JSON object. UserError if there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) | {}  # TypeError if it is no object
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:
         raise UserError(f"cannot read {path} as a JSON object: {error}") from None
 
 
@@ -995,7 +956,7 @@ def load_pretrained(init, **changes) -> EncoderDecoder:
             raise ValueError(f"it also holds {', '.join(sorted(tensors)[:3])}")
         model.load_state_dict(weights, assign=True)
         return model
-    except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:
         wrong = f"it lacks {error}" if isinstance(error, KeyError) else one_line(str(error))[:250]
         raise UserError(f"{folder} is not what its config.json says: {wrong}") from None
 
@@ -1013,11 +974,11 @@ def save_pretrained(model, folder):
         parts = [part.clone().cpu() for part in whole.chunk(len(theirs))]
         tensors |= zip(theirs, parts)
 
-    kind, architecture = ("t5", "T5") if config.shared_bias else ("umt5", "UMT5")
+    kind = "t5" if config.shared_bias else "umt5"
     settings = {theirs: getattr(config, ours) for theirs, ours in T5_SIZES.items()}
-    settings |= T5_IDS | {
+    settings |= T5_FIXED | {
         "model_type": kind,
-        "architectures": [f"{architecture}ForConditionalGeneration"],
+        "architectures": [f"{kind.upper()}ForConditionalGeneration"],
         "is_encoder_decoder": True,
         "dropout_rate": config.dropout,
         "feed_forward_proj": "gated-gelu" if config.gated else "relu",

@@ -18,18 +18,21 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, fields, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from data import (
     SEP,
+    SPLITS,
     STAGES,
     TASKS,
     Batches,
@@ -50,22 +53,20 @@ from data import (
 )
 from eval import (
     Output,
-    add_sums,
     averages,
-    ceiling,
     compute_metrics,
     decode_split,
     print_table,
     resume_command,
     score_run,
     show,
-    signatures,
     training_cost,
     validate,
     warmup_spec,
     what_is_lost,
 )
 from model import (
+    PAD_ID,
     SIZES,
     EncoderDecoder,
     ModelConfig,
@@ -118,7 +119,7 @@ def decoder_flops(model, batch, tokens, length, predicted):
 def sft_flops(model, batch):
     """An SFT update on a batch."""
     length = batch.prompt.size(1) + batch.target.size(1)
-    predicted = int(target_tokens(model, batch))  # padding does not reach the output layer
+    predicted = int(target_tokens(batch))  # padding does not reach the output layer
     decoder = decoder_flops(model, batch, len(batch.source) * length, length, predicted)
     return 3 * (encoder_flops(model, batch) + decoder)
 
@@ -133,7 +134,7 @@ def policy_flops(model, batch, spec, rows, sampled):
     N = int(rows.sum())
     prefix = 1 + batch.prompt.size(1)
     length = prefix + W + batch.target.size(1)
-    real = (batch.target != model.config.pad_id).sum(1)  # (B,)
+    real = (batch.target != PAD_ID).sum(1)  # (B,)
     predicted = int(rows @ real) + (0 if spec.pause else N * W)  # log P(c|x) is trained, too
     decoder = decoder_flops(model, batch, N * length, length, predicted)
     flops = 3 * (encoder_flops(model, batch) + decoder)
@@ -156,17 +157,18 @@ class State:
     best_nll: float = math.inf  # lowest of this stage's validations
 
 
+@dataclass
 class Run:
-    """Model, data and state of one training run.
+    """One training run. `start_stage` adds what changes with the stage: state, spec, batches, …"""
 
-    `prepare` adds the model, the tokenizer and the device. `start_stage` adds what changes with the
-    stage: state, spec, batches, optimizer.
-    """
-
-    def __init__(self, config, examples, data):
-        self.config, self.examples, self.data = config, examples, data
-        self.checksum = checksum(examples)
-        self.stop = False  # True: save after this update, and leave
+    config: Config
+    examples: dict
+    data: dict
+    checksum: int  # of the examples
+    tokenizer: Tokenizer
+    device: torch.device
+    model: EncoderDecoder
+    stop: bool = False  # True: save after this update, and leave
 
     def interrupt(self, *_):
         """Ctrl-C: finish the update, save, leave. A second one leaves at once."""
@@ -182,8 +184,9 @@ def train(run):
         if stage != run.state.stage:
             start_stage(run, stage)
         state = run.state
-        how = dict(total=state.total, initial=state.step, unit="update", disable=rank() > 0)
-        with tqdm(desc=stage, **how) as bar:
+        with tqdm(
+            desc=stage, total=state.total, initial=state.step, unit="update", disable=rank()
+        ) as bar:
             train_stage(run, bar)
 
 
@@ -203,7 +206,7 @@ def start_stage(run, stage):
         sft, policy = training_cost(folder, "sft"), training_cost(folder, "policy")
         total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
     if stage != "sft":
-        sft_model = load_model(folder / "sft.pt", tokenizer.get_vocab_size(), "cpu")
+        sft_model = load_model(folder / "sft.pt", tokenizer, "cpu")
         run.model.load_state_dict(sft_model.state_dict())
     run.state = State(stage, total=total)
     run.shown = {}  # beside the progress bar
@@ -257,19 +260,19 @@ def train_stage(run, bar):
 
         # -- the step: gradient of all processes' summed losses / all their target tokens
         micro_batches = [next(run.batches) for _ in range(config.accumulate)]
-        tokens = sum(target_tokens(model, batch) for batch in micro_batches)
+        tokens = sum(target_tokens(batch) for batch in micro_batches)
         tokens = int(add_up(tokens))
-        sums = {}
+        sums = Counter()
         for batch in micro_batches:
             with precision(config.dtype, run.device):
                 loss, numbers = batch_loss(run, batch)
             (loss / tokens).backward()
             numbers |= {"loss": loss.detach(), "examples": len(batch.source)}
-            sums = add_sums(sums, numbers)
+            sums.update(numbers)
         sum_gradients(model)
         norm = clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         # -- end of the step
 
         record = summary(sums, norm, tokens)
@@ -295,26 +298,23 @@ def validate_and_save(run):
     """
     config, state = run.config, run.state
     if rank() == 0:
-        numbers = validate(run.model, run.data["valid"], config, run.spec)
-        if config.eval_decode:
-            numbers |= decode_some(run)
+        numbers = validate(run, run.data["valid"])
+        if count := config.eval_decode:
+            some = run.data["valid"][:count]
+            outputs = decode_split(run, some)
+            numbers |= compute_metrics(config, run.examples["valid"][:count], outputs)
         log(run, "valid", numbers)
         if numbers["nll"] < state.best_nll:
             state.best_nll = numbers["nll"]
-            path = config.folder / f"{state.stage}.pt"
             save_checkpoint(
-                path, "stage", run.model, best_step=state.step, valid_nll=state.best_nll
+                config.folder / f"{state.stage}.pt",
+                "stage",
+                run.model,
+                best_step=state.step,
+                valid_nll=state.best_nll,
             )
     state.best_nll = gather(state.best_nll)[0]  # the others wait here
     save_state(run)
-
-
-def decode_some(run):
-    """The metrics of the first --eval-decode validation examples."""
-    count = run.config.eval_decode
-    some = run.data["valid"][:count]
-    outputs = decode_split(run.model, run.tokenizer, some, run.config, run.spec)
-    return compute_metrics(run.config, run.examples["valid"][:count], outputs)
 
 
 def save_state(run):
@@ -349,7 +349,8 @@ def restore(run):
     saved = load_checkpoint(config.folder / "last.pt", "state")
     if run.checksum != saved["data"]:
         raise UserError(f"the data in {config.data} is not what this run was trained on")
-    if saved["state"]["stage"] not in config.stages:
+    state = State(**saved["state"])
+    if state.stage not in config.stages:
         raise UserError(f"{config.folder} is in a stage that its config.json now leaves out")
     log_file = config.folder / "log.jsonl"
     if not log_file.exists() or log_file.stat().st_size < saved["log_bytes"]:
@@ -358,8 +359,8 @@ def restore(run):
         os.truncate(log_file, saved["log_bytes"])
     gather(None)  # the others read the log only now
 
-    start_stage(run, saved["state"]["stage"])
-    run.state = State(**saved["state"])
+    start_stage(run, state.stage)
+    run.state = state
     run.batches.seek(*saved["batches"])
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
@@ -376,9 +377,14 @@ def checksum(examples):
 def summary(sums, norm, tokens):
     """An update's sums over all processes, as a record of log.jsonl: averages, and totals."""
     # all processes have the same norm: so the sum is the norm
-    sums = gather_sums(sums | {"grad_norm": norm / processes()})
-    totals = {name: sums.pop(name) for name in ("flops", "grad_norm")}
-    return totals | averages(sums, tokens)
+    sums = dict(sums, grad_norm=norm / processes())
+    tensors = {name: value for name, value in sums.items() if torch.is_tensor(value)}
+    numbers = torch.stack([*tensors.values()]).tolist()  # in one transfer
+    totals = Counter()
+    for one in gather(sums | dict(zip(tensors, numbers))):
+        totals.update(one)
+    record = {name: totals.pop(name) for name in ("flops", "grad_norm")}
+    return record | averages(totals, tokens)
 
 
 def log(run, kind, numbers):
@@ -449,17 +455,6 @@ def add_up(x) -> torch.Tensor:
     return x
 
 
-def gather_sums(sums):
-    """Named numbers, summed over the processes. Tensors become numbers in one transfer."""
-    names = [name for name, value in sums.items() if torch.is_tensor(value)]
-    values = torch.stack([sums[name].float() for name in names]).tolist()
-    everyone = gather(sums | dict(zip(names, values)))
-    totals = {}
-    for one in everyone:
-        totals = add_sums(totals, one)
-    return totals
-
-
 def sum_gradients(model):
     """Every gradient, summed over the processes, in one message. DDP sends while it computes."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -487,10 +482,10 @@ def parse(argv):
     --help shows the defaults of the task that stands beside it.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--task", "--init", "--resume"):  # what the other flags depend on
+    for name in ("--task", "--init", "--resume", "--size", "--vocab-size"):  # see below
         first.add_argument(name, nargs="?")
     known, _ = first.parse_known_args(argv)
-    defaults = {f.name: f.default for f in fields(Config)}
+    defaults = asdict(Config())
     task = TASKS.get(known.task, TASKS["wmt"])
     for name in task.settings:
         lookup(defaults, name, f"task {known.task}: there is no setting")
@@ -503,21 +498,18 @@ def parse(argv):
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    only = f"--{', --'.join(MOVABLE)}"
-    text = f"go on with this run folder, by its own settings; only {only} may change"
+    text = f"go on with this run folder and its settings; only --{', --'.join(MOVABLE)} may change"
     parser.add_argument("--resume", metavar="RUN", help=text)
     if known.resume is not None:
         defaults = dict.fromkeys(MOVABLE, argparse.SUPPRESS)
     add_flags(parser, defaults)
     args = vars(parser.parse_args(argv))
     folder = args.pop("resume")
-    if folder is None:
-        config = Config(**args)
-    else:
-        config = replace(read_config(Path(folder)), out=folder, **args)
+    start = Config() if folder is None else read_config(Path(folder))
+    config = replace(start, **args)
     if wrong := config.problem():
         parser.error(wrong)
-    if known.init and any(word.split("=")[0] in ("--size", "--vocab-size") for word in argv):
+    if known.init and (known.size or known.vocab_size):
         parser.error("--init brings its own size and vocabulary: leave --size, --vocab-size out")
     return config, folder is not None
 
@@ -526,7 +518,7 @@ def earlier_files(folder):
     """The files of an earlier run in a folder. Others are not this program's: they stay."""
     names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
     names += [f"{stage}.pt" for stage in STAGES]
-    for split in ("train", "valid", "test"):  # eval.py's
+    for split in SPLITS:  # eval.py's
         names += [f"{split}.{part}.txt" for part in ("ref", *STAGES, "policy.warmups")]
     return [folder / name for name in names if (folder / name).exists()]
 
@@ -542,8 +534,10 @@ def new_model(config, examples):
         tokenizer = pretrained_tokenizer(folder, prompt_tags(examples), model.config.vocab_size)
     else:
         tokenizer = train_tokenizer(examples, config.vocab_size)
-        size = dict(SIZES[config.size], dropout=config.dropout)
-        model = EncoderDecoder(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **size))
+        size = SIZES[config.size]
+        model = EncoderDecoder(
+            ModelConfig(tokenizer.get_vocab_size(), dropout=config.dropout, **size)
+        )
     tokens = tokenizer.get_vocab_size() - len(special_ids(tokenizer))
     if config.estimator == "exact" and config.policy_steps and tokens**config.warmup_len > 1024:
         raise UserError(f"--estimator exact is for at most 1024 warmups, not {tokens}**W")
@@ -557,8 +551,10 @@ def prepare(config, resume) -> Run:
     """
     earlier = earlier_files(config.folder)
     if earlier and not (resume or config.overwrite):
-        said = f"{config.folder} holds a run ({earlier[0].name})"
-        raise UserError(f"{said}: --resume it, --overwrite it, or choose another --out")
+        raise UserError(
+            f"{config.folder} holds a run ({earlier[0].name}): --resume it, --overwrite it, or "
+            "choose another --out"
+        )
     splits, origin = load(config)
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     device = pick_device(config.device)
@@ -567,8 +563,7 @@ def prepare(config, resume) -> Run:
     torch.manual_seed(config.seed)
     if resume:
         tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
-        vocab_size = tokenizer.get_vocab_size()
-        model = load_model(config.folder / "last.pt", vocab_size, "cpu", "state")
+        model = load_model(config.folder / "last.pt", tokenizer, "cpu", "state")
     else:
         model, tokenizer = new_model(config, splits["train"])
     scored = splits.get("test", splits["valid"])
@@ -581,18 +576,18 @@ def prepare(config, resume) -> Run:
         "valid": encode_split(tokenizer, splits["valid"], config, "valid"),
     }
     if not data["train"]:
-        limits = "--max-source-tokens or --max-target-tokens"
-        raise UserError(f"all training pairs are too long: raise {limits}")
+        raise UserError(
+            "all training pairs are too long: raise --max-source-tokens or --max-target-tokens"
+        )
     if lost := what_is_lost(tokenizer, scored, config):
         print(f"data: {lost}")
 
-    run = Run(config, splits, data)
-    run.tokenizer, run.device, run.model = tokenizer, device, model.to(device)
+    run = Run(config, splits, data, checksum(splits), tokenizer, device, model.to(device))
     model.encoder.recompute = model.decoder.recompute = config.recompute
     if config.compile:
         compile_stacks(model)
     begin(run, resume)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = count(model) / 1e6
     print(
         f"model: {config.init or config.size}, {size:.2f} M parameters, vocabulary "
         f"{model.config.vocab_size}, on {device}; {len(data['train'])} training pairs"
@@ -635,19 +630,9 @@ def report(run):
     split = "test" if "test" in splits else "valid"
     stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
     examples = splits[split]
-    rows = score_run(run, stages, examples, split)
-    perfect = ceiling(run.tokenizer, examples, config)
+    results, _ = score_run(run, stages, examples, split)
     packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
-    saved = []
-    for row in rows:
-        numbers = asdict(row)
-        del numbers["outputs"]  # eval.py writes them into files
-        saved.append(numbers)
-    results = {
-        "split": split,
-        "rows": saved,
-        "ceiling": perfect,
-        "signature": signatures(config, examples),
+    results |= {
         "config": asdict(config),
         "data_checksum": run.checksum,
         "device": str(run.device),
@@ -656,7 +641,7 @@ def report(run):
     }
     path = config.folder / "results.json"
     write_json(path, results)  # first: a reader such as `head` may leave
-    print_table(rows, perfect, config, examples, split)
+    print_table(results, config, len(examples))
     show(run, stages, examples[:3])
     print(f"\nsaved {path}. Score again: python eval.py {shell_word(config.folder)}")
 
@@ -672,8 +657,7 @@ def main(argv):
     signal.signal(signal.SIGINT, run.interrupt)
     signal.signal(signal.SIGTERM, run.interrupt)
     train(run)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # all is saved: leave at once
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run.stop = True  # all is saved: Ctrl-C leaves at once
     if rank() == 0:
         report(run)
     gather(None)

@@ -17,14 +17,15 @@ own likelihood. Every sample is used once, so the policy that is updated is the 
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model import beam_search, copy_memory, decoding, sample_tokens
+from model import EOS_ID, PAD_ID, beam_search, copy_memory, decoding, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,10 @@ class WarmupSpec:
 
 @lru_cache  # made once: to send it to a GPU takes longer than to use it
 def tensor_of(ids, device):
-    return torch.tensor(ids, dtype=torch.long, device=device)  # long: an empty list would be float
+    return torch.tensor(ids, device=device)
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """B examples. Rows are padded on the right. All prompts of a batch have one length."""
 
     source: Tensor  # (B,S)
@@ -58,19 +58,17 @@ class Batch:
     target: Tensor  # (B,T), each row ends in </s>
 
     def to(self, device) -> "Batch":
-        columns = vars(self).values()
-        return Batch(*(x.to(device, non_blocking=True) for x in columns))
+        return Batch(*(x.to(device, non_blocking=True) for x in self))
 
 
-def target_tokens(model, batch):
+def target_tokens(batch):
     """How many target tokens a batch has, </s> included, as a () tensor."""
-    return (batch.target != model.config.pad_id).sum()
+    return (batch.target != PAD_ID).sum()
 
 
-def with_start(model, prompt):
+def with_start(prompt):
     """(N,prompt) -> (N,1+prompt): the start token, T5's pad id, in front of the prompt."""
-    start = prompt.new_full((len(prompt), 1), model.config.pad_id)  # (N,1)
-    return torch.cat([start, prompt], 1)
+    return F.pad(prompt, (1, 0), value=PAD_ID)
 
 
 def sum_logprobs(model, hidden, target):
@@ -78,7 +76,7 @@ def sum_logprobs(model, hidden, target):
 
     Only real tokens reach the output layer. It is the largest product, and padding is much of T.
     """
-    real = target != model.config.pad_id  # (N,T)
+    real = target != PAD_ID  # (N,T)
     row, at = real.nonzero(as_tuple=True)  # (tokens,) each
     log_probs = model.token_logprobs(hidden[row, at], target[row, at])  # (tokens,)
     sums = log_probs.new_zeros(len(target))  # (N,)
@@ -88,7 +86,7 @@ def sum_logprobs(model, hidden, target):
 # ----------------------------------------------------------------------------- stage 1: SFT
 def direct_logprobs(model, memory, batch):
     """log P₀(y|x), no warmup: the decoder reads [start] prompt y. -> (B,) sums over tokens."""
-    prefix = with_start(model, batch.prompt)  # (B,1+prompt)
+    prefix = with_start(batch.prompt)  # (B,1+prompt)
     tokens = torch.cat([prefix, batch.target[:, :-1]], 1)  # (B,prompt+T)
     hidden = model.decode(tokens, memory)  # (B,prompt+T,E)
     hidden = hidden[:, batch.prompt.size(1) :]  # the hidden state before a token predicts it
@@ -103,26 +101,22 @@ def sft_loss(model, batch):
 
 # ----------------------------------------------------------------------------- stage 2: warmups
 @decoding()
-def sample_warmups(model, memory, prompt, spec, samples, temperature=None):
-    """Draw K = samples warmups per example from P(c|x): c (B,K,W), log P(c|x) (B,K). No autograd.
+def sample_warmups(model, memory, prompt, spec, samples):
+    """Draw K = samples warmups per example from P(c|x): c (B,K,W). No autograd.
 
-    temperature None: the spec's; 0: greedy. No top-k or top-p: `model.sample_tokens` says why.
+    No top-k or top-p: `model.sample_tokens` says why.
     """
     if spec.pause:
-        c = prompt.new_full((len(prompt), samples, spec.length), spec.sep_id)  # (B,K,W)
-        return c, torch.zeros(c.shape[:2], device=c.device)
-    if temperature is None:
-        temperature = spec.temperature
-    c, log_probs = sample_tokens(
+        return prompt.new_full((len(prompt), samples, spec.length), spec.sep_id)
+    return sample_tokens(
         model,
         memory,
-        with_start(model, prompt),
+        with_start(prompt),
         spec.length,
         samples=samples,
-        temperature=temperature,
+        temperature=spec.temperature,
         forbidden=tensor_of(spec.forbidden, prompt.device),
-    )  # (B,K,W) both
-    return c, log_probs.sum(-1)
+    )
 
 
 class Scores(NamedTuple):
@@ -153,7 +147,7 @@ def score_rows(model, memory, batch, c, spec):
     The plain form of `score`. An example's K rows share its memory.
     """
     B, K, W = c.shape
-    prefix = with_start(model, batch.prompt).repeat_interleave(K, 0)  # (N,1+prompt)
+    prefix = with_start(batch.prompt).repeat_interleave(K, 0)  # (N,1+prompt)
     c = c.reshape(B * K, W)  # (N,W)
     y = batch.target.repeat_interleave(K, 0)  # (N,T)
     sep = torch.full_like(c[:, :1], spec.sep_id)  # (N,1)
@@ -286,9 +280,7 @@ ESTIMATORS = {f.__name__: f for f in (marginal, jensen, iwae, prob, grpo, best, 
 
 def weights(estimator, R, log_pi, c):
     """a, b (B,K) by the estimator's name. For `exact`, c (B,K,W) must be all_warmups."""
-    if estimator == "exact":
-        return truncated(R, log_pi)
-    if estimator == "truncated":
+    if estimator in ("truncated", "exact"):
         repeated = ~first_occurrence(c)
         return truncated(R, log_pi.masked_fill(repeated, -torch.inf))
     return ESTIMATORS[estimator](R)
@@ -342,7 +334,7 @@ def warmup_loss(model, batch, spec, estimator="marginal", samples=4, alpha=1.0) 
         c = all_warmups(spec, model.config.vocab_size).to(batch.source.device)
         c = c.expand(len(batch.source), -1, -1)  # (B,all,W)
     else:
-        c, _ = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W)
+        c = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W)
 
     log_pi, log_p, rows = score(model, memory, batch, c, spec)  # (B,K), (B,K), (B,)
 
@@ -367,13 +359,10 @@ def diagnostics(R, log_pi, c, alpha=1.0, exact=False):
     entropy   -log P(c|x) of the sampled c, nats. Its mean is the policy's entropy
     distinct  distinct warmups / K
     """
+    log_q = torch.full_like(R, -math.log(R.size(1)))  # (B,K): what each warmup counts
     if exact:
-        log_q = log_pi  # (B,K): what each warmup counts
-        distinct = R.new_ones(len(R))
-    else:
-        K = R.size(1)
-        log_q = torch.full_like(R, -math.log(K))
-        distinct = first_occurrence(c).float().mean(1)  # (B,)
+        log_q = log_pi
+    distinct = first_occurrence(c).float().mean(1)  # (B,)
     q = log_q.exp()  # (B,K)
     w = (log_q + alpha * R).softmax(1)  # (B,K)
     mean = (q * R).sum(1, keepdim=True)  # (B,1)
@@ -398,8 +387,8 @@ def evaluate_warmups(model, batch, spec, samples, alpha=1.0):
     over_empty  mean_k log P(y|x,c_k) - log P₀(y|x): what a warmup gains over writing y at once
     """
     memory = model.encode(batch.source)
-    c, log_pi = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W), (B,K)
-    log_p = score(model, memory, batch, c, spec).log_p  # (B,K)
+    c = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W)
+    log_pi, log_p, _ = score(model, memory, batch, c, spec)  # (B,K) both
     swapped = score(model, memory, batch, c.roll(-1, 0), spec).log_p  # (B,K)
     direct = direct_logprobs(model, memory, batch)  # (B,)
     return diagnostics(log_p, log_pi, c, alpha) | {
@@ -418,14 +407,13 @@ def generate(model, batch, spec, length, *, beams=1, length_penalty=1.0, forbidd
     beams > 1: beam search over y; 1: greedy y. Before its </s>, y holds no pad, no <sep> of the
     spec and no forbidden id. batch.target is not read.
     """
-    config = model.config
     memory = model.encode(batch.source)
-    prefix = with_start(model, batch.prompt)  # (B,1+prompt)
-    never = {config.pad_id, *forbidden}  # </s> may be among them, but it is how y ends
+    prefix = with_start(batch.prompt)  # (B,1+prompt)
+    never = {PAD_ID, *forbidden}  # </s> may be among them, but it is how y ends
     if spec is not None:
         if c is None:
-            c, _ = sample_warmups(model, memory, batch.prompt, spec, 1, temperature=0.0)
-            c = c[:, 0]  # (B,W)
+            greedy = replace(spec, temperature=0.0)
+            c = sample_warmups(model, memory, batch.prompt, greedy, 1)[:, 0]  # (B,W)
         sep = torch.full_like(c[:, :1], spec.sep_id)
         prefix = torch.cat([prefix, c, sep], 1)  # (B,1+prompt+W+1)
         never.add(spec.sep_id)
@@ -436,7 +424,7 @@ def generate(model, batch, spec, length, *, beams=1, length_penalty=1.0, forbidd
         length,
         beams=beams,
         length_penalty=length_penalty,
-        forbidden=tensor_of(tuple(never - {config.eos_id}), prefix.device),
+        forbidden=tensor_of(tuple(never - {EOS_ID}), prefix.device),
     )
     return c, y[:, 0]  # (B,W), (B,length): the best beam
 
@@ -466,6 +454,6 @@ def score_distinct(model, memory, batch, c, spec, kept, index) -> Scores:
     example = kept // K  # (n,)
     c = c.reshape(B * K, 1, W)[kept]  # (n,1,W)
     memory = copy_memory(memory, example)
-    batch = Batch(batch.source[example], batch.prompt[example], batch.target[example])
+    batch = Batch(*(column[example] for column in batch))
     log_pi, log_p = score_rows(model, memory, batch, c, spec)  # (n,1) both
     return Scores(log_pi[index, 0], log_p[index, 0], rows)

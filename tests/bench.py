@@ -189,9 +189,8 @@ class Ours:
         """A warmup step in which the samples of an example are copies of so many."""
 
         def repeat(*args):
-            c, log_pi = sample_warmups(*args)  # (B,K,W), (B,K)
-            copies = [k % distinct for k in range(SAMPLES)]
-            return c[:, copies], log_pi[:, copies]
+            c = sample_warmups(*args)  # (B,K,W)
+            return c[:, [k % distinct for k in range(SAMPLES)]]
 
         with mock.patch("warmup.sample_warmups", repeat):
             self.warmup(batch)

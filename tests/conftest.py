@@ -5,11 +5,13 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from any folder
+import model  # noqa: E402
 import train  # noqa: E402
 
 TINY = [
@@ -57,6 +59,20 @@ def standard_input(content: bytes):
         yield
     os.dup2(saved, 0)
     os.close(saved)
+
+
+@contextmanager
+def drawn_logprobs():
+    """A list that gets the log-probs (N,1) by which `model.draw` draws each token."""
+    draw, seen = model.draw, []
+
+    def watched(probs):
+        token = draw(probs)
+        seen.append((probs.gather(1, token) / probs.sum(1, keepdim=True)).log())
+        return token
+
+    with mock.patch("model.draw", watched):
+        yield seen
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ import data
 import eval as evaluation
 import train
 import warmup
-from conftest import TINY
+from conftest import TINY, drawn_logprobs
 from data import Example, Task
 from model import EncoderDecoder, ModelConfig, load_checkpoint
 
@@ -384,7 +384,9 @@ def test_a_warmup_may_hold_all_but_its_separator():
     spec = warmup.WarmupSpec(3, (3,), 2)
     source, prompt = torch.tensor([[4, 5]]), torch.tensor([[4]])
     memory = model.encode(source)
-    c, log_pi = warmup.sample_warmups(model, memory, prompt, spec, 8)
+    with drawn_logprobs() as drawn:
+        c = warmup.sample_warmups(model, memory, prompt, spec, 8)
+    log_pi = torch.cat(drawn, 1).sum(1)[None]  # (1,K)
     batch = warmup.Batch(source, prompt, torch.tensor([[5, 1]]))
     again, *_ = warmup.score(model, memory, batch, c, spec)
     torch.testing.assert_close(again, log_pi, rtol=1e-9, atol=1e-9)

@@ -238,7 +238,7 @@ def waits_of(result, function):
 
 
 # one for each update: the numbers of the log come in one transfer
-UPDATE = ["summary/gather_sums: tolist"]
+UPDATE = ["summary: tolist"]
 # one for each micro-batch of SFT, a size: how many target tokens are real
 SFT = ["batch_loss/sft_loss/direct_logprobs/sum_logprobs: nonzero"]
 # two for each of the policy stage: also which of an example's warmups are distinct

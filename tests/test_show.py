@@ -51,7 +51,7 @@ def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
 
     def draw(model, memory, prompt, spec, samples):
         drawn.append(samples)
-        return given, None
+        return given
 
     def write(model, batch, spec, length, *, c, **how):
         n = len(batch.source)
@@ -95,7 +95,7 @@ def test_show_prints_the_estimator_at_work(run, monkeypatch, capsys):
 
 def by_hand(run, tokenizer, example, c):
     """log P(c|x) and log P(y|x,c), (K,) each: the whole sequence through plain logits."""
-    model = load_model(run / "policy.pt", tokenizer.get_vocab_size(), torch.device("cpu"))
+    model = load_model(run / "policy.pt", tokenizer, torch.device("cpu"))
     ids = {
         name: tokenizer.encode(text, add_special_tokens=False).ids
         for name, text in example._asdict().items()

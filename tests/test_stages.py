@@ -267,7 +267,8 @@ def test_validation_is_the_loss_of_each_example_alone(kind, runs):
     run = train.prepare(config, resume=True)
     model, data = run.model.double().train(), run.data["valid"]
     spec = evaluation.warmup_spec("policy", config, run.tokenizer)
-    nll = evaluation.validate(model, data, config, spec)["nll"]
+    run.spec = spec
+    nll = evaluation.validate(run, data)["nll"]
     assert not model.training
     total, tokens = 0.0, 0
     for i in range(len(data)):
@@ -277,7 +278,7 @@ def test_validation_is_the_loss_of_each_example_alone(kind, runs):
                 total += sft_loss(model, batch).item()
             else:
                 memory = model.encode(batch.source)
-                c, _ = sample_warmups(model, memory, batch.prompt, spec, 1)
+                c = sample_warmups(model, memory, batch.prompt, spec, 1)
                 total -= score(model, memory, batch, c, spec)[1].item()
         tokens += len(data[i].target)
     assert len(data) > 50 and nll == pytest.approx(total / tokens, rel=1e-9)
@@ -300,8 +301,8 @@ def test_the_first_validation_examples_are_decoded_and_scored_against_themselves
     """--eval-decode 7: the same seven as text and as token ids, at every validation."""
     seen, scored = [], []
 
-    def decode(model, tokenizer, data, config, spec):
-        seen.append((data, spec))
+    def decode(run, data):
+        seen.append((data, run.spec))
         return [evaluation.Output(f"text {n}", f"warmup {n}", True) for n in range(7)]
 
     def metrics(config, examples, outputs):
@@ -427,10 +428,11 @@ def test_the_command_for_sacrebleu_compares_with_the_control_else_with_sft(
     config = replace(read_config(folder), out=str(folder))
     tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
     run = SimpleNamespace(config=config, tokenizer=tokenizer, device=torch.device("cpu"))
-    rows = evaluation.score_run(run, stages, load(config)[0]["test"], "test")
+    results, _ = evaluation.score_run(run, stages, load(config)[0]["test"], "test")
+    rows = results["rows"]
     for row, (_, *scores) in zip(rows, systems):  # those of our table
         scores = [float(score.split()[0]) for score in scores]
-        assert scores == pytest.approx(list(row.metrics.values()), abs=0.06)
+        assert scores == pytest.approx(list(row["metrics"].values()), abs=0.06)
 
 
 def test_references_are_one_line_an_example_and_a_single_stage_is_not_compared(

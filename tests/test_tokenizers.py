@@ -302,7 +302,7 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
         train.main(["--resume", runs[0]]) == 0 and evaluation.main([runs[0], "--stage", "sft"]) == 0
     )
     tokenizer = load_tokenizer(Path(runs[0]) / "tokenizer.json")
-    model = load_model(Path(runs[0]) / "policy.pt", tokenizer.get_vocab_size(), torch.device("cpu"))
+    model = load_model(Path(runs[0]) / "policy.pt", tokenizer, torch.device("cpu"))
     assert not model.config.scaled and model.config.vocab_size == 140
 
     out = tmp_path / "out"  # and back to Hugging Face's format, from which another run can start

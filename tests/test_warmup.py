@@ -32,12 +32,14 @@ Each line of the paper's mathematics was broken once to see a test fail:
 import itertools
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import drawn_logprobs
 from model import EncoderDecoder, ModelConfig, beam_search, decoding, precision
 from warmup import (
     ESTIMATORS,
@@ -378,7 +380,9 @@ def test_sampled_and_teacher_forced_logprobs_agree(length, temperature):
     model, batch, s = toy_model(), toy_batch(), spec(length, temperature=temperature)
     torch.manual_seed(0)
     memory = model.encode(batch.source)
-    c, sampled = sample_warmups(model, memory, batch.prompt, s, samples=40)
+    with drawn_logprobs() as drawn:
+        c = sample_warmups(model, memory, batch.prompt, s, samples=40)
+    sampled = torch.cat(drawn, 1).sum(1).view(2, 40)
     scored, *_ = score(model, memory, batch, c, s)
     torch.testing.assert_close(sampled, scored, rtol=1e-10, atol=1e-10)
     assert {tuple(row) for row in c.view(-1, length).tolist()} <= {
@@ -428,7 +432,7 @@ def test_the_logprobs_of_a_warmup_are_those_of_the_softmax_over_what_is_allowed(
     model, batch, s = toy_model(), toy_batch(), spec(3, temperature=temperature)
     c = torch.tensor([[4, 6, 5], [5, 5, 6]])  # (N,W)
     memory = model.encode(batch.source)
-    tokens = torch.cat([with_start(model, batch.prompt), c[:, :-1]], 1)
+    tokens = torch.cat([with_start(batch.prompt), c[:, :-1]], 1)
     hidden = model.decode(tokens, memory)[:, 1:]  # (N,W,E)
     logits = model.logits(hidden) / temperature
     logits[:, :, [0, 1, 2, SEP]] = -math.inf
@@ -513,7 +517,7 @@ def test_alpha_and_temperature_as_by_hand():
     loss, *_ = warmup_loss(model, batch, s, "marginal", 4, alpha=2.5)
     torch.manual_seed(1)
     memory = model.encode(batch.source)
-    c, _ = sample_warmups(model, memory, batch.prompt, s, 4)
+    c = sample_warmups(model, memory, batch.prompt, s, 4)
     log_pi, log_p, _ = score(model, memory, batch, c, s)
     a, b = marginal(2.5 * log_p.detach())
     by_hand = torch.autograd.grad(surrogate(a, b, log_pi, log_p), list(model.parameters()))
@@ -529,8 +533,8 @@ def test_a_cold_policy_samples_its_favourite():
 
 def test_pause_is_a_constant_warmup_without_a_policy():
     model, batch, s = toy_model(), toy_batch(), spec(2, pause=True)
-    c, log_pi = sample_warmups(model, model.encode(batch.source), batch.prompt, s, 3)
-    assert c.shape == (2, 3, 2) and (c == SEP).all() and (log_pi == 0).all()
+    c = sample_warmups(model, model.encode(batch.source), batch.prompt, s, 3)
+    assert c.shape == (2, 3, 2) and (c == SEP).all()
     scored, log_p, _ = score(model, model.encode(batch.source), batch, c, s)
     assert (scored == 0).all()
     loss, *_ = warmup_loss(model, batch, s, "frozen", 1)
@@ -545,7 +549,7 @@ def test_warmup_loss_is_sample_score_estimate_surrogate():
     loss, stats, _ = warmup_loss(model, batch, s, "marginal", samples=5)
     torch.manual_seed(3)
     memory = model.encode(batch.source)
-    c, _ = sample_warmups(model, memory, batch.prompt, s, 5)
+    c = sample_warmups(model, memory, batch.prompt, s, 5)
     log_pi, log_p, _ = score(model, memory, batch, c, s)
     w = log_p.detach().softmax(1)
     by_hand = -((w - 0.2) * log_pi + w * log_p).sum()
@@ -578,7 +582,7 @@ def test_sft_loss_counts_target_tokens_only():
     expected = sum(log_probs[0, i + 1, t] for i, t in enumerate([4, 6, 1]))
     expected += sum(log_probs[1, i + 1, t] for i, t in enumerate([5, 1]))
     torch.testing.assert_close(sft_loss(model, batch), -expected, rtol=1e-10, atol=1e-10)
-    assert target_tokens(model, batch) == 5
+    assert target_tokens(batch) == 5
 
 
 def test_diagnostics_by_hand():
@@ -636,7 +640,9 @@ def test_generate_writes_warmup_then_target():
     model, batch, s = toy_model(2), toy_batch(), spec(2)
     c, y = generate(model, batch, s, 4)
     memory = model.encode(batch.source)
-    assert torch.equal(c, sample_warmups(model, memory, batch.prompt, s, 1, temperature=0)[0][:, 0])
+    assert torch.equal(
+        c, sample_warmups(model, memory, batch.prompt, replace(s, temperature=0.0), 1)[:, 0]
+    )
     tokens = torch.cat(
         [torch.zeros(2, 1, dtype=torch.long), batch.prompt, c, torch.full((2, 1), SEP)], 1
     )
@@ -650,7 +656,7 @@ def test_generate_writes_warmup_then_target():
 def test_generate_writes_the_greedy_warmup(beams):
     """Token by token the likeliest of what is allowed, whatever the seed and the temperature."""
     model, batch, s = toy_model(), toy_batch(), spec(3, temperature=3.0)
-    memory, row = model.encode(batch.source), with_start(model, batch.prompt)
+    memory, row = model.encode(batch.source), with_start(batch.prompt)
     for _ in range(3):
         logits = model.logits(model.decode(row, memory))[:, -1]
         logits[:, [0, 1, 2, SEP]] = -math.inf
@@ -671,7 +677,7 @@ def test_generate_writes_the_target_after_a_given_warmup(beams):
     c = torch.where(greedy == SEP + 1, SEP + 2, SEP + 1)  # (B,2), unlike the greedy one
     given, y = generate(model, batch, s, 4, beams=beams, c=c)
     assert torch.equal(given, c)
-    prefix = torch.cat([with_start(model, batch.prompt), c, torch.full((2, 1), SEP)], 1)
+    prefix = torch.cat([with_start(batch.prompt), c, torch.full((2, 1), SEP)], 1)
     memory, never = model.encode(batch.source), torch.tensor([0, SEP])
     if beams == 1:
         for t in range(4):
@@ -689,7 +695,7 @@ def test_generate_may_end_its_target_whatever_is_forbidden():
     model, batch, s = toy_model(1), toy_batch(), spec(2)
     c, y = generate(model, batch, s, 6, forbidden=s.forbidden)
     memory = model.encode(batch.source)
-    row = torch.cat([with_start(model, batch.prompt), c, torch.full((2, 1), SEP)], 1)
+    row = torch.cat([with_start(batch.prompt), c, torch.full((2, 1), SEP)], 1)
     ended, expected = torch.zeros(2, dtype=torch.bool), []
     for _ in range(6):
         logits = model.logits(model.decode(row, memory))[:, -1]
@@ -705,7 +711,7 @@ def test_generate_may_end_its_target_whatever_is_forbidden():
 def test_generate_by_beam_search_and_without_warmup():
     """The same greedy c, then the best beam after [start] prompt c <sep>; or after the prompt."""
     model, batch, s = toy_model(2), toy_batch(), spec(2)
-    memory, start = model.encode(batch.source), with_start(model, batch.prompt)
+    memory, start = model.encode(batch.source), with_start(batch.prompt)
     c, y = generate(model, batch, s, 4, beams=3)
     assert torch.equal(c, generate(model, batch, s, 4)[0])
     none, direct = generate(model, batch, None, 4, beams=3)
@@ -756,7 +762,7 @@ def test_gain_over_empty_by_hand():
     numbers = evaluate_warmups(model, batch, s, 3)
     torch.manual_seed(0)
     memory = model.encode(batch.source)
-    c, _ = sample_warmups(model, memory, batch.prompt, s, 3)
+    c = sample_warmups(model, memory, batch.prompt, s, 3)
     log_p, swapped = (score(model, memory, batch, x, s)[1] for x in (c, c.flip(0)))
     direct = direct_logprobs(model, memory, batch)
     assert numbers["over_empty"].item() == pytest.approx((log_p.mean(1) - direct).sum().item())
@@ -815,7 +821,7 @@ def with_repeats(repeats):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_distinct_warmups_scored_once_are_the_plain_path(name, repeats, monkeypatch):
     model, batch, s, c = with_repeats(repeats)
-    monkeypatch.setattr("warmup.sample_warmups", lambda *args, **how: (c, None))
+    monkeypatch.setattr("warmup.sample_warmups", lambda *args, **how: c)
 
     def step():
         loss, numbers, rows = warmup_loss(model, batch, s, name, 4)
@@ -889,8 +895,8 @@ def test_in_low_precision_weights_are_cast_once_for_all_tokens():
         with precision("bfloat16", torch.device("cpu")):
             memory = model.encode(batch.source)
             torch.manual_seed(1)
-            with Casts() as casts:
-                found.append(search(model, memory, batch.prompt, s, 3))
+            with Casts() as casts, drawn_logprobs() as drawn:
+                found.append([search(model, memory, batch.prompt, s, 3), *drawn])
         counts.append(casts.seen)
         assert torch.is_autocast_cache_enabled()
     assert counts == [1, 5]
@@ -918,9 +924,11 @@ def test_weights_that_change_between_two_decodings_are_cast_again():
     def outputs(regions):
         found = []
         for _ in range(2):
-            with regions(), torch.no_grad():
+            torch.manual_seed(0)
+            with regions(), torch.no_grad(), drawn_logprobs() as drawn:
                 memory = model.encode(batch.source)
-                found.append(sample_warmups(model, memory, batch.prompt, s, 1, 0.0)[1])
+                sample_warmups(model, memory, batch.prompt, s, 1)
+            found.append(torch.cat(drawn, 1))
             weight.mul_(-1)
         return found
 

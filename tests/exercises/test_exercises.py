@@ -101,7 +101,7 @@ def test_exercise_02_iwae(work):
 def test_exercise_03_swap_gap(work):
     model, batch = small_model()
     spec, memory = WarmupSpec(3, (0, 1, 2, 3), 2), model.encode(batch.source)
-    c, _ = sample_warmups(model, memory, batch.prompt, spec, 5)
+    c = sample_warmups(model, memory, batch.prompt, spec, 5)
     one = score(model, memory, batch, c, spec)[1].mean()
     two = score(model, memory, batch, c[[1, 2, 0]], spec)[1].mean()
     torch.testing.assert_close(
