@@ -27,10 +27,9 @@ import tarfile
 import tempfile
 import zlib
 from dataclasses import dataclass, field, fields
-from functools import wraps
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -130,9 +129,11 @@ BASELINES = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, fro
 
 
 # ----------------------------------------------------------------------------- settings
-def flag(default, help, low=1, high=10**9, choices=None):
+def flag(default, help, low=1, high=1_000_000_000, choices=None):
     """A setting: its default, what it means and in which unit, a number's range, or its choices."""
-    return field(default=default, metadata=dict(help=help, limits=(low, high), choices=choices))
+    if type(default) in (int, float):
+        help += f" [{low} to {high}]"
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 def flag_name(name):
@@ -156,18 +157,18 @@ class Config:
     data: str = flag(
         "", "folder, or 'built-in'; empty: data/TASK[/PAIR] if it exists, else built-in"
     )
-    built_in_size: int = flag(20000, "training examples in the built-in data", 1, 10**7)
+    built_in_size: int = flag(20000, "training examples in the built-in data", 1, 10_000_000)
     symbols: int = flag(16, "task toy: letters in the permutation", 2, 26)
     hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
     seed: int = flag(0, "of weights, batches, dropout, warmups, built-in data", 0, 2**63 - 1)
     max_source_tokens: int = flag(
-        128, "longer sources are cut or left out; see the guide", 2, 10**5
+        128, "longer sources are cut or left out; see the guide", 2, 100_000
     )
-    max_target_tokens: int = flag(128, "of y; longer training pairs are left out", 2, 10**5)
+    max_target_tokens: int = flag(128, "of y; longer training pairs are left out", 2, 100_000)
     batch_tokens: int = flag(3000, "source, target, padding in a micro-batch", 16)
     # model
     size: str = flag("tiny", "of a model from scratch", choices=SIZES)
-    vocab_size: int = flag(4000, "most tokens in a vocabulary from scratch", 300, 10**6)
+    vocab_size: int = flag(4000, "most tokens in a vocabulary from scratch", 300, 1_000_000)
     init: str = flag("", "Hugging Face folder or name of a T5, mT5, umT5, … to start from")
     dropout: float = flag(0.1, "probability of dropping an activation", 0, 0.99)
     recompute: bool = flag(False, "compute activations again in the backward pass: less memory")
@@ -224,7 +225,7 @@ class Config:
         """What is wrong with the settings. "": nothing."""
         for f in fields(self):
             name, value = flag_name(f.name), getattr(self, f.name)
-            (low, high), choices = f.metadata["limits"], f.metadata["choices"]
+            _, low, high, choices = f.metadata.values()
             kinds = (int, float) if f.type is float else (f.type,)
             if type(value) not in kinds:
                 return f"{name} must be of type {f.type.__name__}, not {value!r}"
@@ -252,29 +253,25 @@ def encode(tokenizer, examples) -> list[Example]:
 
     Only prompts hold special tokens: a "</s>" that somebody wrote is text like any other.
     """
-    special = special_ids(tokenizer)
-    unknown = np.int32(tokenizer.token_to_id(UNK))
-    end = np.int32(tokenizer.token_to_id(EOS))
+    # T5's own tokenizer reads "</s>" in a text as the special token all the same
+    in_text = dict.fromkeys(special_ids(tokenizer), tokenizer.token_to_id(UNK))
+    end = [tokenizer.token_to_id(EOS)]
+    # T5's sources end in </s>, too: `pretrained_tokenizer` says so by its post_processor
+    source_end = end if tokenizer.post_processor else []
+    # of source, prompt and target: what some ids are replaced by, and what follows
+    how = [(in_text, source_end), ({}, []), (in_text, end)]
     columns = []
-    for name, texts in zip(Example._fields, zip(*examples)):
-        text_only = name != "prompt"
-        tokenizer.encode_special_tokens = text_only
+    for (replaced, closing), texts in zip(how, zip(*examples)):
+        tokenizer.encode_special_tokens = replaced is in_text
         rows = []
         for at in range(0, len(texts), 4096):  # an encoding takes ten times the memory of its ids
             some = tokenizer.encode_batch_fast(texts[at : at + 4096], add_special_tokens=False)
-            rows += [np.array(encoding.ids, dtype=np.int32) for encoding in some]
-        tokenizer.encode_special_tokens = False  # as it was
-        if text_only:  # T5's own tokenizer reads "</s>" as the special token all the same
-            rows = [np.where(np.isin(row, special), unknown, row) for row in rows]
-        if name == "target" or (name == "source" and ends_sources(tokenizer)):
-            rows = [np.append(row, end) for row in rows]
+            for encoding in some:
+                ids = [replaced.get(i, i) for i in encoding.ids]
+                rows.append(np.array(ids + closing, dtype=np.int32))
         columns.append(rows)
+    tokenizer.encode_special_tokens = False  # as it was
     return [Example(*row) for row in zip(*columns)]
-
-
-def ends_sources(tokenizer):
-    """T5's sources end in </s>, as its targets. `pretrained_tokenizer` says so by this field."""
-    return tokenizer.post_processor is not None
 
 
 def encode_split(tokenizer, examples, config, split, scored=True) -> list[Example]:
@@ -302,7 +299,7 @@ def encode_split(tokenizer, examples, config, split, scored=True) -> list[Exampl
     if not scored:
         out = long_target if side else long_source | long_target
         data = [ids for ids, left_out in zip(data, out) if not left_out]
-    kept_end = int(ends_sources(tokenizer))  # the </s> stays
+    kept_end = int(tokenizer.post_processor is not None)  # T5's </s> stays
     # without a side nothing is too long by now
     return [ids._replace(source=cut(ids.source, most, side, kept_end)) for ids in data]
 
@@ -312,7 +309,7 @@ def collate(examples) -> Batch:
     """Examples as token ids -> one batch. Prompts have one length: padding would precede y."""
     columns = []
     for column in zip(*examples):
-        rows = [torch.from_numpy(ids) for ids in column]
+        rows = map(torch.from_numpy, column)
         columns.append(pad_sequence(rows, batch_first=True).long())
     return Batch(*columns)
 
@@ -334,6 +331,7 @@ def group(data, batch_tokens, key):
     return batches
 
 
+@dataclass
 class Batches:
     """Endless training batches of similar lengths. (seed, epoch, position) fixes the next one.
 
@@ -343,9 +341,13 @@ class Batches:
     share an epoch without talking to each other.
     """
 
-    def __init__(self, data, batch_tokens, seed, rank=0, processes=1):
-        self.data, self.batch_tokens, self.seed = data, batch_tokens, seed
-        self.rank, self.processes = rank, processes
+    data: list
+    batch_tokens: int
+    seed: int
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self):
         self.seek(0, 0)
 
     def __next__(self) -> Batch:
@@ -363,9 +365,9 @@ class Batches:
         rng = np.random.default_rng([self.seed, epoch])
         source, target = lengths(self.data, "source"), lengths(self.data, "target")
         # by source, then target length: little padding. Noise gives each epoch other neighbours
-        key = source + (target + rng.uniform(0, 2, len(target))) / 10**6
-        batches = group(self.data, self.batch_tokens, key)
-        self.order = [batches[i] for i in rng.permutation(len(batches))]
+        key = source + (target + rng.uniform(0, 2, len(target))) / 1_000_000
+        self.order = group(self.data, self.batch_tokens, key)
+        rng.shuffle(self.order)
 
 
 # ===== plumbing: reading config.json, where data comes from, tokenizers, built-in data, download
@@ -386,7 +388,7 @@ def say(cases, what):
 
 def lengths(data, name):
     """(examples,): how many token ids the field of this name has."""
-    return np.array([len(getattr(ids, name)) for ids in data], dtype=int)
+    return np.array([len(getattr(ids, name)) for ids in data])
 
 
 def cut(ids, most, side, kept_end):
@@ -394,9 +396,9 @@ def cut(ids, most, side, kept_end):
 
     kept_end: so many tokens at the end stay all the same, as T5's </s>.
     """
-    if side == "start" or len(ids) <= most:
+    if side == "start":
         return ids[-most:]
-    return np.append(ids[: most - kept_end], ids[len(ids) - kept_end :])
+    return np.delete(ids, slice(most - kept_end, len(ids) - kept_end))
 
 
 def read_config(folder) -> Config:
@@ -408,7 +410,7 @@ def read_config(folder) -> Config:
         here = f": runs here are {known}" if known else ""
         raise UserError(f"no run in {folder}{here}. One that was killed early: start it again")
     saved = read_json(path) | {"out": str(folder)}
-    if saved.keys() != {f.name for f in fields(Config)}:
+    if saved.keys() != vars(Config()).keys():
         raise UserError(f"{path} is of another version of the program: train again, --overwrite")
     config = Config(**saved)
     if wrong := config.problem():
@@ -490,7 +492,8 @@ def task_folder(task, pair):
     folder = Path("data") / task
     if TASKS[task].metrics != "translation":
         return folder
-    reverse = folder / "-".join(reversed(pair.split("-")))
+    a, b = pair.split("-")
+    reverse = folder / f"{b}-{a}"
     return reverse if reverse.is_dir() and not (folder / pair).is_dir() else folder / pair
 
 
@@ -501,14 +504,10 @@ def read_lines(path):
     one line.
     """
     # utf-8-sig: Windows editors begin files with a mark. Only newlines end lines: U+2028 is text
-    how = dict(mode="rt", encoding="utf-8-sig", newline="\n")
     name = path or "standard input"
+    opener = gzip.open if path and path.suffix == ".gz" else open
     try:
-        if path is None:
-            file = open(0, closefd=False, **how)
-        else:
-            file = (gzip.open if path.suffix == ".gz" else open)(path, **how)
-        with file:
+        with opener(path or 0, "rt", encoding="utf-8-sig", newline="\n") as file:
             lines = [line.strip() for line in file]
     except (OSError, EOFError, UnicodeError, zlib.error) as error:
         raise UserError(f"cannot read {name}, which must be text in UTF-8: {error}") from None
@@ -562,7 +561,7 @@ def read_split(paths, to_example, split):
         try:
             example = Example(*to_example(*lines))
             "".join(example).encode()  # ValueError for half a surrogate pair
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except Exception as error:  # it may be a student's own
             said = (
                 f"its reader failed, {type(error).__name__}: {error}. docs/guide.md has the formats"
             )
@@ -605,15 +604,16 @@ def logiqa_row(line) -> Example:
 
 # --pair -> the endings of a split's files, and what makes an Example of their lines
 READERS = {
-    "parallel": lambda pair: (pair.split("-"), lambda *line: translation(pair, *line)),
+    "parallel": lambda pair: (pair.split("-"), partial(translation, pair)),
     "xsum": lambda pair: (["jsonl"], xsum_row),
     "logiqa": lambda pair: (["jsonl"], logiqa_row),
 }
 
 # ----------------------------------------------------------------------------- tokenizers
-# A word, signs, or spaces: GPT-2's pattern without its English endings. Unlike there, a combining
-# mark is part of its word: Hindi, Thai and Burmese write vowels so.
-WORD = r" ?[\p{L}\p{M}]+| ?[^\s\p{L}\p{M}]+|\s+(?!\S)|\s+"
+# A word, a digit, signs, or spaces: GPT-2's pattern without its English endings. Unlike there, a
+# combining mark is part of its word: Hindi, Thai and Burmese write vowels so. And each digit is a
+# token: 57 and 58 share what they share.
+WORD = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 
 def train_tokenizer(examples, vocab_size) -> Tokenizer:
@@ -624,10 +624,9 @@ def train_tokenizer(examples, vocab_size) -> Tokenizer:
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Prepend(" ")  # the first word is a word like any other
-    digits = pre_tokenizers.Digits(individual_digits=True)  # 57 and 58 share what they share
     words = pre_tokenizers.Split(Regex(WORD), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words, as_bytes])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     without_first_space = decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), without_first_space])
     # after a tag the normalizer prepends a space of its own, so the tag takes the one in the text
@@ -638,7 +637,7 @@ def train_tokenizer(examples, vocab_size) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for example in examples for text in (example.source, example.target))
+    texts = ([example.source, example.target] for example in examples)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -661,10 +660,8 @@ def load_tokenizer(path, *more) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
         vocab = tokenizer.get_vocab()
-        if (
-            sorted(vocab.values()) != [*range(len(vocab))]
-            or not {PAD, EOS, UNK, *more} <= vocab.keys()
-        ):
+        lacking = {PAD, EOS, UNK, *more} - vocab.keys()
+        if lacking or sorted(vocab.values()) != [*range(len(vocab))]:
             raise ValueError("its ids have gaps, or it lacks special tokens")
         return tokenizer
     except KeyboardInterrupt:
@@ -684,36 +681,28 @@ def pretrained_tokenizer(folder, tags, vocab_size) -> Tokenizer:
     """
     if (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(folder / "tokenizer.json")
-    elif (folder / "spiece.model").exists():
-        tokenizer = read_spiece(folder / "spiece.model", vocab_size)
     else:
-        raise UserError(f"{folder} has neither tokenizer.json nor spiece.model")
+        tokenizer = read_spiece(folder / "spiece.model", vocab_size)
     vocab = tokenizer.get_vocab()
-    found = (re.fullmatch(r"▁?<extra_id_(\d+)>", token) for token in vocab)
-    number = {match[0]: int(match[1]) for match in found if match}
-    sentinels = sorted(number, key=number.get)
+    sentinels = [token for token in vocab if "<extra_id_" in token]
+    sentinels.sort(key=vocab.get, reverse=True)  # <extra_id_0> has the highest id
     ours = [token for token in (SEP, *tags) if token not in vocab]  # our own exports have them
     is_t5 = isinstance(tokenizer.model, models.Unigram)
     is_t5 = is_t5 and vocab.get(PAD) == 0 and vocab.get(EOS) == 1
     if not is_t5 or len(vocab) > vocab_size or len(sentinels) < len(ours):
         raise UserError(f"the tokenizer in {folder} is not that of a T5 with {vocab_size} tokens")
 
-    content = tokenizer.to_str()
+    # T5's sentinels swallow the spaces around them
+    content = tokenizer.to_str().replace('strip":true', 'strip":false')
     for sentinel, token in zip(sentinels, ours):
         content = content.replace(f'"{sentinel}"', json.dumps(token))
-    # T5's sentinels swallow the spaces around them
-    content = re.sub(r'("[lr]strip": ?)true', r"\1false", content)
     tokenizer = Tokenizer.from_str(content)
-    end = [(EOS, tokenizer.token_to_id(EOS))]
+    end = [(EOS, 1)]
     tokenizer.post_processor = processors.TemplateProcessing(f"$A {EOS}", special_tokens=end)
     unused = [f"<unused_{i}>" for i in range(vocab_size - len(vocab))]
-    add_special(tokenizer, [SEP, *tags, *sentinels[len(ours) :], *unused])
+    # pieces of the vocabulary keep their ids
+    tokenizer.add_special_tokens([SEP, *tags, *sentinels[len(ours) :], *unused])
     return tokenizer
-
-
-def add_special(tokenizer, texts):
-    """Make special tokens of texts. Pieces of the vocabulary keep their ids."""
-    tokenizer.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in texts])
 
 
 def protobuf(data: bytes):
@@ -733,7 +722,7 @@ def protobuf(data: bytes):
         if kind == 0:
             yield number, varint()
         else:
-            yield number, stream.read(varint() if kind == 2 else {1: 8, 5: 4}[kind])
+            yield number, stream.read(varint() if kind == 2 else 4)
 
 
 def read_spiece(path, vocab_size) -> Tokenizer:
@@ -744,28 +733,27 @@ def read_spiece(path, vocab_size) -> Tokenizer:
     """
     try:
         message = list(protobuf(path.read_bytes()))  # 1: a piece; 2: the trainer; 3: the normalizer
-        trainer = dict(protobuf(dict(message)[2]))
-        normalizer = dict(protobuf(dict(message).get(3, b"")))
-        vocab, kinds = [], []
+        normalizer = dict(protobuf(dict(message)[3]))
+        vocab, special = [], []
         for number, value in message:
             if number == 1:
                 piece = dict(protobuf(value))
-                [score] = struct.unpack("<f", piece.get(2, bytes(4)))
-                vocab.append((piece[1].decode(), score))
-                kinds.append(piece.get(3, 1))  # 2: <unk>; 3: </s> and the like
-        unknown = kinds.index(2)
-        if trainer[3] != 1:
+                text = piece[1].decode()
+                [score] = struct.unpack("<f", piece[2])
+                vocab.append((text, score))
+                if piece.get(3) in (2, 3):  # <unk>; </s> and the like
+                    special.append(text)
+        unknown = vocab.index((UNK, 0.0))
+        if dict(protobuf(dict(message)[2]))[3] != 1:  # the kind of model
             raise ValueError("no unigram model")
         rules, squeeze = normalizer.get(2), normalizer.get(4, 1)  # squeeze: no runs of spaces
         steps = [normalizers.Precompiled(rules)] if rules else []
     except Exception:  # a damaged file fails in many ways, and tokenizers raises bare Exception
-        raise UserError(f"{path} is not a SentencePiece unigram model, as all T5s have") from None
-    special = [text for (text, _), kind in zip(vocab, kinds) if kind in (2, 3)]
+        said = f"and {path} is not a SentencePiece unigram model, as all T5s have"
+        raise UserError(f"there is no tokenizer.json, {said}") from None
     if not any("<extra_id_" in text for text, _ in vocab):
         count = 300 if vocab_size - len(vocab) >= 300 else 100
-        sentinels = [f"<extra_id_{i}>" for i in reversed(range(count))]
-        vocab += [(text, 0.0) for text in sentinels]
-        special += sentinels
+        vocab += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(count))]
     if squeeze:
         steps.append(normalizers.Strip(left=False, right=True))
     steps.append(normalizers.Replace(Regex(" {2,}"), "▁" if squeeze else " "))
@@ -773,7 +761,7 @@ def read_spiece(path, vocab_size) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    add_special(tokenizer, special)
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
@@ -795,65 +783,65 @@ def chain(example):
     """The symbols that a question passes through: start, f(start), f(f(start)), … the answer."""
     f = dict(example.source.split())  # a word "ij" is the pair (i, j)
     hops, start = example.prompt.removeprefix("<").split("hops> ")
-    return list(accumulate(range(int(hops)), lambda symbol, _: f[symbol], initial=start))
+    symbols = [start]
+    for _ in range(int(hops)):
+        symbols.append(f[symbols[-1]])
+    return symbols
 
 
 def table(text):
-    """ "red rot|light_green hellgrün" -> [["red", "rot"], ["light green", "hellgrün"]].
+    """ "red,rot|light green,hellgrün" -> [["red", "rot"], ["light green", "hellgrün"]].
 
     A new line ends a row, too.
     """
-    rows = text.replace(" ", "\t").replace("_", " ").replace("\n", "|").split("|")
-    return [row.split("\t") for row in rows]
+    return [row.split(",") for row in re.split(r"[|\n]", text)]
 
 
 # Nouns: English singular, plural, German singular, plural, gender.
-PEOPLE = table("""man men Mann Männer m|woman women Frau Frauen f|child children Kind Kinder n
-girl girls Mädchen Mädchen n|friend friends Freund Freunde m|teacher teachers Lehrer Lehrer m
-dog dogs Hund Hunde m|cat cats Katze Katzen f|sister sisters Schwester Schwestern f
-doctor doctors Arzt Ärzte m|horse horses Pferd Pferde n""")
-THINGS = table("""house houses Haus Häuser n|book books Buch Bücher n|letter letters Brief Briefe m
-door doors Tür Türen f|window windows Fenster Fenster n|table tables Tisch Tische m
-lamp lamps Lampe Lampen f|car cars Auto Autos n|picture pictures Bild Bilder n
-key keys Schlüssel Schlüssel m|bag bags Tasche Taschen f|coat coats Mantel Mäntel m""")
-ADJECTIVES = table("""old alt|small klein|big groß|new neu|beautiful schön|strange seltsam
-famous berühmt|clean sauber|ugly hässlich|heavy schwer""")
+PEOPLE = table("""man,men,Mann,Männer,m|woman,women,Frau,Frauen,f|child,children,Kind,Kinder,n
+girl,girls,Mädchen,Mädchen,n|friend,friends,Freund,Freunde,m|teacher,teachers,Lehrer,Lehrer,m
+dog,dogs,Hund,Hunde,m|cat,cats,Katze,Katzen,f|sister,sisters,Schwester,Schwestern,f
+doctor,doctors,Arzt,Ärzte,m|horse,horses,Pferd,Pferde,n""")
+THINGS = table("""house,houses,Haus,Häuser,n|book,books,Buch,Bücher,n|letter,letters,Brief,Briefe,m
+door,doors,Tür,Türen,f|window,windows,Fenster,Fenster,n|table,tables,Tisch,Tische,m
+lamp,lamps,Lampe,Lampen,f|car,cars,Auto,Autos,n|picture,pictures,Bild,Bilder,n
+key,keys,Schlüssel,Schlüssel,m|bag,bags,Tasche,Taschen,f|coat,coats,Mantel,Mäntel,m""")
+ADJECTIVES = table("""old,alt|small,klein|big,groß|new,neu|beautiful,schön|strange,seltsam
+famous,berühmt|clean,sauber|ugly,hässlich|heavy,schwer""")
 # Verbs: English plural, singular, past; German singular, plural, participle, separable particle.
-VERBS = table("""see sees saw sieht sehen gesehen -|find finds found findet finden gefunden -
-look_at looks_at looked_at sieht sehen gesehen an|paint paints painted malt malen gemalt -
-look_for looks_for looked_for sucht suchen gesucht -|fetch fetches fetched holt holen geholt ab
-forget forgets forgot vergisst vergessen vergessen -|buy buys bought kauft kaufen gekauft -
-sell sells sold verkauft verkaufen verkauft -|choose chooses chose sucht suchen gesucht aus
-carry carries carried trägt tragen getragen -|need needs needed braucht brauchen gebraucht -
-open opens opened macht machen gemacht auf|close closes closed macht machen gemacht zu""")
+VERBS = table("""see,sees,saw,sieht,sehen,gesehen,|find,finds,found,findet,finden,gefunden,
+look at,looks at,looked at,sieht,sehen,gesehen,an|paint,paints,painted,malt,malen,gemalt,
+look for,looks for,looked for,sucht,suchen,gesucht,|fetch,fetches,fetched,holt,holen,geholt,ab
+forget,forgets,forgot,vergisst,vergessen,vergessen,|buy,buys,bought,kauft,kaufen,gekauft,
+sell,sells,sold,verkauft,verkaufen,verkauft,|choose,chooses,chose,sucht,suchen,gesucht,aus
+carry,carries,carried,trägt,tragen,getragen,|need,needs,needed,braucht,brauchen,gebraucht,
+open,opens,opened,macht,machen,gemacht,auf|close,closes,closed,macht,machen,gemacht,zu""")
 TIMES = (
-    table("today heute|every_day jeden_Tag|on_Monday am_Montag|now jetzt"),  # present
-    table("yesterday gestern|last_week letzte_Woche|in_{year} im_Jahr_{year}"),  # past
+    table("today,heute|every day,jeden Tag|on Monday,am Montag|now,jetzt"),  # present
+    table("yesterday,gestern|last week,letzte Woche|in {year},im Jahr {year}"),  # past
 )
-JOINS = table("because weil|although obwohl|if wenn")
-# For m f n plural: "der", an adjective after it, "ein", an adjective after that.
-ENDINGS = {
-    "nominative": table("der die das die|e e e en|ein eine ein|er e es"),
-    "accusative": table("den die das die|en e e en|einen eine ein|en e es"),
+JOINS = table("because,weil|although,obwohl|if,wenn")
+# "ein", then "der", and the ending of an adjective after it: for m f n, and plural.
+ARTICLES = {
+    "nominative": table("ein er,eine e,ein es|der e,die e,das e,die en"),
+    "accusative": table("einen en,eine e,ein es|den en,die e,das e,die en"),
 }
 
 
 def noun_phrase(r, case, nouns):
     """(English, German, plural?). Article, adjective and noun agree in gender, number and case."""
     en, en_plural, de, de_plural, gender = r.choice(nouns)
-    der, after_der, ein, after_ein = ENDINGS[case]
     column = "mfn".index(gender)
     plural, definite = r.random() < 0.3, r.random() < 0.6
     if plural:
         en, de, column, definite = en_plural, de_plural, 3, True
+    article, ending = ARTICLES[case][definite][column].split()
     if r.random() < 0.4:
         good, gut = r.choice(ADJECTIVES)
-        ending = (after_der if definite else after_ein)[column]
         en, de = f"{good} {en}", f"{gut}{ending} {de}"
-    if definite:
-        return f"the {en}", f"{der[column]} {de}", plural
     an = "an" if en[0] in "aeiou" else "a"
-    return f"{an} {en}", f"{ein[column]} {de}", plural
+    the = "the" if definite else an
+    return f"{the} {en}", f"{article} {de}", plural
 
 
 def clause(r, order):
@@ -869,7 +857,6 @@ def clause(r, order):
     whom, wen, _ = noun_phrase(r, "accusative", THINGS)
     year = r.randint(1900, 1999)
     when, wann = (text.format(year=year) for text in r.choice(TIMES[past]))
-    particle = particle.strip("-")
     if past:  # English simple past, German perfect: hat … aufgemacht
         verb, finite, end = simple_past, "haben" if plural else "hat", particle + participle
         last = f"{end} {finite}"
@@ -893,15 +880,17 @@ def built_in_translation(r, config) -> Example:
         why, warum = r.choice(JOINS)
         reason, grund = clause(r, "sub")
         en, de = f"{en} {why} {reason}", f"{de}, {warum} {grund}"
-    pair = (en[0].upper() + en[1:] + ".", de[0].upper() + de[1:] + ".")
-    return translation(config.pair, *(pair if config.pair == "en-de" else pair[::-1]))
+    pair = [text[0].upper() + text[1:] + "." for text in (en, de)]
+    if config.pair == "de-en":
+        pair.reverse()
+    return translation(config.pair, *pair)
 
 
 NAMES = "Anna Peter Maria Paul Lena Karl Sophie Jonas".split()
 # Events: what, its verb in a headline, who answers, a detail.
-EVENTS = table("""fire broke_out firefighters smoke_could_be_seen_for_miles
-flood struck rescuers the_river_had_risen|storm hit engineers trees_blocked_several_roads
-burglary took_place police a_window_was_broken|gas_leak was_found experts homes_were_emptied""")
+EVENTS = table("""fire,broke out,firefighters,smoke could be seen for miles
+flood,struck,rescuers,the river had risen|storm,hit,engineers,trees blocked several roads
+burglary,took place,police,a window was broken|gas leak,was found,experts,homes were emptied""")
 SITES = "school hospital library factory station museum market hotel".split()
 TOWNS = "Leeds Cardiff Oxford Derby Perth Bangor Newry Dundee Exeter Lincoln".split()
 
@@ -927,7 +916,7 @@ def news(r, config) -> Example:
     return Example(f"{start} {' '.join(details)}", "", summary)
 
 
-TRAITS = table("older oldest youngest|taller tallest shortest|faster fastest slowest")
+TRAITS = table("older,oldest,youngest|taller,tallest,shortest|faster,fastest,slowest")
 
 
 def puzzle(r, config) -> Example:
@@ -964,10 +953,11 @@ def check_example(task, example):
 
     Generators are what a class writes first. An error here names the task; later it would not.
     """
-    texts = isinstance(example, Example) and all(isinstance(text, str) for text in example)
-    if not texts or not example.source.strip() or not example.target.strip():
-        said = f"gave {example!r:.200}, not an Example of texts with a source and a target"
-        raise UserError(f"task {task}: its generator {said}")
+    match example:
+        case Example(str(source), str(), str(target)) if source.strip() and target.strip():
+            return
+    said = f"gave {example!r:.200}, not an Example of texts with a source and a target"
+    raise UserError(f"task {task}: its generator {said}")
 
 
 def generate_splits(generate, config):
@@ -978,25 +968,27 @@ def generate_splits(generate, config):
     """
     size = config.built_in_size
     held_out = min(500, max(1, size // 4))
-    wanted = {"train": size, "valid": held_out, "test": held_out}
-    splits: dict[str, dict] = {split: {} for split in wanted}  # dicts: no example twice
+    missing = {"train": size, "valid": held_out, "test": held_out}
+    splits = {split: [] for split in missing}
+    seen = set()
     r = random.Random(f"{config.seed}")
-    in_vain = 0  # draws since the last that was taken
-    while any(len(splits[split]) < wanted[split] for split in wanted):
-        example = generate(r, config)
-        check_example(config.task, example)
-        longer = max(example.source, example.target, key=lambda text: (len(text), text))
-        number = zlib.crc32(longer.encode()) % 20  # a twentieth for test, as many for validation
-        split = {0: "test", 1: "valid"}.get(number, "train")
-        in_vain += 1
-        if len(splits[split]) < wanted[split] and example not in splits[split]:
-            splits[split][example] = None
-            in_vain = 0
-        if in_vain == 10000:
-            found = f"{sum(map(len, splits.values()))} of {sum(wanted.values())}"
+    while any(missing.values()):
+        for _ in range(10000):
+            example = generate(r, config)
+            check_example(config.task, example)
+            longer = max(example.source, example.target, key=lambda text: (len(text), text))
+            number = zlib.crc32(longer.encode()) % 20  # a twentieth for test, as for validation
+            split = {0: "test", 1: "valid"}.get(number, "train")
+            if missing[split] and example not in seen:
+                break
+        else:
+            found = f"{len(seen)} of {size + 2 * held_out}"
             said = f"10,000 draws in a row gave no new example, after {found}"
             raise UserError(f"{said}: lower --built-in-size (now {size})")
-    return {split: list(rows) for split, rows in splits.items()}
+        splits[split].append(example)
+        seen.add(example)
+        missing[split] -= 1
+    return splits
 
 
 # ----------------------------------------------------------------------------- download
@@ -1005,7 +997,7 @@ def generate_splits(generate, config):
 # Croissant specification (FLORES) and Hugging Face's dataset_infos.json (XSum) state.
 GITHUB = "https://raw.githubusercontent.com"
 NEWS = "https://data.statmt.org/news-commentary/v18.1/training/news-commentary-v18"
-FLORES = dict(de="deu_Latn", en="eng_Latn", fr="fra_Latn", ru="rus_Cyrl", zh="zho_Hans")
+FLORES = dict(deu_Latn="de", eng_Latn="en", fra_Latn="fr", rus_Cyrl="ru", zho_Hans="zh")
 FLORES_FILE = (
     "https://dl.fbaipublicfiles.com/nllb/flores200_dataset.tar.gz",
     "b8b0b76783024b85797e5cc75064eb83fc5288b41e9654dabc7be6ae944011f6",
@@ -1019,42 +1011,40 @@ XSUM_IDS = (
     "9c0c5d8f048a90bd68b19a34e4c30577ed270d3247b2119fa06a04ef46292068",
 )
 BUTTONS = (
-    "Share this with|Email|Facebook|Messenger|Twitter|Pinterest|WhatsApp|Linkedin|LinkedIn|"
-    "Copy this link|These are external links and will open in a new window"
-).split("|")
+    r"(?m)^\s*(?:Share this with|Email|Facebook|Messenger|Twitter|Pinterest|WhatsApp|Linked[Ii]n|"
+    r"Copy this link|These are external links and will open in a new window)\s*$"
+)
 
 
 def members(archive):
     """Path and text of each file in a tar archive. Nothing is unpacked to disk."""
-    with tarfile.open(archive, "r:gz") as tar:
-        for member in filter(tarfile.TarInfo.isfile, tar):
-            yield Path(member.name), tar.extractfile(member).read().decode()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if file := tar.extractfile(member):  # None: a folder
+                yield Path(member.name), file.read().decode()
 
 
 def download_wmt(get, a, b):
     """News Commentary v18.1, data.statmt.org: free for research, for all else ask its owners.
     FLORES-200 dev and devtest, github.com/facebookresearch/flores: CC BY-SA 4.0."""
     a, b = sorted((a, b))
-    for line in read_lines(get(f"{NEWS}.{a}-{b}.tsv.gz", None)):
+    for line in read_lines(get(f"{NEWS}.{a}-{b}.tsv.gz")):
         sides = line.split("\t")
         if len(sides) == 2:  # an empty side ends a document
-            yield f"train.{a}", sides[0].strip()
-            yield f"train.{b}", sides[1].strip()
-    wanted = {
-        f"{FLORES[lang]}.{split}": f"{ours}.{lang}"
-        for lang in (a, b)
-        for split, ours in (("dev", "valid"), ("devtest", "test"))
-    }
-    for path, text in members(get(*FLORES_FILE)):
-        if path.name in wanted:
-            yield from ((wanted[path.name], line) for line in text.strip().split("\n"))
+            yield from zip((f"train.{a}", f"train.{b}"), sides)
+    ours = {".dev": "valid", ".devtest": "test"}
+    for path, text in members(get(*FLORES_FILE)):  # such as dev/deu_Latn.dev
+        lang = FLORES.get(path.stem)
+        if lang in (a, b):
+            name = f"{ours[path.suffix]}.{lang}"
+            yield from ((name, line) for line in text.strip().split("\n"))
 
 
 def download_multi30k(get, a, b):
     """Multi30k task 1, github.com/multi30k/dataset: no licence stated; for research."""
-    for split, ours in (("train", "train"), ("val", "valid"), ("test_2016_flickr", "test")):
+    for ours, split in zip(SPLITS, ("train", "val", "test_2016_flickr")):
         for lang in (a, b):
-            path = get(f"{GITHUB}/multi30k/dataset/master/data/task1/raw/{split}.{lang}.gz", None)
+            path = get(f"{GITHUB}/multi30k/dataset/master/data/task1/raw/{split}.{lang}.gz")
             yield from ((f"{ours}.{lang}", line) for line in read_lines(path))
 
 
@@ -1064,25 +1054,21 @@ def download_xsum(get, ending):
     ours = {"train": "train", "validation": "valid", "test": "test"}
     split_of = {number: ours[split] for split in ours for number in ids[split]}
     for path, text in members(get(*XSUM_FILE)):
-        split = split_of.pop(path.stem, None)
-        if split is None:
-            continue
-        text = "\n".join(line for line in text.split("\n") if line.strip() not in BUTTONS)
-        parts = [part.strip() for part in text.split("[SN]")]  # "", name, text, name, text, …
-        row = {
-            "document": parts[parts.index("RESTBODY") + 1],
-            "summary": parts[parts.index("FIRST-SENTENCE") + 1],
-        }
-        if all(row.values()):
-            yield f"{split}.{ending}", json.dumps(row, ensure_ascii=False)
+        if split := split_of.pop(path.stem, None):
+            text = re.sub(BUTTONS, "", text)
+            # "", name, text, name, text, …: these two come last
+            *_, summary, _, document = map(str.strip, text.split("[SN]"))
+            if summary and document:
+                row = {"document": document, "summary": summary}
+                yield f"{split}.{ending}", json.dumps(row, ensure_ascii=False)
     if split_of:
         raise ValueError(f"the archive lacks {len(split_of)} articles")
 
 
 def download_logiqa(get, ending):
     """LogiQA 2.0, github.com/csitfun/LogiQA2.0: CC BY-NC-SA 4.0."""
-    for split, ours in (("train", "train"), ("dev", "valid"), ("test", "test")):
-        path = get(f"{GITHUB}/csitfun/LogiQA2.0/main/logiqa/DATA/LOGIQA/{split}.txt", None)
+    for ours, split in zip(SPLITS, ("train", "dev", "test")):
+        path = get(f"{GITHUB}/csitfun/LogiQA2.0/main/logiqa/DATA/LOGIQA/{split}.txt")
         for line in read_lines(path):
             logiqa_row(line)  # there is no checksum: an error page is refused here
             yield f"{ours}.{ending}", line
@@ -1105,12 +1091,12 @@ def download(task, pair, folder):
     """
     corpus, languages = CORPORA[task]
     sides = pair.split("-") if languages else ["jsonl"]
-    files: dict[str, list[str]] = {f"{split}.{side}": [] for split in SPLITS for side in sides}
+    files = {f"{split}.{side}": [] for split in SPLITS for side in sides}
     print(corpus.__doc__)
     # Windows does not remove a file that an archive's reader still holds open after an error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
 
-        def get(url, sha256):
+        def get(url, sha256=None):
             print(f"from {url}")
             path = Path(work) / url.rsplit("/", 1)[1]
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
@@ -1143,14 +1129,11 @@ def add_flags(parser, defaults):
     for f in fields(Config):
         if f.name not in defaults:
             continue
-        low, high = f.metadata["limits"]
-        text = f.metadata["help"]
         how = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type in (int, float):
-            text += f" [{low} to {high}]"
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag_name(f.name), default=defaults[f.name], help=text, **how)
+        how |= {"help": f.metadata["help"], "default": defaults[f.name]}
+        parser.add_argument(flag_name(f.name), **how)
 
 
 def shell_word(path):
@@ -1166,10 +1149,11 @@ class Parser(argparse.ArgumentParser):
     argparse prints the whole usage, 60 lines here, and the error scrolls away.
     """
 
-    def error(self, message) -> NoReturn:
-        flags = [flag for action in self._actions for flag in action.option_strings]
+    def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
+        near = (
+            difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        )
         hint = f"did you mean {near[0]}?" if near else f"--help lists all flags of {self.prog}"
         self.exit(2, f"error: {message}\n{hint}\n")
 
@@ -1180,15 +1164,14 @@ def program(body):
     A traceback is for our own errors. What the user can mend is said in a line, without one.
     """
 
-    @wraps(body)
-    def main(argv: list[str] | None = None):
+    def main(argv=None):
         try:
             for stream in (sys.stdout, sys.stderr):
                 # a file gets UTF-8, as all our files; not every terminal has every character
                 if stream is not None:
                     encoding = None if stream.isatty() else "utf-8"
                     stream.reconfigure(encoding=encoding, errors="replace")
-            body(sys.argv[1:] if argv is None else argv)
+            body(argv)
             print(end="", flush=True)  # if the reader has left, it shows here
             return 0
         except KeyboardInterrupt as interrupt:
@@ -1198,7 +1181,7 @@ def program(body):
         except (UserError, OSError, UnicodeError) as error:
             said = f"error: {one_line(str(error))}"
         except RuntimeError as error:  # torch has no type for the memory of a CPU
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate mem" not in str(error):
+            if not re.search("out of memory|allocate mem", str(error)):
                 raise
             said = (
                 "error: out of memory. Lower --batch-tokens, --policy-batch-tokens, --beams or "

@@ -260,8 +260,8 @@ def train_stage(run, bar):
 
         # -- the step: gradient of all processes' summed losses / all their target tokens
         micro_batches = [next(run.batches) for _ in range(config.accumulate)]
-        tokens = sum(target_tokens(batch) for batch in micro_batches)
-        tokens = int(add_up(tokens))
+        tokens = sum(int(target_tokens(batch)) for batch in micro_batches)
+        tokens = sum(gather(tokens))
         sums = Counter()
         for batch in micro_batches:
             with precision(config.dtype, run.device):
@@ -426,7 +426,7 @@ def make_optimizer(model, weight_decay):
 
 # ----------------------------------------------------------------------------- processes
 # Under torchrun N processes run this program, each on its share of the batches. They meet in
-# `gather` and `add_up`, which all must call in the same order. Rank 0 validates, decodes and
+# `gather` and `sum_gradients`, which all must call in the same order. Rank 0 validates, decodes and
 # writes while the others wait.
 
 
@@ -448,18 +448,13 @@ def gather(thing) -> list:
     return everyone
 
 
-def add_up(x) -> torch.Tensor:
-    """x, summed over the processes in place."""
-    if processes() > 1:
-        dist.all_reduce(x)
-    return x
-
-
 def sum_gradients(model):
     """Every gradient, summed over the processes, in one message. DDP sends while it computes."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if processes() > 1:
-        vector_to_parameters(add_up(parameters_to_vector(gradients)), gradients)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        together = parameters_to_vector(gradients)
+        dist.all_reduce(together)
+        vector_to_parameters(together, gradients)
 
 
 def join_processes():

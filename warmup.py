@@ -71,26 +71,26 @@ def with_start(prompt):
     return F.pad(prompt, (1, 0), value=PAD_ID)
 
 
-def sum_logprobs(model, hidden, target):
-    """hidden (N,T,E), target (N,T) -> (N,): the sum of each row's target log-probs.
+def teacher_force(model, memory, prefix, target):
+    """Read prefix (N,prefix), then target (N,T). -> log P(target|x,prefix) (N,), hidden (N,L,E).
 
     Only real tokens reach the output layer. It is the largest product, and padding is much of T.
     """
+    tokens = torch.cat([prefix, target[:, :-1]], 1)  # (N,L)
+    hidden = model.decode(tokens, memory)  # (N,L,E)
+    before = hidden[:, prefix.size(1) - 1 :]  # (N,T,E): the state before a token predicts it
     real = target != PAD_ID  # (N,T)
     row, at = real.nonzero(as_tuple=True)  # (tokens,) each
-    log_probs = model.token_logprobs(hidden[row, at], target[row, at])  # (tokens,)
+    log_probs = model.token_logprobs(before[row, at], target[row, at])  # (tokens,)
     sums = log_probs.new_zeros(len(target))  # (N,)
-    return sums.index_add(0, row, log_probs)
+    return sums.index_add(0, row, log_probs), hidden
 
 
 # ----------------------------------------------------------------------------- stage 1: SFT
 def direct_logprobs(model, memory, batch):
     """log P₀(y|x), no warmup: the decoder reads [start] prompt y. -> (B,) sums over tokens."""
-    prefix = with_start(batch.prompt)  # (B,1+prompt)
-    tokens = torch.cat([prefix, batch.target[:, :-1]], 1)  # (B,prompt+T)
-    hidden = model.decode(tokens, memory)  # (B,prompt+T,E)
-    hidden = hidden[:, batch.prompt.size(1) :]  # the hidden state before a token predicts it
-    return sum_logprobs(model, hidden, batch.target)
+    log_p, _ = teacher_force(model, memory, with_start(batch.prompt), batch.target)  # (B,)
+    return log_p
 
 
 def sft_loss(model, batch):
@@ -151,15 +151,10 @@ def score_rows(model, memory, batch, c, spec):
     c = c.reshape(B * K, W)  # (N,W)
     y = batch.target.repeat_interleave(K, 0)  # (N,T)
     sep = torch.full_like(c[:, :1], spec.sep_id)  # (N,1)
-    tokens = torch.cat([prefix, c, sep, y[:, :-1]], 1)  # (N,L)
-    hidden = model.decode(tokens, memory)  # (N,L,E)
-
-    # the hidden state before a token predicts it
-    before_c = batch.prompt.size(1)
-    before_sep = before_c + W
-    before_y = before_sep + 1
-    log_pi = warmup_logprobs(model, hidden[:, before_c:before_sep], c, spec)  # (N,)
-    log_p = sum_logprobs(model, hidden[:, before_y:], y)  # (N,)
+    prefix = torch.cat([prefix, c, sep], 1)  # (N,1+prompt+W+1)
+    log_p, hidden = teacher_force(model, memory, prefix, y)  # (N,), (N,L,E)
+    start = batch.prompt.size(1)  # the state before a token predicts it
+    log_pi = warmup_logprobs(model, hidden[:, start : start + W], c, spec)  # (N,)
     return log_pi.view(B, K), log_p.view(B, K)
 
 

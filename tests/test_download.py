@@ -100,7 +100,7 @@ def net(monkeypatch, tmp_path):
 
 
 def load(task, pair="de-en", folder=""):
-    config = SimpleNamespace(task=task, pair=pair, data=folder, init="", seed=0, built_in_size=8)
+    config = data.Config(task=task, pair=pair, data=folder, built_in_size=8)
     return data.load(config)
 
 

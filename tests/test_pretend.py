@@ -240,15 +240,15 @@ def waits_of(result, function):
 # one for each update: the numbers of the log come in one transfer
 UPDATE = ["summary: tolist"]
 # one for each micro-batch of SFT, a size: how many target tokens are real
-SFT = ["batch_loss/sft_loss/direct_logprobs/sum_logprobs: nonzero"]
+SFT = ["batch_loss/sft_loss/direct_logprobs/teacher_force: nonzero"]
 # two for each of the policy stage: also which of an example's warmups are distinct
 POLICY = [
     "batch_loss/warmup_loss/score/distinct_rows: to the CPU",
-    "batch_loss/warmup_loss/score/score_rows/sum_logprobs: nonzero",
+    "batch_loss/warmup_loss/score/score_rows/teacher_force: nonzero",
 ]
 DISTINCT = [  # where most of them are not
     "batch_loss/warmup_loss/score/distinct_rows: to the CPU",
-    "batch_loss/warmup_loss/score/score_distinct/score_rows/sum_logprobs: nonzero",
+    "batch_loss/warmup_loss/score/score_distinct/score_rows/teacher_force: nonzero",
 ]
 MORE = {
     "exact": ["batch_loss/warmup_loss: to the device"]  # all warmups

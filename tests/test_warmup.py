@@ -59,9 +59,9 @@ from warmup import (
     score,
     score_rows,
     sft_loss,
-    sum_logprobs,
     surrogate,
     target_tokens,
+    teacher_force,
     warmup_logprobs,
     warmup_loss,
     weights,
@@ -446,15 +446,15 @@ def test_the_logprobs_of_a_warmup_are_those_of_the_softmax_over_what_is_allowed(
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_sum_logprobs_leaves_padding_out():
+def test_teacher_forcing_leaves_padding_out():
     model, batch = toy_model(), toy_batch()
-    hidden = torch.randn(2, 3, 16, **F64)
-    log_probs = model.logits(hidden).log_softmax(-1)
+    prefix, memory = torch.tensor([[0, 5], [0, 4]]), model.encode(batch.source)
+    ours, hidden = teacher_force(model, memory, prefix, batch.target)
+    log_probs = model.logits(hidden[:, 1:]).log_softmax(-1)  # (N,T,V)
     expected = [
         sum(log_probs[row, t, y] for t, y in enumerate(ys))
         for row, ys in enumerate([[4, 6, 1], [5, 1]])
     ]
-    ours = sum_logprobs(model, hidden, batch.target)
     torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-10, atol=1e-10)
 
 
