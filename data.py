@@ -8,9 +8,9 @@ DIR, then data/TASK/ (translation: data/TASK/PAIR/), then built-in data, generat
     python data.py wmt --pair de-en             download real data into data/wmt/de-en/
 
 Signatures carry few types: config is a Config (in model.py a ModelConfig), tokenizer is a
-tokenizers.Tokenizer. examples is a list of Example as text, and data is the same as token ids. Both
-are of one split; train.py keeps both by split, in dicts. split is its name, stage the name of a
-stage.
+tokenizers.Tokenizer. examples is a list of Example as text, data a list of the same as token ids.
+Both are of one split; train.py keeps both by split, in dicts. split is its name, stage the name of
+a stage.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def flag(default, help, low=1, high=1_000_000_000, choices=None):
     """A setting: its default, what it means and in which unit, a number's range, or its choices."""
     if type(default) in (int, float):
         help += f" [{low} to {high}]"
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+    return field(default=default, metadata=dict(help=help, limits=(low, high), choices=choices))
 
 
 def flag_name(name):
@@ -225,7 +225,7 @@ class Config:
         """What is wrong with the settings. "": nothing."""
         for f in fields(self):
             name, value = flag_name(f.name), getattr(self, f.name)
-            _, low, high, choices = f.metadata.values()
+            (low, high), choices = f.metadata["limits"], f.metadata["choices"]
             kinds = (int, float) if f.type is float else (f.type,)
             if type(value) not in kinds:
                 return f"{name} must be of type {f.type.__name__}, not {value!r}"
@@ -277,9 +277,9 @@ def encode(tokenizer, examples) -> list[Example]:
 def encode_split(tokenizer, examples, config, split, scored=True) -> list[Example]:
     """A split as token ids, within the limits of the run. Prints what is cut or left out.
 
-    scored: every example counts, so sources are cut and references stay whole. Else (training) a
-    long target leaves its pair out; a long source does, too, where the task does not cut it.
-    A target that is cut in training would teach the model to stop in mid-sentence.
+    scored: every example counts, so sources are cut and references stay whole. In training a pair
+    with a long target is left out: cut, it would teach the model to stop in mid-sentence. So is one
+    with a long source, unless the task cuts it.
     UserError if prompts differ in length: then padding would stand between prompt and y.
     """
     data = encode(tokenizer, examples)
@@ -306,7 +306,7 @@ def encode_split(tokenizer, examples, config, split, scored=True) -> list[Exampl
 
 # ----------------------------------------------------------------------------- batches
 def collate(examples) -> Batch:
-    """Examples as token ids -> one batch. Prompts have one length: padding would precede y."""
+    """Examples as token ids -> one batch, padded with 0 (PAD). Prompts must have one length."""
     columns = []
     for column in zip(*examples):
         rows = map(torch.from_numpy, column)
@@ -352,7 +352,7 @@ class Batches:
 
     def __next__(self) -> Batch:
         for turn in range(self.processes):
-            if self.position == len(self.order):
+            if self.position == len(self.order):  # the other ranks' batches are passed over
                 self.seek(self.epoch + 1, 0)
             if turn == self.rank:
                 index = self.order[self.position]
@@ -370,7 +370,7 @@ class Batches:
         rng.shuffle(self.order)
 
 
-# ===== plumbing: reading config.json, where data comes from, tokenizers, built-in data, download
+# ===== plumbing: helpers, config.json, where data comes from, tokenizers, built-in data, download
 def longest_first(data, batch_tokens, what):
     """Every example once, longest sources first, with its indices. The progress bar says `what`."""
     key = -lengths(data, "source")
@@ -973,7 +973,7 @@ def generate_splits(generate, config):
     seen = set()
     r = random.Random(f"{config.seed}")
     while any(missing.values()):
-        for _ in range(10000):
+        for _ in range(10000):  # for the next example
             example = generate(r, config)
             check_example(config.task, example)
             longer = max(example.source, example.target, key=lambda text: (len(text), text))

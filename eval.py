@@ -101,10 +101,10 @@ def validate(run, data):
         here = batch.to(run.device)
         with precision(config.dtype, run.device):
             if spec:
-                new = evaluate_warmups(model, here, spec, config.eval_samples, config.alpha)
+                numbers = evaluate_warmups(model, here, spec, config.eval_samples, config.alpha)
             else:
-                new = {"nll": sft_loss(model, here)}
-        sums.update(new | {"examples": len(batch.source)})
+                numbers = {"nll": sft_loss(model, here)}
+        sums.update(numbers | {"examples": len(batch.source)})
     return averages(sums, tokens)
 
 
@@ -216,10 +216,11 @@ def ceiling(tokenizer, examples, config):
 
 # ----------------------------------------------------------------------------- the table
 def score_run(run, stages, examples, split):
-    """Decode and score the best checkpoints of stages on a split: a row for each; their outputs.
+    """Decode and score the best checkpoints of stages on a split. -> results, {stage: outputs}.
 
-    Checkpoints were chosen on validation, so the test split is looked at once. A row's cost is of
-    all updates, the SFT stage's included. at_limit: outputs that ended at --max-target-tokens.
+    Checkpoints are chosen on validation, never on test. results is the head of results.json: a row
+    of the table for each stage, and the ceiling. A row's cost is of all updates, the SFT stage's
+    included. at_limit: outputs that ended at --max-target-tokens.
     """
     config = run.config
     rows, outputs = [], {}
@@ -293,12 +294,12 @@ def show(run, stages, examples):
             pages[-1].append(f"{'reference':20}{example.target}")
     for stage in stages:
         load_stage(run, stage)
-        samples_something = run.spec and not run.spec.pause and config.estimator != "exact"
+        has_samples = run.spec and not run.spec.pause and config.estimator != "exact"
         for i, page in enumerate(pages):
             [output] = decode_batch(run, collate([data[i]]))
             before = f"{output.warmup} -> " if output.warmup else ""
             page.append(f"{row_name(stage, config):20}{before}{output.text}")
-            if samples_something and config.samples > 1:
+            if has_samples and config.samples > 1:
                 page += samples_at_work(run, data[i])
     for page in pages:
         print("\n".join(page))
@@ -333,7 +334,7 @@ def samples_at_work(run, ids):
     return [title, *(f"{times:4} x{line}" for line, times in lines.most_common())]
 
 
-# ===== plumbing: more on metrics, what a tokenizer loses, log and plot, new text, export, program
+# ===== plumbing: METRICS, what a tokenizer loses, log and plot, new text, export, program
 BLEU_TOKENIZERS = {  # of sacreBLEU; 13a, for all other languages, needs spaces between words
     "zh": "zh zho chi cmn yue wuu nan hak gan lzh",
     "ja-mecab": "ja jpn",

@@ -1,6 +1,6 @@
 """The model: an encoder-decoder transformer with T5's architecture, written out by hand.
 
-Nothing here knows of warmups, tasks or training. One shape alphabet for the whole codebase:
+Nothing here depends on warmups, tasks or training. One shape alphabet for the whole codebase:
 
     B batch            S source length    T target length    W warmup length
     K warmups/example  H heads            D head size        V vocabulary
@@ -286,13 +286,13 @@ class Cache:
         """Count L more tokens as read. -> their position biases, (1,H,L,length) each."""
         self.past, self.length = self.length, self.length + L
         if self.length > self.places:
-            # 64: no copying for short outputs
+            # 64, if there is room: short outputs are never copied
             self.places = min(self.room, max(64, 2 * self.length))
             self.biases = self.decoder.position_biases(self.places)  # sliced at every step
         return [bias[:, :, self.past : self.length, : self.length] for bias in self.biases]
 
     def append(self, layer, kv):
-        """Write L new places, return all so far: (2,N,H,L,D) -> (2,N,H,length,D)."""
+        """Write L new places, return all so far: (2,N,H,L,D) -> (2,N,H,length,D). No gradients."""
         whole = self.kv.get(layer, kv[:, :, :, :0])
         if whole.size(3) < self.places:
             whole = F.pad(whole, (0, 0, 0, self.places - whole.size(3)))
@@ -351,10 +351,10 @@ class EncoderDecoder(nn.Module):
     def embed(self, tokens, past=0):
         """tokens (N,L), of which the first is at position `past` -> (N,L,E).
 
-        T5's embeddings are sqrt(E) larger and its queries sqrt(D) smaller than `scaled` ones: its
-        optimizer, Adafactor, takes steps in proportion to a weight's size. AdamW's steps are all
-        alike. It would leave such embeddings behind and make attention scores jump. So from
-        scratch a factor here and in `attention_scale` stands for the difference.
+        T5's embeddings are sqrt(E) larger and its queries sqrt(D) smaller than `scaled` ones. Its
+        optimizer, Adafactor, takes larger steps for larger weights. AdamW's steps are all alike:
+        too small for such embeddings, too large for such queries. So from scratch the weights have
+        usual sizes, and a factor here and in `attention_scale` makes the same function of them.
         """
         x = self.embedding(tokens)
         if self.config.scaled:
@@ -472,7 +472,7 @@ def sample_tokens(model, memory, prefix, length, *, samples=1, temperature=1.0, 
     for t in range(length):
         if t > 0:
             hidden = model.decode(tokens[-1], memory, cache)[:, -1]
-        hidden = hidden / (temperature or 1.0)
+        hidden = hidden / (temperature or 1.0)  # divides the logits, too, and is smaller
         logits = forbid(model.logits(hidden), forbidden)  # (N,V)
         probs = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # (N,V), not normalised
         token = draw(probs) if temperature else probs.argmax(-1, keepdim=True)
@@ -483,7 +483,8 @@ def sample_tokens(model, memory, prefix, length, *, samples=1, temperature=1.0, 
 def candidates(logits, scores):
     """The best 2n ways to go on from n open beams, best first.
 
-    logits (B·n,V), scores (B,n) -> new scores, the beam that goes on, its next token: (B,2n) each.
+    logits (B·n,V), overwritten; scores (B,n) -> new scores, the beam that goes on, its next token:
+    (B,2n) each.
     """
     B, n = scores.shape
     V = logits.size(1)
@@ -937,7 +938,8 @@ def untangle(tensors, config, settings) -> ModelConfig:
 def load_pretrained(init, **changes) -> EncoderDecoder:
     """A T5 in float32 from a Hugging Face folder or hub name.
 
-    changes: ModelConfig fields, such as dropout. Every tensor is used or named in a UserError.
+    changes: ModelConfig fields, such as dropout. Every tensor is used or named in a UserError, but
+    for what `untangle` removes.
     """
     folder = pretrained_folder(init)
     settings = read_json(folder / "config.json")

@@ -92,7 +92,7 @@ CROSS = "cross_attention.kv"  # of the decoder, but computed once per source tok
 
 
 def count(module, part=""):
-    """The parameters of a module: those with this part in their names."""
+    """How many parameters of a module have this part in their names."""
     return sum(p.numel() for name, p in module.named_parameters() if part in name)
 
 
@@ -159,7 +159,10 @@ class State:
 
 @dataclass
 class Run:
-    """One training run. `start_stage` adds what changes with the stage: state, spec, batches, …"""
+    """One training run. `start_stage` adds what changes with the stage:
+
+    state, spec, batches, optimizer, and the numbers that are shown beside the progress bar.
+    """
 
     config: Config
     examples: dict
@@ -194,7 +197,8 @@ def start_stage(run, stage):
     """Fresh optimizer, batches and counters. Later stages begin at the best SFT weights.
 
     Two stages are our choice: the paper does not say how warmups are initialised. A policy from
-    scratch would sample noise, and y would learn to ignore it.
+    scratch would sample noise, and y would learn to ignore it. The control takes SFT's batches and
+    dropout, and like the policy stage --policy-lr with a new ramp.
     """
     config, tokenizer, folder = run.config, run.tokenizer, run.config.folder
     total, tokens = config.sft_steps, config.batch_tokens
@@ -231,7 +235,7 @@ def batch_loss(run, batch):
     """
     config, spec, model = run.config, run.spec, run.model
     here = batch.to(run.device)  # FLOPs are counted on the CPU: no waiting for a GPU
-    if run.state.stage == "policy":  # baselines, too: they differ in the warmup alone
+    if run.state.stage == "policy":  # baselines, too
         model.decoder.eval()  # see warmup_loss: decoder dropout is off-policy
     if spec is None:
         return sft_loss(model, here), {"flops": sft_flops(model, batch)}
@@ -293,8 +297,7 @@ def train_stage(run, bar):
 def validate_and_save(run):
     """Validate; keep the weights if they are the stage's best; save the state. By rank 0.
 
-    The best is by likelihood, not by a metric: it is there for every task, and it is what both
-    stages raise.
+    The best is by likelihood, not by a metric: every task has one, and every stage raises one.
     """
     config, state = run.config, run.state
     if rank() == 0:
@@ -375,8 +378,11 @@ def checksum(examples):
 
 
 def summary(sums, norm, tokens):
-    """An update's sums over all processes, as a record of log.jsonl: averages, and totals."""
-    # all processes have the same norm: so the sum is the norm
+    """This process's sums of an update -> averages and totals over all processes, for log.jsonl.
+
+    tokens: of all processes.
+    """
+    # all processes have the same norm: divided here, it is itself again once added up
     sums = dict(sums, grad_norm=norm / processes())
     tensors = {name: value for name, value in sums.items() if torch.is_tensor(value)}
     numbers = torch.stack([*tensors.values()]).tolist()  # in one transfer

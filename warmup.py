@@ -104,7 +104,8 @@ def sft_loss(model, batch):
 def sample_warmups(model, memory, prompt, spec, samples):
     """Draw K = samples warmups per example from P(c|x): c (B,K,W). No autograd.
 
-    No top-k or top-p: `model.sample_tokens` says why.
+    No top-k or top-p: then we would score another distribution than we sampled from, and the
+    policy gradient would be wrong.
     """
     if spec.pause:
         return prompt.new_full((len(prompt), samples, spec.length), spec.sep_id)
@@ -153,8 +154,8 @@ def score_rows(model, memory, batch, c, spec):
     sep = torch.full_like(c[:, :1], spec.sep_id)  # (N,1)
     prefix = torch.cat([prefix, c, sep], 1)  # (N,1+prompt+W+1)
     log_p, hidden = teacher_force(model, memory, prefix, y)  # (N,), (N,L,E)
-    start = batch.prompt.size(1)  # the state before a token predicts it
-    log_pi = warmup_logprobs(model, hidden[:, start : start + W], c, spec)  # (N,)
+    before_c = batch.prompt.size(1)  # place of the last prompt token: it predicts c_1
+    log_pi = warmup_logprobs(model, hidden[:, before_c : before_c + W], c, spec)  # (N,)
     return log_pi.view(B, K), log_p.view(B, K)
 
 
@@ -179,7 +180,8 @@ def all_warmups(spec, vocab_size):
 
 # ----------------------------------------------------------------------------- the estimators
 # Each is a choice of two weights for the surrogate (2): a_k moves the warmup, b_k moves the target.
-# R (B,K) -> a, b (B,K). R_k = log p_k is the sum of the target's log-probs after warmup c_k.
+# R (B,K) -> a, b (B,K). R_k = log p_k is the sum of the target's log-probs after warmup c_k; with
+# --alpha it comes multiplied, and "exact for" below is then said of p^alpha.
 
 
 def num_samples(R):
@@ -296,9 +298,9 @@ def first_occurrence(c):
 def surrogate(a, b, log_pi, log_p):
     """loss = -Σ_k [ sg(a_k) log P(c_k|x) + sg(b_k) log P(y|x,c_k) ]  (2), summed over the batch.
 
-    Its gradient is the estimator. Its value is no metric, and may rise while all is well: it is
-    about -R per example where Σ a = 0 and Σ b = 1, as with `marginal`. log_p keeps its graph:
-    without it the target half of (1) would vanish in silence.
+    sg: no gradient. The gradient of the loss is the estimator. Its value is no metric, and may rise
+    while all is well: it is about -R per example where Σ a = 0 and Σ b = 1, as with `marginal`.
+    log_p keeps its graph: without it the target half of (1) would vanish in silence.
     """
     for_warmup = a.detach() * log_pi  # (B,K)
     for_target = b.detach() * log_p  # (B,K)
@@ -350,11 +352,12 @@ def diagnostics(R, log_pi, c, alpha=1.0, exact=False):
     nll       -log mean_k P(y|x,c_k), nats. In expectation an upper bound on -log P(y|x)
     reward    mean of R over an example's warmups, nats
     spread    standard deviation of R within an example (over K, not K-1), nats. 0: all c are alike
-    ess       effective sample size 1/Σw², w as the softmax of alpha·R: 1 (one takes all) to K
+    ess       effective sample size 1/Σw², w as the softmax of alpha·R: 1 (one takes all) to K.
+              exact: w as that of log P(c|x) + alpha·R
     entropy   -log P(c|x) of the sampled c, nats. Its mean is the policy's entropy
     distinct  distinct warmups / K
     """
-    log_q = torch.full_like(R, -math.log(R.size(1)))  # (B,K): what each warmup counts
+    log_q = torch.full_like(R, -math.log(R.size(1)))  # (B,K): log of a warmup's weight in the means
     if exact:
         log_q = log_pi
     distinct = first_occurrence(c).float().mean(1)  # (B,)
@@ -384,10 +387,10 @@ def evaluate_warmups(model, batch, spec, samples, alpha=1.0):
     memory = model.encode(batch.source)
     c = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W)
     log_pi, log_p, _ = score(model, memory, batch, c, spec)  # (B,K) both
-    swapped = score(model, memory, batch, c.roll(-1, 0), spec).log_p  # (B,K)
+    log_p_swapped = score(model, memory, batch, c.roll(-1, 0), spec).log_p  # (B,K)
     direct = direct_logprobs(model, memory, batch)  # (B,)
     return diagnostics(log_p, log_pi, c, alpha) | {
-        "swap_gap": (log_p - swapped).mean(1).sum(),
+        "swap_gap": (log_p - log_p_swapped).mean(1).sum(),
         "swapped": len(c) if len(c) > 1 else 0,
         "over_empty": (log_p.mean(1) - direct).sum(),
     }

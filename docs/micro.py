@@ -27,7 +27,7 @@ K = 8  # warmups sampled for each question
 
 
 def questions(count):
-    """Pairs (B,V), as ids i·V + f(i); the question (B,2), its kind and start; y, f(start) (B,)."""
+    """Pairs (B,V) as ids i·V + f(i); question (B,2): kind and start; y (B,); f(start) (B,)."""
     f = torch.rand(count, V).argsort(1)  # (B,V): a permutation a row
     pairs = torch.arange(V) * V + f  # (B,V)
     start = torch.randint(V, (count, 1))  # (B,1)
