@@ -903,6 +903,18 @@ def test_ctrl_c_saves_and_resume_finishes(capsys, tmp_path):
     assert evaluation.main(shlex.split(again)[2:]) == 0
 
 
+def test_ctrl_c_while_the_test_split_is_scored_leaves_at_once(capsys, monkeypatch):
+    """All is saved by then: nothing is waited for."""
+
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(train, "score_run", interrupt)
+    assert train.main([*TINY, "--out", "run"]) == 1
+    assert "stopped; go on with: python train.py --resume run" in capsys.readouterr().err
+
+
 def test_windows_shells_know_no_single_quotes(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     words = [shell_word(name) for name in ("my run", "R&D", r"runs\a-1.b")]
