@@ -258,17 +258,18 @@ def encode(tokenizer, examples) -> list[Example]:
     end = [tokenizer.token_to_id(EOS)]
     # T5's sources end in </s>, too: `pretrained_tokenizer` says so by its post_processor
     source_end = end if tokenizer.post_processor else []
-    # of source, prompt and target: what some ids are replaced by, and what follows
-    how = [(in_text, source_end), ({}, []), (in_text, end)]
+    endings = {"source": source_end, "prompt": [], "target": end}
     columns = []
-    for (replaced, closing), texts in zip(how, zip(*examples)):
-        tokenizer.encode_special_tokens = replaced is in_text
+    for name, texts in zip(Example._fields, zip(*examples)):
+        # True: special tokens are read as any other text, character by character
+        tokenizer.encode_special_tokens = name != "prompt"
+        unwanted = {} if name == "prompt" else in_text
         rows = []
         for at in range(0, len(texts), 4096):  # an encoding takes ten times the memory of its ids
             some = tokenizer.encode_batch_fast(texts[at : at + 4096], add_special_tokens=False)
             for encoding in some:
-                ids = [replaced.get(i, i) for i in encoding.ids]
-                rows.append(np.array(ids + closing, dtype=np.int32))
+                ids = [unwanted.get(i, i) for i in encoding.ids]
+                rows.append(np.array(ids + endings[name], dtype=np.int32))
         columns.append(rows)
     tokenizer.encode_special_tokens = False  # as it was
     return [Example(*row) for row in zip(*columns)]
@@ -821,7 +822,8 @@ TIMES = (
     table("yesterday,gestern|last week,letzte Woche|in {year},im Jahr {year}"),  # past
 )
 JOINS = table("because,weil|although,obwohl|if,wenn")
-# "ein", then "der", and the ending of an adjective after it: for m f n, and plural.
+# [case][definite][column]: "ein" or "der", and the ending of an adjective after it. The columns are
+# m f n, and plural.
 ARTICLES = {
     "nominative": table("ein er,eine e,ein es|der e,die e,das e,die en"),
     "accusative": table("einen en,eine e,ein es|den en,die e,das e,die en"),
@@ -834,14 +836,14 @@ def noun_phrase(r, case, nouns):
     column = "mfn".index(gender)
     plural, definite = r.random() < 0.3, r.random() < 0.6
     if plural:
-        en, de, column, definite = en_plural, de_plural, 3, True
+        en, de, column, definite = en_plural, de_plural, 3, True  # 3: the column of plurals
     article, ending = ARTICLES[case][definite][column].split()
     if r.random() < 0.4:
         good, gut = r.choice(ADJECTIVES)
         en, de = f"{good} {en}", f"{gut}{ending} {de}"
     an = "an" if en[0] in "aeiou" else "a"
-    the = "the" if definite else an
-    return f"{the} {en}", f"{article} {de}", plural
+    english_article = "the" if definite else an
+    return f"{english_article} {en}", f"{article} {de}", plural
 
 
 def clause(r, order):
@@ -971,7 +973,7 @@ def generate_splits(generate, config):
     missing = {"train": size, "valid": held_out, "test": held_out}
     splits = {split: [] for split in missing}
     seen = set()
-    r = random.Random(f"{config.seed}")
+    r = random.Random(f"{config.seed}")  # a text is hashed: near seeds have nothing in common
     while any(missing.values()):
         for _ in range(10000):  # for the next example
             example = generate(r, config)

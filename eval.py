@@ -252,7 +252,7 @@ def score_run(run, stages, examples, split):
 def print_table(results, config, count):
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage.
 
-    count: of the examples.
+    count: how many examples were scored.
     """
     rows = results["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))

@@ -489,8 +489,8 @@ def candidates(logits, scores):
     B, n = scores.shape
     V = logits.size(1)
     log_probs = logits.sub_(logits.logsumexp(-1, keepdim=True))
-    sums = log_probs.add_(scores.view(-1, 1)).view(B, n * V)
-    sums, index = sums.topk(2 * n, -1)  # (B,2n)
+    all_sums = log_probs.add_(scores.view(-1, 1)).view(B, n * V)
+    sums, index = all_sums.topk(2 * n, -1)  # (B,2n)
     return sums, index // V, index % V
 
 

@@ -387,8 +387,8 @@ def summary(sums, norm, tokens):
     tensors = {name: value for name, value in sums.items() if torch.is_tensor(value)}
     numbers = torch.stack([*tensors.values()]).tolist()  # in one transfer
     totals = Counter()
-    for one in gather(sums | dict(zip(tensors, numbers))):
-        totals.update(one)
+    for sums_there in gather(sums | dict(zip(tensors, numbers))):
+        totals.update(sums_there)
     record = {name: totals.pop(name) for name in ("flops", "grad_norm")}
     return record | averages(totals, tokens)
 
