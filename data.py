@@ -248,7 +248,7 @@ def special_ids(tokenizer):
     return tuple(sorted(tokenizer.get_added_tokens_decoder()))
 
 
-def encode(tokenizer, examples) -> list[Example]:
+def encode(tokenizer, examples):
     """Examples as token ids, an int32 array a field. Every target ends in </s>.
 
     Only prompts hold special tokens: a "</s>" that somebody wrote is text like any other.
@@ -275,7 +275,7 @@ def encode(tokenizer, examples) -> list[Example]:
     return [Example(*row) for row in zip(*columns)]
 
 
-def encode_split(tokenizer, examples, config, split, scored=True) -> list[Example]:
+def encode_split(tokenizer, examples, config, split, scored=True):
     """A split as token ids, within the limits of the run. Prints what is cut or left out.
 
     scored: every example counts, so sources are cut and references stay whole. In training a pair
@@ -517,7 +517,7 @@ def read_lines(path):
     return lines
 
 
-def find_file(folder, split, ending) -> Path | None:
+def find_file(folder, split, ending):
     """The file of a split, SPLIT.ENDING or SPLIT.ENDING.gz. None: there is no test split."""
     names = [f"{name}.{end}" for name in SPLITS[split] for end in (ending, f"{ending}.gz")]
     for name in names:
@@ -706,7 +706,7 @@ def pretrained_tokenizer(folder, tags, vocab_size) -> Tokenizer:
     return tokenizer
 
 
-def protobuf(data: bytes):
+def protobuf(data):
     """(field number, value) of a protobuf message: whole numbers, and bytes for all else.
 
     Read by hand: the protobuf package would be one more to install, for one file of a few models.
@@ -723,7 +723,11 @@ def protobuf(data: bytes):
         if kind == 0:
             yield number, varint()
         else:
-            yield number, stream.read(varint() if kind == 2 else 4)
+            size = varint() if kind == 2 else 4
+            value = stream.read(size)
+            if len(value) < size:
+                raise ValueError("cut short")
+            yield number, value
 
 
 def read_spiece(path, vocab_size) -> Tokenizer:
@@ -1153,8 +1157,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = (
-            difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        near = unknown and difflib.get_close_matches(
+            unknown[1], self._option_string_actions, n=1, cutoff=0.75
         )
         hint = f"did you mean {near[0]}?" if near else f"--help lists all flags of {self.prog}"
         self.exit(2, f"error: {message}\n{hint}\n")

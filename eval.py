@@ -153,20 +153,23 @@ def decode_batch(run, batch, c=None):
     warmups = [""] * len(rows)
     if spec is not None and not spec.pause:
         texts = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
-        warmups = [one_line(text) or " " for text in texts]  # "" would say: no warmup
+        # "" would say: no warmup
+        warmups = [one_line(re.sub(CONTROL, " ", text)) or " " for text in texts]
     ended = [EOS_ID in row for row in rows]
     return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
 
 
-def to_text(tokenizer, rows: list[list[int]]):
+CONTROL = r"[\x00-\x1f\x7f]"  # a byte-level vocabulary can spell them: line ends, or a bell
+
+
+def to_text(tokenizer, rows):
     """A line of text for each row of ids, without special tokens."""
     eos = tokenizer.token_to_id(EOS)
     lines = []
     for row, text in zip(rows, tokenizer.decode_batch(rows, skip_special_tokens=True)):
         if eos not in row:  # a row that was cut may end with some bytes of a character
             text = text.rstrip("\ufffd")
-        # a byte-level vocabulary can spell line ends, but an output is one line of a file
-        lines.append(text.replace("\n", " ").replace("\r", " ").strip())
+        lines.append(re.sub(CONTROL, " ", text).strip())  # an output is one line of a file
     return lines
 
 
@@ -266,7 +269,8 @@ def print_table(results, config, count):
         ]
         lines.append([row["name"], *cells(names, row["metrics"]), *cost])
     lines.append(["ceiling", *cells(names, results["ceiling"])])
-    width = max([10, *(len(name) + 2 for name in names)])
+    longest = max(len(cell) for _, *line in lines for cell in line)
+    width = max(10, longest + 2)
     pair = f" {config.pair}" if config.translates else ""
     print(f"\n{config.task}{pair}, {results['split']} split, {count} examples")
     for title, *line in lines:
@@ -425,6 +429,8 @@ def compute_metrics(config, examples, outputs):
     try:
         scores = metrics(config, examples, hypotheses, warmups)
         return {name: round(float(value), 4) for name, value in scores.items()}
+    except UserError:  # sacreBLEU lacks a package
+        raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
@@ -501,10 +507,12 @@ def read_log(folder):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [record for record in records if record["kind"] and record["stage"]]
     except Exception as error:
-        raise UserError(f"{path} is incomplete ({error}): try again, or --resume") from None
+        raise UserError(
+            f"{path} is incomplete ({error}): try again if its run goes on, else bring it back"
+        ) from None
 
 
-def training_cost(folder, *stages: str):
+def training_cost(folder, *stages):
     """Updates, FLOPs and seconds of these stages together, from log.jsonl.
 
     FLOPs, not seconds, make compute equal: a busy machine must not change the table.

@@ -681,17 +681,17 @@ def test_resuming_where_a_stage_file_is_damaged(capsys):
     assert f"cannot read the checkpoint {Path('whole/sft.pt')} (" in said
 
 
-@pytest.mark.parametrize("change", [dict(policy_steps=0), dict(control=False)])
-def test_a_stage_that_the_config_now_leaves_out(change, capsys):
+def test_a_stage_that_the_config_now_leaves_out(capsys):
     assert call(train, *TINY, "--policy-steps", "1", "--out", "whole") == 0
     settings, log = (
         json.loads(Path("whole/config.json").read_text(encoding="utf-8")),
         Path("whole/log.jsonl"),
     )
     before = log.read_bytes()
-    Path("whole/config.json").write_text(json.dumps(settings | change), encoding="utf-8")
-    assert "now leaves out" in complaint(capsys, train, "--resume", "whole")
-    assert log.read_bytes() == before
+    for change in (dict(policy_steps=0), dict(control=False)):
+        Path("whole/config.json").write_text(json.dumps(settings | change), encoding="utf-8")
+        assert "now leaves out" in complaint(capsys, train, "--resume", "whole")
+        assert log.read_bytes() == before
 
 
 def test_recomputing_on_mps_would_draw_other_dropout(capsys, monkeypatch):
@@ -933,7 +933,7 @@ def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, 
         pass
     code = train.main(["--pair", "en-ja", "--data", str(tmp_path), "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err.strip()
-    assert code == 1 and error.startswith("error: ") and "ja" in error and "\n" not in error
+    assert code == 1 and error.startswith("error: cannot score en-ja: ") and "\n" not in error
     assert not (tmp_path / "run").exists()
 
 

@@ -338,6 +338,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
         (train, ["--max-tokens", "8"], "did you mean --max-"),
         (train, ["--samples", "x"], "--help lists all flags"),
         (evaluation, ["runs/wmt", "--imput", "f"], "did you mean --input?"),
+        (evaluation, ["runs/wmt", "--lr", "1"], "--help lists all flags"),  # not --plot
         (data, ["wmt", "--pairs", "de-en"], "did you mean --pair?"),
     ],
 )

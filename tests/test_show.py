@@ -371,7 +371,7 @@ def test_each_stage_has_a_bar_of_its_updates(tmp_path, monkeypatch):
     """4 SFT, 3 warmup, then the control's. A beginner's three numbers; all others are in the log."""
     monkeypatch.setattr(train, "tqdm", Bar)
     Bar.made.clear()
-    flags = ["--task", "wmt", *TINY, "--eval-every", "1", "--out", str(tmp_path / "run")]
+    flags = ["--task", "wmt", *TINY, "--beams", "1", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     control = results["rows"][1]["updates"] - 4

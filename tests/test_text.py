@@ -240,6 +240,8 @@ def test_half_a_character_at_the_limit_is_no_text():
     ids = tokenizer.encode("a家", add_special_tokens=False).ids
     cut, whole = ids[:-1], [*ids[:-1], 1]
     assert evaluation.to_text(tokenizer, [ids, cut, whole]) == ["a家", "a", "a\ufffd"]
+    bell = tokenizer.encode("a\ab\x1b[2Jc\r\nd\x7f", add_special_tokens=False).ids
+    assert evaluation.to_text(tokenizer, [bell]) == ["a b [2Jc  d"]  # a terminal stays as it is
 
 
 @pytest.mark.parametrize("limit, places", [(3, [4]), (300, [64, 130, 262, 301])])

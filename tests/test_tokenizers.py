@@ -255,6 +255,22 @@ def test_a_tokenizer_of_another_kind_is_refused(folder):
         pretrained_tokenizer(folder, [], 140)
 
 
+def test_a_spiece_model_that_was_cut_short_is_refused_wherever_it_ends(folder):
+    """A field that is shorter than it says would change the normalisation without a word."""
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    path = folder / "spiece.model"
+    whole = path.read_bytes()
+    fields = [len(whole)]
+    for size in range(len(whole) - 1, len(whole) - 40, -1):
+        path.write_bytes(whole[:size])
+        try:
+            read_spiece(path, 140)
+            fields.append(size)  # between two fields: what is missing has a default
+        except UserError as error:
+            assert "is not a SentencePiece unigram model" in str(error)
+    assert len(fields) < 8
+
+
 def test_missing_or_broken_tokenizer_files(folder):
     (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="tokenizer.json"):
