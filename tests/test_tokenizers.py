@@ -296,7 +296,7 @@ def test_init_trains_scores_and_resumes(folder, tmp_path, capsys):
         "--max-target-tokens",
         "120",
         "--built-in-size",
-        "60",
+        "32",
         "--beams",
         "1",
         "--threads",
