@@ -987,7 +987,7 @@ def generate_splits(generate, config):
             split = {0: "test", 1: "valid"}.get(number, "train")
             if missing[split] and example not in seen:
                 break
-        else:
+        else:  # no draw was taken
             found = f"{len(seen)} of {size + 2 * held_out}"
             said = f"10,000 draws in a row gave no new example, after {found}"
             raise UserError(f"{said}: lower --built-in-size (now {size})")
