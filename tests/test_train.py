@@ -76,7 +76,6 @@ def stop_at(monkeypatch, stage, step, killed=False):
         ("sft", 3, False),
         ("sft", 4, False),
         ("policy", 1, False),
-        ("policy", 3, False),
         ("control", 1, False),
         ("policy", 3, True),
     ],
