@@ -364,7 +364,7 @@ class EncoderDecoder(nn.Module):
         return x
 
     def encode(self, source) -> Memory:
-        """source (B,S), padded on the right with pad_id -> Memory. Every row needs a real token."""
+        """source (B,S), padded on the right with PAD_ID -> Memory. Every row needs a real token."""
         padding = (source == PAD_ID)[:, None, None] * MASKED  # (B,1,1,S)
         biases = [bias + padding for bias in self.encoder.position_biases(source.size(1))]
         states = self.encoder(self.embed(source), biases)  # (B,S,E)

@@ -364,7 +364,7 @@ def restore(run):
 
     start_stage(run, state.stage)
     run.state = state
-    # (epoch, position). Seed and epoch shuffle the data as before: the order is made anew
+    # seek shuffles the data again: seed and epoch fix the order, the position says where we stand
     run.batches.seek(*saved["batches"])
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])

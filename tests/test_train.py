@@ -77,6 +77,8 @@ def stop_at(monkeypatch, stage, step, killed=False):
         ("sft", 4, False),
         ("policy", 1, False),
         ("control", 1, False),
+        ("policy", 3, False),
+        ("policy", 1, True),
         ("policy", 3, True),
     ],
 )
