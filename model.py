@@ -523,16 +523,16 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
 
         # finished: those among the best n that end here, while the example runs
         final = (sums / normaliser).masked_fill(~ends | ~running, MASKED)[:, :n]
-        ended_scores, keep = torch.cat([ended_scores, final], 1).topk(n, -1)
-        ended = torch.cat([ended, grown[:, :n]], 1)[example, keep]
+        ended_scores, keep_ended = torch.cat([ended_scores, final], 1).topk(n, -1)
+        ended = torch.cat([ended, grown[:, :n]], 1)[example, keep_ended]
         # open: the best n that do not end
-        scores, keep = sums.masked_fill(ends, MASKED).topk(n, -1)
-        tokens = grown[example, keep]
+        scores, keep_open = sums.masked_fill(ends, MASKED).topk(n, -1)
+        tokens = grown[example, keep_open]
         running = running & (scores[:, :1] / normaliser > ended_scores[:, -1:])
         if t + 1 == length or all_true(~running, t):
             break
         if n > 1:
-            survivors = example * n + beam[example, keep]  # (B,n): the cache rows they continue
+            survivors = example * n + beam[example, keep_open]  # (B,n): their cache rows
             cache.select(survivors.view(-1))
         hidden = model.decode(tokens[:, :, t].reshape(-1, 1), memory, cache)[:, -1]
     return ended, ended_scores

@@ -335,13 +335,13 @@ def save_state(run):
         optimizer=run.optimizer.state_dict(),
         batches=(run.batches.epoch, run.batches.position),
         random=torch.get_rng_state(),
-        data=run.checksum,
+        checksum=run.checksum,
         log_bytes=(run.config.folder / "log.jsonl").stat().st_size,
     )
 
 
 def restore(run):
-    """Take up last.pt: weights, optimizer, random state, the order of the data.
+    """Take up last.pt: weights, optimizer, random state, and the place in the order of the data.
 
     On a CPU, by one process, the next update is then the same bit for bit.
 
@@ -350,7 +350,7 @@ def restore(run):
     """
     config = run.config
     saved = load_checkpoint(config.folder / "last.pt", "state")
-    if run.checksum != saved["data"]:
+    if run.checksum != saved["checksum"]:
         raise UserError(f"the data in {config.data} is not what this run was trained on")
     state = State(**saved["state"])
     if state.stage not in config.stages:

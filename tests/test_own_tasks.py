@@ -307,7 +307,7 @@ def test_a_results_file_says_what_made_it(finished_run):
     assert results["versions"]["torch"] == version("torch")
     assert results["versions"]["numpy"] == version("numpy")
     saved = load_checkpoint(finished_run / "last.pt", "state")
-    assert results["data_checksum"] == saved["data"]
+    assert results["data_checksum"] == saved["checksum"]
 
 
 def test_a_task_that_is_registered_no_longer(finished_run, tmp_path, capsys):
