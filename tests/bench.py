@@ -494,7 +494,8 @@ def picture(path: Path, device: str, repeats: int, machine: str) -> None:
     axes[0].set_ylabel("seconds per warmup step")
     axes[0].legend(frameon=False)
     figure.suptitle(
-        f"small (E = 256, 4+4 layers, V = 8,000), 16 examples, S = T = 20. {machine}", fontsize=9
+        f"16 examples, S = T = 20, V = 8,000; left, middle: small (E = 256, 4+4 layers). {machine}",
+        fontsize=9,
     )
     figure.savefig(path, dpi=100)
     print(f"wrote {path}")

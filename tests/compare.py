@@ -148,9 +148,10 @@ def draw(args) -> None:
             steps = [line["step"] for line in lines]
             middle = [statistics.mean(at) for at in zip(*curves)]
             style = "--" if estimator in BASELINES else "-"
-            (line,) = axis.plot(steps, middle, style, label=estimator)
+            color = f"C{args.estimators.index(estimator)}"
+            axis.plot(steps, middle, style, color=color, label=estimator)
             worst, best = ([pick(at) for at in zip(*curves)] for pick in (min, max))
-            axis.fill_between(steps, worst, best, color=line.get_color(), alpha=0.12, linewidth=0)
+            axis.fill_between(steps, worst, best, color=color, alpha=0.12, linewidth=0)
         axis.set_xlabel("updates after SFT")
         if group:
             axis.legend(frameon=False, fontsize=9)
