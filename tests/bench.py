@@ -215,7 +215,7 @@ class Ours:
         function = beam_search if "beams" in how else sample_tokens
         with self.low(), decoding():
             memory = self.model.eval().encode(batch.source)
-            return function(self.model, memory, start, length, **how)[0]
+            return function(self.model, memory, start, length, **how)
 
     def loss(self, batch, log_probs=EncoderDecoder.token_logprobs):
         with self.low():

@@ -56,6 +56,27 @@ def test_flops_and_bytes_of_the_loss_and_of_an_update():
     assert bench.work(c, 1, 1, 1)["sft"][1] == 28 * sum(p.numel() for p in matrices)
 
 
+def test_every_row_runs_on_both_sides_which_do_the_same_work(monkeypatch):
+    """`check`: the loss, and the scores of our samples, are those of Hugging Face's T5."""
+    pytest.importorskip("transformers", reason="the other side: pip install transformers")
+    monkeypatch.setitem(bench.SHAPES, "two", (model.SIZES["nano"], 50, 3, 5, 7))
+    c, batch = bench.inputs("two", "cpu")
+    sides = bench.both("two", c, "cpu", compiled=False)
+    assert "at most" in bench.check(*sides, batch)
+    for row in set(bench.ROWS) - {"loss"}:
+        for side in sides:
+            getattr(side, row)(batch)
+
+
+def test_our_side_writes_what_the_rows_say():
+    c = model.ModelConfig(vocab_size=50, **model.SIZES["nano"])
+    side = bench.Ours(model.EncoderDecoder(c))
+    batch = Batch(torch.randint(3, 50, (3, 5)), torch.empty(3, 0, dtype=torch.long), None)
+    assert side.sample(batch).shape == (3, bench.SAMPLES, bench.LENGTH)
+    tokens, scores = side.beam(batch)
+    assert tokens.shape == (3, bench.BEAMS, bench.WRITTEN) and scores.shape == (3, bench.BEAMS)
+
+
 @pytest.mark.parametrize("shape", (dict(), dict(gated=True, tied=False, encoder_layers=0)))
 @pytest.mark.parametrize("prompt", [0, 3])
 def test_the_flops_of_equal_compute_are_what_torch_counts(monkeypatch, shape, prompt):
