@@ -68,7 +68,7 @@ def fork(home, program, argv, limit=300, memory=64, after=0.0, at=math.inf) -> d
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     text, err = (p.read_text(encoding="utf-8", errors="replace") for p in (trace, standard[2]))
-    shown = re.sub(r".*\r|.*\d%\|.*|\x1b\[A", "", err)  # by a terminal, without progress bars
+    shown = re.sub(r".*\r|.*\d%\|.*|\x1b\[A", "", err)  # by a terminal, without bars
     lines = [line for line in shown.split("\n") if line.strip()]
     killed = status == signal.SIGKILL and (after or at < math.inf)
     died = "killed" if killed else "timeout" if text.startswith("Timeout") else "DIED"
