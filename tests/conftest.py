@@ -18,7 +18,7 @@ TINY = [
     "--size",
     "nano",
     "--built-in-size",
-    "300",
+    "120",
     "--vocab-size",
     "500",
     "--sft-steps",

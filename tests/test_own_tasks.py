@@ -276,7 +276,7 @@ def test_the_warmups_of_a_split_are_written_beside_its_outputs(finished_run, tmp
         (run / name).read_text(encoding="utf-8").split("\n")
         for name in ("valid.policy.txt", "valid.policy.warmups.txt")
     )
-    assert len(texts) == len(warmups) == 76 and all(warmups[:-1]) and not warmups[-1]
+    assert len(texts) == len(warmups) == 31 and all(warmups[:-1]) and not warmups[-1]
     assert not (run / "valid.sft.warmups.txt").exists()
     assert (
         train.main(

@@ -419,6 +419,6 @@ def test_validation_and_decoding_have_a_bar_of_examples(run, monkeypatch):
     assert evaluation.main([str(run), "--stage", "policy"]) == 0
     assert not any(bar.leave for bar in Bar.made)
     assert [(bar.desc, bar.n, bar.total) for bar in Bar.made] == [
-        ("decoding", 75, 75),
-        ("validation", 75, 75),
+        ("decoding", 30, 30),
+        ("validation", 30, 30),
     ]

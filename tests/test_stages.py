@@ -52,6 +52,7 @@ from data import (
 from warmup import WarmupSpec, sample_warmups, score, sft_loss
 
 SETTINGS = dict(
+    built_in_size=300,
     sft_steps=4,
     policy_steps=5,
     lr=0.02,
