@@ -36,7 +36,7 @@ TINY = [
     "--size",
     "nano",
     "--built-in-size",
-    "200",
+    "80",
     "--sft-steps",
     "2",
     "--policy-steps",
