@@ -39,7 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import SIZES, UserError, one_line, read_json
-from warmup import ESTIMATORS, Batch
+from warmup import ESTIMATORS, NOT_SAMPLED, Batch
 
 PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this order
 
@@ -122,9 +122,8 @@ TASKS = {
         ),
     ),
 }
-# The stages of a run, in the order of the table. The control comes before the policy there, because
-# a gain counts only against SFT with the same compute.
-STAGES = {"sft": "sft", "control": "sft, same compute", "policy": "warmup"}  # stage -> table row
+# The stages of a run, in the order of training, and their rows in the table
+STAGES = {"sft": "sft", "policy": "warmup", "control": "sft, same compute"}
 BASELINES = {"sft": "sft, same tokens", "pause": "pause", "frozen": "warmup, frozen"}  # --estimator
 
 
@@ -152,6 +151,7 @@ class Config:
     task: str = flag("wmt", "what to train on", choices=TASKS)
     out: str = flag("", "run folder; default: runs/TASK")
     overwrite: bool = flag(False, "replace an earlier run in the same folder")
+    sft: str = flag("", "run folder: begin at the policy stage, after the SFT stage of that run")
     # data
     pair: str = flag("de-en", "source-target language codes, for translation")
     data: str = flag(
@@ -176,7 +176,7 @@ class Config:
     # optimisation
     sft_steps: int = flag(900, "updates of the SFT stage")
     policy_steps: int = flag(120, "updates of the policy stage; 0: SFT only", 0)
-    control: bool = flag(True, "afterwards SFT again, for the policy stage's FLOPs")
+    control: bool = flag(True, "afterwards SFT again, with the policy stage's FLOPs and dropout")
     policy_batch_tokens: int = flag(1500, "in the policy stage; K samples count once", 16)
     accumulate: int = flag(1, "micro-batches per update, of each process")
     lr: float = flag(3e-3, "peak learning rate of SFT", 1e-12, 10)
@@ -188,7 +188,7 @@ class Config:
     estimator: str = flag(
         "marginal",
         "see the README; baselines: frozen, pause, sft",
-        choices=(*ESTIMATORS, "exact", "pause", "sft"),
+        choices=(*ESTIMATORS, *NOT_SAMPLED, "sft"),
     )
     samples: int = flag(4, "K, warmups sampled per example and update", 1, 1024)
     warmup_len: int = flag(4, "W, tokens in a warmup", 1, 1024)
@@ -201,7 +201,7 @@ class Config:
     beams: int = flag(4, "beam width for the test table; 1: greedy", 1, 1024)
     length_penalty: float = flag(1.0, "beam score = log-prob / length ** this", 0, 10)
     # machine
-    device: str = flag("auto", "auto: cuda, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "auto: cuda, else cpu", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
     threads: int = flag(0, "CPU threads; 0: torch's choice", 0, 1024)
 
@@ -212,10 +212,10 @@ class Config:
 
     @property
     def stages(self):
-        """In the order in which they are trained."""
+        """Those of STAGES that are trained."""
         if not self.policy_steps:
             return ["sft"]
-        return ["sft", "policy", "control"] if self.control else ["sft", "policy"]
+        return [stage for stage in STAGES if self.control or stage != "control"]
 
     @property
     def translates(self):
@@ -233,10 +233,19 @@ class Config:
                 return f"{name} must lie between {low} and {high}"
             if choices and value not in choices:
                 return f"{name} must be one of {', '.join(choices)}"
-        alone = self.estimator in ("best", "exact", *BASELINES)  # needs no other sample
+        if self.sft and not self.policy_steps:
+            return "--sft begins at the policy stage: --policy-steps must be at least 1"
+        alone = self.estimator in ("best", *NOT_SAMPLED, *BASELINES)  # needs no other sample
         if self.samples < 2 and self.policy_steps and not alone:
             return f"--estimator {self.estimator} compares warmups: --samples must be at least 2"
         return wrong_pair(self.pair) if self.translates else ""
+
+
+# What the SFT stage does not depend on: with --sft these may differ from the other run's
+AFTER_SFT = (
+    "out overwrite sft data device threads recompute compile policy_steps control "
+    "policy_batch_tokens policy_lr estimator samples warmup_len alpha temperature eval_samples"
+).split()
 
 
 # ----------------------------------------------------------------------------- text to token ids
@@ -287,21 +296,21 @@ def encode_split(tokenizer, examples, config, split, scored=True):
     prompts = {len(ids.prompt): example.prompt for ids, example in zip(data, examples)}
     if len(prompts) > 1:
         raise UserError(f"all prompts of a task must have as many tokens, not {prompts}")
-    side = TASKS[config.task].cut or ("end" if scored else "")
+    side = TASKS[config.task].cut or "end"
+    cuts_sources = scored or TASKS[config.task].cut != ""
     most = config.max_source_tokens
     long_source = lengths(data, "source") > most
     long_target = lengths(data, "target") > config.max_target_tokens
     what = f"of {len(examples)} {split} examples have a"
-    fate = f"their source loses its {side}" if side else "left out"
+    fate = f"their source loses its {side}" if cuts_sources else "left out"
     say(long_source, f"{what} source over --max-source-tokens {most}: {fate}")
     fate = "the reference stays whole, the output will be cut" if scored else "left out"
     say(long_target, f"{what} target over --max-target-tokens {config.max_target_tokens}: {fate}")
 
     if not scored:
-        out = long_target if side else long_source | long_target
+        out = long_target if cuts_sources else long_source | long_target
         data = [ids for ids, left_out in zip(data, out) if not left_out]
     kept_end = int(tokenizer.post_processor is not None)  # T5's </s> stays
-    # without a side nothing is too long by now
     return [ids._replace(source=cut(ids.source, most, side, kept_end)) for ids in data]
 
 
@@ -970,8 +979,10 @@ def generate_splits(generate, config):
     """--built-in-size training examples; 500 of validation and of test, at most a quarter of it.
 
     The split of an example is a hash of its longer side. So no seed's training data holds another
-    seed's test item, and no direction of translation the other's.
+    seed's test item, and no direction of translation the other's. Of a news item it is a hash of
+    the summary: many items share one, and none of the test is seen in training.
     """
+    shared = TASKS[config.task].metrics == "summaries"
     size = config.built_in_size
     held_out = min(500, max(1, size // 4))
     missing = {"train": size, "valid": held_out, "test": held_out}
@@ -983,7 +994,8 @@ def generate_splits(generate, config):
             example = generate(r, config)
             check_example(config.task, example)
             longer = max(example.source, example.target, key=lambda text: (len(text), text))
-            number = zlib.crc32(longer.encode()) % 20  # a twentieth for test, as for validation
+            known_by = example.target if shared else longer
+            number = zlib.crc32(known_by.encode()) % 20  # a twentieth for test, as for validation
             split = {0: "test", 1: "valid"}.get(number, "train")
             if missing[split] and example not in seen:
                 break
@@ -1090,14 +1102,21 @@ CORPORA = {
 
 
 def download(task, pair, folder):
-    """Fill folder with the real data of a task. A file that is there already stays as it is.
+    """Fill folder with the real data of a task. A split that is there already stays as it is.
 
     Files are written under another name and renamed: an interrupted download leaves no half file.
-    UserError if the network fails, or if what comes is not what we expected.
+    UserError if the network fails, if what comes is not what we expected, or if the folder has one
+    side of a split: beside an old file a new one would hold other lines.
     """
     corpus, languages = CORPORA[task]
     sides = pair.split("-") if languages else ["jsonl"]
     files = {f"{split}.{side}": [] for split in SPLITS for side in sides}
+    new = [name for name in files if not (folder / name).exists()]
+    for split in SPLITS:
+        missing = [side for side in sides if f"{split}.{side}" in new]
+        if 0 < len(missing) < len(sides):
+            said = f"{folder} has one side of the {split} split, without .{missing[0]}"
+            raise UserError(f"{said}: move it away, then try again")
     print(corpus.__doc__)
     # Windows does not remove a file that an archive's reader still holds open after an error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
@@ -1117,13 +1136,12 @@ def download(task, pair, folder):
             said = f"{type(error).__name__}: {error}"
             raise UserError(f"cannot download {task}: {said}. Try again later") from None
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        if not (folder / name).exists():
-            part = folder / f"{name}.part"
-            text = "".join(line + "\n" for line in content)
-            part.write_text(text, encoding="utf-8", newline="\n")
-            part.replace(folder / name)
-            print(f"wrote {folder / name}: {len(content):,} lines")
+    for name in new:
+        text = "".join(line + "\n" for line in files[name])
+        (folder / f"{name}.part").write_text(text, encoding="utf-8", newline="\n")
+    for name in new:  # only now: all sides of a split, or none
+        (folder / f"{name}.part").replace(folder / name)
+        print(f"wrote {folder / name}: {len(files[name]):,} lines")
 
 
 # ----------------------------------------------------------------------------- the program

@@ -6,8 +6,8 @@
     python eval.py runs/wmt --input text.de     new text: one line in, one line out
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 
-A `run` below is anything that has a config, a tokenizer and a device, such as train.Run. Other
-names are those of data.py and warmup.py. hypotheses and warmups are texts, "" for no warmup.
+`run` is a Run. Other names are those of data.py and warmup.py. hypotheses and warmups are texts, ""
+for no warmup.
 """
 
 import argparse
@@ -18,10 +18,9 @@ import traceback
 import unicodedata
 from collections import Counter, defaultdict
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +28,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF
+from tokenizers import Tokenizer
 
 from data import (
     BASELINES,
@@ -39,6 +39,7 @@ from data import (
     STAGES,
     TASKS,
     UNK,
+    Config,
     Example,
     Parser,
     add_flags,
@@ -58,8 +59,19 @@ from data import (
     special_ids,
     translation,
 )
-from model import EOS_ID, UserError, load_model, one_line, precision, save_pretrained, pick_device
+from model import (
+    EOS_ID,
+    EncoderDecoder,
+    UserError,
+    load_model,
+    one_line,
+    own_draws,
+    pick_device,
+    precision,
+    save_pretrained,
+)
 from warmup import (
+    NOT_SAMPLED,
     WarmupSpec,
     evaluate_warmups,
     generate,
@@ -69,6 +81,37 @@ from warmup import (
     target_tokens,
     weights,
 )
+
+
+@dataclass
+class Run:
+    """What scores and writes: a model with its tokenizer and settings."""
+
+    config: Config
+    tokenizer: Tokenizer
+    device: torch.device
+    model: EncoderDecoder | None = None  # None: no stage is loaded yet
+    spec: WarmupSpec | None = None  # None: y is written at once
+
+
+def open_run(folder, stage=None, **changes) -> Run:
+    """A run folder as a Run, with the best model of a stage. UserError if it is not there.
+
+    stage None: no model yet. changes: settings that differ from the run's own, such as beams=1.
+    """
+    config = replace(read_config(Path(folder)), **changes)
+    tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
+    run = Run(config, tokenizer, pick_device(config.device))
+    if stage:
+        load_stage(run, stage)
+    return run
+
+
+def load_stage(run, stage):
+    """Give run the best model of a stage, and its spec. UserError if it is not there."""
+    path = run.config.folder / f"{stage}.pt"
+    run.model = load_model(path, run.tokenizer, run.device)
+    run.spec = warmup_spec(stage, run.config, run.tokenizer)
 
 
 def warmup_spec(stage, config, tokenizer) -> WarmupSpec | None:
@@ -91,35 +134,33 @@ def validate(run, data):
 
     Without a spec: -log P₀(y|x). With one: -log of the mean of P(y|x,c) over --eval-samples sampled
     warmups, in expectation an upper bound on -log P(y|x), and evaluate_warmups' other numbers.
+    The same warmups each time, if weights and settings are the same.
     """
     config, model, spec = run.config, run.model, run.spec
     model.eval()
-    sums, tokens = Counter(), 0
+    sums, counts = Counter(), Counter()
     batch_tokens = config.batch_tokens // (config.eval_samples if spec else 1)
-    for _, batch in longest_first(data, batch_tokens, "validation"):
-        tokens += target_tokens(batch)
-        here = batch.to(run.device)
-        with precision(config.dtype, run.device):
+    with own_draws(run.device, config.seed, "validation"), precision(config.dtype, run.device):
+        for _, batch in longest_first(data, batch_tokens, "validation"):
+            here = batch.to(run.device)
             if spec:
                 numbers = evaluate_warmups(model, here, spec, config.eval_samples, config.alpha)
             else:
-                numbers = {"nll": sft_loss(model, here)}
-        sums.update(numbers | {"examples": len(batch.source)})
-    return averages(sums, tokens)
+                numbers = {("nll", "token"): sft_loss(model, here)}
+            sums.update(numbers)
+            counts.update(units(batch))
+    return means(sums, counts)
 
 
-def averages(sums, tokens):
-    """Sums of batches -> means. sums holds the number of "examples", too.
+def units(batch):
+    """What a batch's sums are divided by: how many there are of each unit."""
+    B = len(batch.source)
+    return {"token": int(target_tokens(batch)), "example": B, "swap": B if B > 1 else 0}
 
-    Loss and nll are per target token, the swap gap per swapped example, all else per example.
-    """
-    units = {"loss": tokens, "nll": tokens, "swap_gap": sums.get("swapped")}
-    means = {}
-    for name, value in sums.items():
-        unit = units.get(name, sums["examples"])
-        if name not in ("examples", "swapped") and unit:  # 0: no batch had two examples
-            means[name] = float(value) / float(unit)
-    return means
+
+def means(sums, counts):
+    """{(name, unit): sum} -> {name: mean}. counts: of each unit. A mean over nothing is left out."""
+    return {name: float(x) / counts[unit] for (name, unit), x in sums.items() if counts[unit]}
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -230,7 +271,6 @@ def score_run(run, stages, examples, split):
     data = encode_split(run.tokenizer, examples, config, split)
     for stage in stages:
         cost = training_cost(config.folder, "sft", stage)  # first: decoding takes long
-        torch.manual_seed(config.seed)  # the Monte-Carlo NLL draws warmups: the same every time
         load_stage(run, stage)
         written = decode_split(run, data)
         row = {
@@ -255,9 +295,10 @@ def score_run(run, stages, examples, split):
 def print_table(results, config, count):
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage.
 
+    The control comes before the policy: a gain counts only against SFT with the same compute.
     count: how many examples were scored.
     """
-    rows = results["rows"]
+    rows = sorted(results["rows"], key=lambda row: row["stage"] == "policy")  # else as they were
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     lines = [["", *names, "NLL/token", "updates", "TFLOP", "seconds"]]
     for row in rows:
@@ -289,7 +330,6 @@ def show(run, stages, examples):
     Stages in the outer loop: one model in memory at a time.
     """
     config = run.config
-    torch.manual_seed(config.seed)
     data = encode_split(run.tokenizer, examples, config, "shown")
     pages = []
     for example in examples:
@@ -298,13 +338,14 @@ def show(run, stages, examples):
             pages[-1].append(f"{'reference':20}{example.target}")
     for stage in stages:
         load_stage(run, stage)
-        has_samples = run.spec and not run.spec.pause and config.estimator != "exact"
+        compares = run.spec and config.samples > 1 and config.estimator not in NOT_SAMPLED
         for i, page in enumerate(pages):
             [output] = decode_batch(run, collate([data[i]]))
             before = f"{output.warmup} -> " if output.warmup else ""
             page.append(f"{row_name(stage, config):20}{before}{output.text}")
-            if has_samples and config.samples > 1:
-                page += samples_at_work(run, data[i])
+            if compares:
+                with own_draws(run.device, config.seed, "show", i):
+                    page += samples_at_work(run, data[i])
     for page in pages:
         print("\n".join(page))
 
@@ -409,7 +450,8 @@ def option_scores(config, examples, hypotheses, warmups):
     """
     answers = [example.target for example in examples]
     hits = Counter(y for y, h in zip(answers, hypotheses) if y == h)
-    f1 = [2 * hits[y] / (answers.count(y) + hypotheses.count(y)) for y in sorted(set(answers))]
+    asked, given = Counter(answers), Counter(hypotheses)
+    f1 = [2 * hits[y] / (asked[y] + given[y]) for y in asked]
     return {"acc": 100 * hits.total() / len(answers), "F1": 100 * sum(f1) / len(f1)}
 
 
@@ -552,7 +594,7 @@ def plot(config, out):
     for number, name in enumerate(panels, 1):
         axis = figure.add_subplot(rows, 3, number, title=name)
         axis.set_xlabel("TFLOP, those of SFT included")
-        for stage, color in zip(STAGES, ("black", "gray", "C0")):
+        for stage, color in zip(STAGES, ("black", "C0", "gray")):
             dots = dict(marker=".", label=row_name(stage, config))
             for kind, how in (("train", dict(linewidth=0.3)), ("valid", dots)):
                 if points := curves[name, stage, kind]:
@@ -632,20 +674,13 @@ def export(run, stage, out):
 
 
 # ----------------------------------------------------------------------------- the program
-def load_stage(run, stage):
-    """Give run the best model of a stage, and its spec. UserError if it is not there."""
-    path = run.config.folder / f"{stage}.pt"
-    run.model = load_model(path, run.tokenizer, run.device)
-    run.spec = warmup_spec(stage, run.config, run.tokenizer)
-
-
 def row_name(stage, config):
     """A stage's name in the table: baselines take the policy stage's place."""
     return BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]
 
 
 def parse(argv):
-    """The flags, and the run's settings with what they change. Exits with code 2 on bad usage."""
+    """The flags, and {setting: value} of what they change. Exits with code 2 on bad usage."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("run", type=Path, help="a run folder that train.py made")
@@ -670,39 +705,38 @@ def parse(argv):
     if args.show_warmup and (args.input is None or args.show):
         parser.error("--show-warmup goes with --input alone")
     changes = {name: value for name, value in vars(args).items() if name in changeable}
-    config = replace(read_config(args.run), **changes)
-    if wrong := config.problem():
+    if wrong := replace(read_config(args.run), **changes).problem():
         parser.error(wrong)
-    return args, config
+    return args, changes
 
 
 @program
 def main(argv):
     """The program: score a run, or do what a flag says instead."""
-    args, config = parse(argv)
+    args, changes = parse(argv)
     if args.plot:
-        return plot(config, args.plot)
+        return plot(read_config(args.run), args.plot)
+    run = open_run(args.run, **changes)
+    config = run.config
     if config.threads:
         torch.set_num_threads(config.threads)
-    tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
-    device = pick_device(config.device)
-    run = SimpleNamespace(config=config, tokenizer=tokenizer, device=device)
     stages = [stage for stage in STAGES if (config.folder / f"{stage}.pt").exists()]
     if not stages:
         raise UserError(f"{args.run} was not validated yet: {resume_command(args.run)}")
     if args.stage:
         stages = [args.stage]
-    if args.export:  # the policy if there is one: it is the last of STAGES
-        export(run, stages[-1], args.export)
+    best = "policy" if "policy" in stages else stages[0]
+    if args.export:
+        export(run, best, args.export)
     elif args.input is None:
         score_split(run, stages, args)
     elif args.show:
-        examples = [e for e in read_input(args.input, config, tokenizer) if e.source]
+        examples = [e for e in read_input(args.input, config, run.tokenizer) if e.source]
         if not examples:
             raise UserError("--input holds no line to show")
         show(run, stages, examples[: args.show])
     else:
-        answer(run, stages[-1], args.input, args.show_warmup)
+        answer(run, best, args.input, args.show_warmup)
 
 
 def score_split(run, stages, args):

@@ -1,6 +1,7 @@
 """The model: an encoder-decoder transformer with T5's architecture, written out by hand.
 
-Nothing here depends on warmups, tasks or training. One shape alphabet for the whole codebase:
+Nothing here computes with warmups, tasks or training; some messages name flags of train.py. One
+shape alphabet for the whole codebase:
 
     B batch            S source length    T target length    W warmup length
     K warmups/example  H heads            D head size        V vocabulary
@@ -13,11 +14,11 @@ layers, positions only as a learned bias on attention scores, the pad id as deco
 import json
 import math
 import os
+import random
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -122,7 +123,8 @@ class CrossAttention(nn.Module):
     """The decoder's look at the source. Keys and values are projected once per example.
 
     Cross-attention has no causal structure, so an example's K warmups may stand side by side on
-    the query axis: queries (B,H,K·L,D) against ONE copy of keys (B,H,S,D). Nothing is repeated.
+    the query axis: queries (B,H,K·L,D) against ONE copy of keys (B,H,S,D). (Where many warmups are
+    equal, `warmup.score_distinct` copies the memory after all: fewer rows are faster.)
     """
 
     def __init__(self, config):
@@ -253,7 +255,8 @@ class Stack(nn.Module):
         if torch.is_autocast_enabled(device) and device != "cpu":
             dtype = torch.get_autocast_dtype(device)
             biases = [bias.to(dtype) for bias in biases]  # once, not in the attention of each layer
-        for layer, (block, bias) in enumerate(zip(self.blocks, cycle(biases))):
+        for layer, block in enumerate(self.blocks):
+            bias = biases[layer % len(biases)]  # its own, or the one that all layers share
             if self.recompute and torch.is_grad_enabled():
                 # the second pass restores the random state, so it draws the same dropout
                 x = checkpoint(block, x, bias, memory, None, layer, use_reentrant=False)
@@ -432,6 +435,19 @@ def forbid(logits, ids):
 
 
 # ----------------------------------------------------------------------------- decoding
+@contextmanager
+def decoding():
+    """No gradients; and in low precision a weight is cast once, not for each token."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
+
+
 def read_prefix(model, memory, prefix, length, copies):
     """Read prefix (B,prefix) once per example, then copy the rows: cache, hidden (N,E).
 
@@ -460,7 +476,7 @@ def draw(probs):
     return token.clamp(max=probs.size(1) - 1)  # clamp: if the sum is nan, none is found
 
 
-@torch.no_grad()
+@decoding()
 def sample_tokens(model, memory, prefix, length, *, samples=1, temperature=1.0, forbidden=None):
     """Write `length` tokens after prefix (B,prefix): (B,K,length).
 
@@ -494,7 +510,7 @@ def candidates(logits, scores):
     return sums, index // V, index % V
 
 
-@torch.no_grad()
+@decoding()
 def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, forbidden=None):
     """The n = beams best continuations of prefix (B,prefix): tokens (B,n,length), scores (B,n).
 
@@ -538,7 +554,7 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
     return ended, ended_scores
 
 
-# ===== plumbing: for fast paths; sizes; errors; device, precision, compile; checkpoints
+# ===== plumbing: for fast paths; sizes; errors; device, draws, precision, compile; checkpoints
 def copy_memory(memory, examples) -> Memory:
     """examples (n,) -> the memory of n decoder rows, each with a copy of its example's."""
     kv = [kv.index_select(1, examples) for kv in memory.kv]
@@ -647,26 +663,33 @@ def one_line(text):
 
 
 def pick_device(name):
-    """Set torch up for a device, and return it. auto: CUDA, else the CPU; Apple's mps by name only.
+    """Set torch up for a device, and return it. auto: CUDA, else the CPU.
 
-    Under torchrun each process has its own GPU. Nothing was ever run on mps.
+    Under torchrun each process has its own GPU. UserError if there are too few.
     """
-    number = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun. Processes cannot meet on mps
+    number = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
     gpus = torch.cuda.device_count()
-    here = {
-        "cuda": gpus > number,
-        "mps": torch.backends.mps.is_available() and "LOCAL_RANK" not in os.environ,
-        "cpu": True,
-    }
     if name == "auto":
         name = "cuda" if gpus else "cpu"
-    if not here[name]:
-        raise UserError(f"torch finds no {name} device for this process: choose another --device")
     if name == "cuda":
+        if number >= gpus:
+            raise UserError("torch finds no cuda device for this process: choose another --device")
         torch.cuda.set_device(number)
         # cuDNN's attention plans anew for each shape, and no two batches are alike
         torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
+
+
+@contextmanager
+def own_draws(device, *seed):
+    """Within, random draws depend on these numbers and words alone.
+
+    Afterwards torch's generators are as they were, the device's, too.
+    """
+    gpu = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(gpu, device_type=device.type):
+        torch.manual_seed(random.Random(repr(seed)).getrandbits(63))
+        yield
 
 
 def precision(dtype, device):
@@ -674,19 +697,6 @@ def precision(dtype, device):
     low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     # no cache of cast weights: sampling would fill it without gradients, and scoring would use it
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)
-
-
-@contextmanager
-def decoding():
-    """No gradients; and in low precision a weight is cast once, not for each token."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(True)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-        torch.clear_autocast_cache()
 
 
 def all_true(done, step):

@@ -2,7 +2,10 @@
 
     python train.py --task wmt                  everything on the built-in data, in minutes
     python train.py --resume runs/wmt           go on where a run was interrupted
-    torchrun --nproc_per_node 2 train.py …      the same by several processes: a GPU each, or CPUs
+    torchrun --nproc_per_node 2 train.py …      by several processes: a GPU each, or CPUs
+
+N processes take N times the batches. Divide --batch-tokens and --policy-batch-tokens by N for
+updates of the same size.
 
 A run folder holds config.json, tokenizer.json, log.jsonl, last.pt (all that --resume needs), the
 best checkpoint of each stage by validation (sft.pt, policy.pt, control.pt), and results.json.
@@ -19,18 +22,18 @@ import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from data import (
+    AFTER_SFT,
     SEP,
     SPLITS,
     STAGES,
@@ -38,8 +41,9 @@ from data import (
     Batches,
     Config,
     Parser,
-    encode_split,
     add_flags,
+    encode_split,
+    flag_name,
     load,
     load_tokenizer,
     lookup,
@@ -53,14 +57,17 @@ from data import (
 )
 from eval import (
     Output,
-    averages,
+    Run as ScoredRun,
     compute_metrics,
     decode_split,
+    means,
     print_table,
+    read_log,
     resume_command,
     score_run,
     show,
     training_cost,
+    units,
     validate,
     warmup_spec,
     what_is_lost,
@@ -75,6 +82,7 @@ from model import (
     load_checkpoint,
     load_model,
     load_pretrained,
+    own_draws,
     precision,
     pretrained_folder,
     save_checkpoint,
@@ -157,20 +165,17 @@ class State:
     best_nll: float = math.inf  # lowest of this stage's validations
 
 
-@dataclass
-class Run:
-    """One training run. `start_stage` adds what changes with the stage:
+@dataclass(kw_only=True)
+class Run(ScoredRun):
+    """One training run. `start_stage` sets what changes with the stage, the spec included."""
 
-    state, spec, batches, optimizer, and the numbers that are shown beside the progress bar.
-    """
-
-    config: Config
-    examples: dict
-    data: dict
+    examples: dict  # {split: [Example]}
+    data: dict  # the same as token ids: train and valid
     checksum: int  # of the examples
-    tokenizer: Tokenizer
-    device: torch.device
-    model: EncoderDecoder
+    state: State = field(default_factory=State)
+    batches: Batches | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    shown: dict = field(default_factory=dict)  # numbers beside the progress bar
     stop: bool = False  # True: save after this update, and leave
 
     def interrupt(self, *_):
@@ -197,8 +202,9 @@ def start_stage(run, stage):
     """Fresh optimizer, batches and counters. Later stages begin at the best SFT weights.
 
     Two stages are our choice: the paper does not say how warmups are initialised. A policy from
-    scratch would sample noise, and y would learn to ignore it. The control takes SFT's batches and
-    dropout, and like the policy stage --policy-lr with a new ramp.
+    scratch would sample noise, and y would learn to ignore it. The control differs from the policy
+    stage in the warmup alone: it takes --policy-lr with a new ramp, no dropout in the decoder, as
+    many FLOPs, as many validations. Its batches are SFT's: the best SFT for these FLOPs.
     """
     config, tokenizer, folder = run.config, run.tokenizer, run.config.folder
     total, tokens = config.sft_steps, config.batch_tokens
@@ -213,7 +219,7 @@ def start_stage(run, stage):
         sft_model = load_model(folder / "sft.pt", tokenizer, "cpu")
         run.model.load_state_dict(sft_model.state_dict())
     run.state = State(stage, total=total)
-    run.shown = {}  # beside the progress bar
+    run.shown = {}
     run.spec = warmup_spec(stage, config, tokenizer)
     run.batches = Batches(run.data["train"], tokens, config.seed, rank(), processes())
     run.optimizer = make_optimizer(run.model, config.weight_decay)
@@ -229,22 +235,24 @@ def learning_rate(config, state):
 
 
 def batch_loss(run, batch):
-    """The stage's loss of a micro-batch, a sum over target tokens; diagnostics and FLOPs.
+    """The stage's loss of a micro-batch, a sum over target tokens; sums by unit; counts of units.
 
-    They are sums, too, so that micro-batches and processes of unequal sizes add up.
+    FLOPs are one of the counts. All of them add up over micro-batches and processes.
     """
     config, spec, model = run.config, run.spec, run.model
-    here = batch.to(run.device)  # FLOPs are counted on the CPU: no waiting for a GPU
-    if run.state.stage == "policy":  # baselines, too
+    here = batch.to(run.device)
+    if run.state.stage != "sft":  # baselines and control, too: they differ in the warmup alone
         model.decoder.eval()  # see warmup_loss: decoder dropout is off-policy
     if spec is None:
-        return sft_loss(model, here), {"flops": sft_flops(model, batch)}
-    # pause: a constant c, so there is nothing to sample, to compare or to improve
-    estimator, K = ("frozen", 1) if spec.pause else (config.estimator, config.samples)
-    loss, numbers, rows = warmup_loss(model, here, spec, estimator, K, config.alpha)
-    sampled = 0 if spec.pause or estimator == "exact" else K
-    numbers["flops"] = policy_flops(model, batch, spec, rows, sampled)
-    return loss, numbers
+        loss, sums = sft_loss(model, here), {}
+        flops = sft_flops(model, batch)
+    else:
+        loss, sums, rows, sampled = warmup_loss(
+            model, here, spec, config.estimator, config.samples, config.alpha
+        )
+        flops = policy_flops(model, batch, spec, rows, sampled)
+    sums["loss", "token"] = loss.detach()
+    return loss, sums, units(batch) | {"flops": flops}
 
 
 def train_stage(run, bar):
@@ -266,27 +274,30 @@ def train_stage(run, bar):
         micro_batches = [next(run.batches) for _ in range(config.accumulate)]
         tokens = sum(int(target_tokens(batch)) for batch in micro_batches)
         tokens = sum(gather(tokens))
-        sums = Counter()
-        for batch in micro_batches:
-            with precision(config.dtype, run.device):
-                loss, numbers = batch_loss(run, batch)
-            (loss / tokens).backward()
-            numbers |= {"loss": loss.detach(), "examples": len(batch.source)}
-            sums.update(numbers)
+        sums, counts = Counter(), Counter()
+        # dropout and warmups depend on the update alone: a resumed run draws the same
+        with own_draws(run.device, config.seed, state.stage, rank(), state.step):
+            for batch in micro_batches:
+                with precision(config.dtype, run.device):
+                    loss, some_sums, some_counts = batch_loss(run, batch)
+                (loss / tokens).backward()
+                sums.update(some_sums)
+                counts.update(some_counts)
         sum_gradients(model)
         norm = clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
         optimizer.zero_grad()
         # -- end of the step
 
-        record = summary(sums, norm, tokens)
+        sums["grad_norm", "process"], counts["process"] = norm, 1  # all processes have the same
+        record = summary(sums, counts)
         if not math.isfinite(record["grad_norm"]):  # the weights are spoilt, but last.pt is not
             flag = "--lr" if state.stage == "sft" else "--policy-lr"
             raise UserError(f"the gradient became {record['grad_norm']}: start again, lower {flag}")
         state.step += 1
         log(run, "train", record | {"lr": rate, "seconds": time.perf_counter() - started})
         progress(run, bar)
-        if state.step % config.eval_every == 0 or state.step == state.total:
+        if validation_is_due(config, state):
             validate_and_save(run)
         if any(gather(run.stop)):
             save_state(run)
@@ -294,6 +305,19 @@ def train_stage(run, bar):
 
 
 # ===== plumbing: validation and saving, resuming, the log, processes, the program
+def validation_is_due(config, state):
+    """After each --eval-every updates and at the end of a stage.
+
+    The control has another number of updates than the policy stage, but as many validations, at
+    even distances: as many checkpoints to choose from.
+    """
+    step, total = state.step, state.total
+    if state.stage != "control":
+        return step % config.eval_every == 0 or step == total
+    validations = math.ceil(config.policy_steps / config.eval_every)
+    return step * validations // total > (step - 1) * validations // total
+
+
 def validate_and_save(run):
     """Validate; keep the weights if they are the stage's best; save the state. By rank 0.
 
@@ -302,6 +326,11 @@ def validate_and_save(run):
     config, state = run.config, run.state
     if rank() == 0:
         numbers = validate(run, run.data["valid"])
+        if run.spec and state.step == 0 and "swap_gap" not in numbers:
+            print(
+                "note: the log will lack swap_gap, because each validation batch holds one "
+                "example: lower --eval-samples or raise --batch-tokens"
+            )
         if count := config.eval_decode:
             some = run.data["valid"][:count]
             outputs = decode_split(run, some)
@@ -309,19 +338,13 @@ def validate_and_save(run):
         log(run, "valid", numbers)
         if numbers["nll"] < state.best_nll:
             state.best_nll = numbers["nll"]
-            save_checkpoint(
-                config.folder / f"{state.stage}.pt",
-                "stage",
-                run.model,
-                best_step=state.step,
-                valid_nll=state.best_nll,
-            )
+            save_checkpoint(config.folder / f"{state.stage}.pt", "stage", run.model)
     state.best_nll = gather(state.best_nll)[0]  # the others wait here
     save_state(run)
 
 
 def save_state(run):
-    """last.pt: all that the next update depends on, on a CPU and by one process. By rank 0.
+    """last.pt: all that the next update depends on. By rank 0.
 
     log_bytes says how much of log.jsonl belongs to it. What came later is cut off on resuming.
     """
@@ -334,18 +357,16 @@ def save_state(run):
         state=asdict(run.state),
         optimizer=run.optimizer.state_dict(),
         batches=(run.batches.epoch, run.batches.position),
-        random=torch.get_rng_state(),
         checksum=run.checksum,
         log_bytes=(run.config.folder / "log.jsonl").stat().st_size,
     )
 
 
 def restore(run):
-    """Take up last.pt: weights, optimizer, random state, and the place in the order of the data.
+    """Take up last.pt: weights, optimizer, and the place in the order of the data.
 
-    On a CPU, by one process, the next update is then the same bit for bit.
-
-    On a GPU, and in the processes other than rank 0, dropout and warmups are drawn anew.
+    Random draws need no state: each update has a seed of its own. So on a CPU the next update is
+    the same bit for bit, if as many processes take part.
     UserError if the data or the log is not that of the run.
     """
     config = run.config
@@ -368,9 +389,6 @@ def restore(run):
     run.batches.seek(*saved["batches"])
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["random"])
-    if rank():  # each process samples warmups and dropout of its own
-        torch.manual_seed(hash((config.seed, rank(), run.state.step)))
 
 
 def checksum(examples):
@@ -378,30 +396,28 @@ def checksum(examples):
     return zlib.crc32(json.dumps([examples["train"], examples["valid"]]).encode())
 
 
-def summary(sums, norm, tokens):
-    """This process's sums of an update -> averages and totals over all processes, for log.jsonl.
-
-    tokens: of all processes.
-    """
-    # all processes have the same norm: divided here, it is itself again once added up
-    sums = dict(sums, grad_norm=norm / processes())
-    tensors = {name: value for name, value in sums.items() if torch.is_tensor(value)}
-    numbers = torch.stack([*tensors.values()]).tolist()  # in one transfer
-    totals = Counter()
-    for sums_there in gather(sums | dict(zip(tensors, numbers))):
-        totals.update(sums_there)
-    record = {name: totals.pop(name) for name in ("flops", "grad_norm")}
-    return record | averages(totals, tokens)
+def summary(sums, counts):
+    """This process's sums and counts of an update -> means and FLOPs over all, for log.jsonl."""
+    numbers = torch.stack([*sums.values()]).tolist()  # in one transfer
+    all_sums, all_counts = Counter(), Counter()
+    for sums_there, counts_there in gather((dict(zip(sums, numbers)), counts)):
+        all_sums.update(sums_there)
+        all_counts.update(counts_there)
+    return means(all_sums, all_counts) | {"flops": all_counts["flops"]}
 
 
 def log(run, kind, numbers):
     """Append a line to log.jsonl. By rank 0. docs/guide.md explains its numbers."""
     state = run.state
-    path = run.config.folder / "log.jsonl"
-    line = {"kind": kind, "stage": state.stage, "step": state.step} | numbers
     run.shown |= numbers
-    if rank():
-        return
+    if rank() == 0:
+        line = {"kind": kind, "stage": state.stage, "step": state.step} | numbers
+        write_log(run.config.folder, line)
+
+
+def write_log(folder, line):
+    """UserError if the disk is full."""
+    path = folder / "log.jsonl"
     try:
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
@@ -484,16 +500,20 @@ def parse(argv):
     --help shows the defaults of the task that stands beside it.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--task", "--init", "--resume", "--size", "--vocab-size"):  # see below
+    for name in ("--task", "--init", "--resume", "--sft", "--size", "--vocab-size"):  # see below
         first.add_argument(name, nargs="?")
     known, _ = first.parse_known_args(argv)
+    other = read_config(Path(known.sft)) if known.sft else Config()
     defaults = asdict(Config())
-    task = TASKS.get(known.task, TASKS["wmt"])
+    task = TASKS.get(known.task or other.task, TASKS["wmt"])
     for name in task.settings:
         lookup(defaults, name, f"task {known.task}: there is no setting")
     defaults |= task.settings
-    if known.init:  # T5's weights are large and need no big steps
+    if known.init or other.init:  # T5's weights are large and need no big steps
         defaults |= {"lr": 3e-4, "policy_lr": 1e-4}
+    of_sft = {name: value for name, value in vars(other).items() if name not in AFTER_SFT}
+    if known.sft:
+        defaults |= of_sft | {"data": other.data}
 
     parser = Parser(
         description=__doc__.split("\n")[0],
@@ -513,7 +533,19 @@ def parse(argv):
         parser.error(wrong)
     if known.init and (known.size or known.vocab_size):
         parser.error("--init brings its own size and vocabulary: leave --size, --vocab-size out")
+    if known.sft and (wrong := unlike(config, of_sft)):
+        parser.error(f"--sft {known.sft}: {wrong}")
     return config, folder is not None
+
+
+def unlike(config, of_sft):
+    """Why a run cannot take the SFT stage of another run with these settings. "": it can."""
+    for name, value in of_sft.items():
+        if getattr(config, name) != value:
+            return f"its SFT stage has {flag_name(name)} {value}, not {getattr(config, name)}"
+    if config.folder.resolve() == Path(config.sft).resolve():
+        return "it would be replaced by this run: choose another --out"
+    return ""
 
 
 def earlier_files(folder):
@@ -525,12 +557,17 @@ def earlier_files(folder):
     return [folder / name for name in names if (folder / name).exists()]
 
 
-def new_model(config, examples):
-    """A model and its tokenizer: pretrained, or from scratch.
+def first_model(config, examples, resume):
+    """A model and its tokenizer: of last.pt, of another run's SFT, pretrained, or from scratch.
 
-    UserError if the weights cannot be loaded, or if `exact` would enumerate too many warmups.
+    UserError if the weights cannot be loaded.
     """
-    if config.init:
+    if resume or config.sft:
+        folder = config.folder if resume else Path(config.sft)
+        path, what = (folder / "last.pt", "state") if resume else (folder / "sft.pt", "stage")
+        tokenizer = load_tokenizer(folder / "tokenizer.json", SEP)
+        model = load_model(path, tokenizer, "cpu", what)
+    elif config.init:
         folder = pretrained_folder(config.init)
         model = load_pretrained(folder, dropout=config.dropout)
         tokenizer = pretrained_tokenizer(folder, prompt_tags(examples), model.config.vocab_size)
@@ -540,10 +577,39 @@ def new_model(config, examples):
         model = EncoderDecoder(
             ModelConfig(tokenizer.get_vocab_size(), dropout=config.dropout, **size)
         )
-    tokens = tokenizer.get_vocab_size() - len(special_ids(tokenizer))
-    if config.estimator == "exact" and config.policy_steps and tokens**config.warmup_len > 1024:
-        raise UserError(f"--estimator exact is for at most 1024 warmups, not {tokens}**W")
     return model, tokenizer
+
+
+MOST_ROWS = 4096  # of an update with `exact`: on a CPU core the toy takes 1.5 s for so many
+
+
+def check_rows(config, tokenizer, data):
+    """UserError if `exact` would take hours: an update scores all warmups of all its examples."""
+    tokens = tokenizer.get_vocab_size() - len(special_ids(tokenizer))
+    warmups = tokens**config.warmup_len
+    batches = Batches(data, config.policy_batch_tokens, config.seed).order
+    rows = warmups * max(map(len, batches)) * config.accumulate
+    if rows <= MOST_ROWS:
+        return
+    how = "--warmup-len or --vocab-size"
+    if warmups <= MOST_ROWS:
+        how = f"--policy-batch-tokens to {config.policy_batch_tokens * MOST_ROWS // rows}"
+    raise UserError(
+        f"--estimator exact would score {rows:,} rows an update, {warmups:,} warmups for each "
+        f"example. At most {MOST_ROWS:,} are feasible: lower {how}"
+    )
+
+
+def check_sft(config, checksum):
+    """UserError if another run's SFT stage is not finished, or was trained on other data."""
+    folder = Path(config.sft)
+    saved = load_checkpoint(folder / "last.pt", "state")
+    state = State(**saved["state"])
+    finished = state.stage != "sft" or state.step == state.total
+    if not finished or training_cost(folder, "sft")["updates"] != config.sft_steps:
+        raise UserError(f"--sft: SFT is not finished there. Go on with: {resume_command(folder)}")
+    if saved["checksum"] != checksum:
+        raise UserError(f"--sft {folder}: its data was not that in {config.data}")
 
 
 def prepare(config, resume) -> Run:
@@ -560,14 +626,11 @@ def prepare(config, resume) -> Run:
     splits, origin = load(config)
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     device = pick_device(config.device)
-    if config.recompute and config.dropout and device.type == "mps":
-        raise UserError("--recompute on mps would draw other dropout masks: add --dropout 0")
-    torch.manual_seed(config.seed)
-    if resume:
-        tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
-        model = load_model(config.folder / "last.pt", tokenizer, "cpu", "state")
-    else:
-        model, tokenizer = new_model(config, splits["train"])
+    data_checksum = checksum(splits)
+    if config.sft and not resume:
+        check_sft(config, data_checksum)
+    with own_draws(torch.device("cpu"), config.seed, "weights"):
+        model, tokenizer = first_model(config, splits["train"], resume)
     scored = splits.get("test", splits["valid"])
     some = scored[:8]
     for warmup in ("", "some words"):  # a metric that fails should fail now
@@ -581,10 +644,20 @@ def prepare(config, resume) -> Run:
         raise UserError(
             "all training pairs are too long: raise --max-source-tokens or --max-target-tokens"
         )
+    if config.estimator == "exact" and config.policy_steps:
+        check_rows(config, tokenizer, data["train"])
     if lost := what_is_lost(tokenizer, scored, config):
         print(f"data: {lost}")
 
-    run = Run(config, splits, data, checksum(splits), tokenizer, device, model.to(device))
+    run = Run(
+        config,
+        tokenizer,
+        device,
+        model.to(device),
+        examples=splits,
+        data=data,
+        checksum=data_checksum,
+    )
     model.encoder.recompute = model.decoder.recompute = config.recompute
     if config.compile:
         compile_stacks(model)
@@ -606,18 +679,29 @@ def begin(run, resume):
     if len(set(gather(run.checksum))) > 1:
         raise UserError("the processes of this job do not read the same data")
     if not resume:
-        start_stage(run, "sft")
         if rank() == 0:
             for path in earlier_files(config.folder):
                 path.unlink()
             config.folder.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(str(config.folder / "tokenizer.json"))
             (config.folder / "log.jsonl").touch()
+            if config.sft:
+                take_sft(run)
+        gather(None)  # the others wait for sft.pt
+        start_stage(run, "policy" if config.sft else "sft")
         save_state(run)
-        gather(None)  # the others wait for the file
+        gather(None)  # the others wait for last.pt
     restore(run)
     if rank() == 0:  # only now: what --resume changed is known to be good
         write_json(config.folder / "config.json", asdict(config))
+
+
+def take_sft(run):
+    """The best weights and the log of another run's SFT stage, as if this run had trained it."""
+    save_checkpoint(run.config.folder / "sft.pt", "stage", run.model)  # prepare has loaded it
+    for record in read_log(Path(run.config.sft)):
+        if record["stage"] == "sft":
+            write_log(run.config.folder, record)
 
 
 def write_json(path, content):
@@ -630,9 +714,8 @@ def report(run):
     """Score the test split with each stage's best checkpoint: the table, and results.json."""
     config, splits = run.config, run.examples
     split = "test" if "test" in splits else "valid"
-    stages = [stage for stage in STAGES if stage in config.stages]  # in the table's order
     examples = splits[split]
-    results, _ = score_run(run, stages, examples, split)
+    results, _ = score_run(run, config.stages, examples, split)
     packages = ("torch", "numpy", "tokenizers", "sacrebleu", "rouge-score")
     results |= {
         "config": asdict(config),
@@ -644,7 +727,7 @@ def report(run):
     path = config.folder / "results.json"
     write_json(path, results)  # first: a reader such as `head` may leave
     print_table(results, config, len(examples))
-    show(run, stages, examples[:3])
+    show(run, config.stages, examples[:3])
     print(f"\nsaved {path}. Score again: python eval.py {shell_word(config.folder)}")
 
 

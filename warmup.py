@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import EOS_ID, PAD_ID, beam_search, copy_memory, decoding, sample_tokens
+from model import EOS_ID, PAD_ID, beam_search, copy_memory, sample_tokens
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,6 @@ def sft_loss(model, batch):
 
 
 # ----------------------------------------------------------------------------- stage 2: warmups
-@decoding()
 def sample_warmups(model, memory, prompt, spec, samples):
     """Draw K = samples warmups per example from P(c|x): c (B,K,W). No autograd.
 
@@ -180,8 +179,9 @@ def all_warmups(spec, vocab_size):
 
 # ----------------------------------------------------------------------------- the estimators
 # Each is a choice of two weights for the surrogate (2): a_k moves the warmup, b_k moves the target.
-# R (B,K) -> a, b (B,K). R_k = log p_k is the sum of the target's log-probs after warmup c_k; with
-# --alpha it comes multiplied, and "exact for" below is then said of p^alpha.
+# R (B,K) -> a, b (B,K). R_k = log p_k is the sum of the target's log-probs after warmup c_k.
+# With --alpha R comes multiplied. Then a is exact for p^alpha in place of p. An exact b would have
+# alpha as a factor, too. We leave it out: alpha chooses among warmups, it does not slow y down.
 
 
 def num_samples(R):
@@ -275,12 +275,30 @@ def frozen(R):
 ESTIMATORS = {f.__name__: f for f in (marginal, jensen, iwae, prob, grpo, best, truncated, frozen)}
 
 
+# These two know their warmups: nothing is sampled
+NOT_SAMPLED = {"exact": truncated, "pause": frozen}
+
+
+def propose(model, memory, prompt, spec, estimator, samples):
+    """The warmups of an update, c (B,K,W), and how many an example were sampled.
+
+    exact: all warmups. pause: the constant one. Both: 0 were sampled, so each counts by its P(c|x).
+    """
+    if estimator == "exact":
+        c = all_warmups(spec, model.config.vocab_size).to(prompt.device)  # (all,W)
+        return c.expand(len(prompt), -1, -1), 0
+    if estimator == "pause":
+        return sample_warmups(model, memory, prompt, spec, 1), 0
+    return sample_warmups(model, memory, prompt, spec, samples), samples
+
+
 def weights(estimator, R, log_pi, c):
-    """a, b (B,K) by the estimator's name. For `exact`, c (B,K,W) must be all_warmups."""
-    if estimator in ("truncated", "exact"):
+    """a, b (B,K) of the warmups c (B,K,W), by the estimator's name."""
+    rule = (ESTIMATORS | NOT_SAMPLED)[estimator]
+    if rule is truncated:
         repeated = ~first_occurrence(c)
         return truncated(R, log_pi.masked_fill(repeated, -torch.inf))
-    return ESTIMATORS[estimator](R)
+    return rule(R)
 
 
 def earliest_equal(c):
@@ -311,8 +329,9 @@ class PolicyLoss(NamedTuple):
     """What `warmup_loss` gives for a batch."""
 
     loss: Tensor  # () a sum over the batch, as sft_loss
-    numbers: dict[str, Tensor]  # `diagnostics`: sums over the batch, too
+    numbers: dict  # `diagnostics`: sums over the batch, too
     rows: Tensor  # (B,) on the CPU: computed warmups. What an update costs depends on it
+    sampled: int  # warmups sampled for each example: they cost, too
 
 
 def warmup_loss(model, batch, spec, estimator="marginal", samples=4, alpha=1.0) -> PolicyLoss:
@@ -327,11 +346,7 @@ def warmup_loss(model, batch, spec, estimator="marginal", samples=4, alpha=1.0) 
         raise ValueError("call model.decoder.eval() first: decoder dropout is off-policy")
     memory = model.encode(batch.source)
 
-    if estimator == "exact":
-        c = all_warmups(spec, model.config.vocab_size).to(batch.source.device)
-        c = c.expand(len(batch.source), -1, -1)  # (B,all,W)
-    else:
-        c = sample_warmups(model, memory, batch.prompt, spec, samples)  # (B,K,W)
+    c, sampled = propose(model, memory, batch.prompt, spec, estimator, samples)  # (B,K,W)
 
     log_pi, log_p, rows = score(model, memory, batch, c, spec)  # (B,K), (B,K), (B,)
 
@@ -339,26 +354,27 @@ def warmup_loss(model, batch, spec, estimator="marginal", samples=4, alpha=1.0) 
     a, b = weights(estimator, alpha * R, log_pi.detach(), c)  # (B,K) both
 
     loss = surrogate(a, b, log_pi, log_p)
-    numbers = diagnostics(R, log_pi.detach(), c, alpha, exact=estimator == "exact")
-    return PolicyLoss(loss, numbers, rows)
+    numbers = diagnostics(R, log_pi.detach(), c, alpha, sampled)
+    return PolicyLoss(loss, numbers, rows, sampled)
 
 
 # ----------------------------------------------------------------------------- is it working?
-def diagnostics(R, log_pi, c, alpha=1.0, exact=False):
+def diagnostics(R, log_pi, c, alpha=1.0, sampled=True):
     """What to watch instead of the surrogate loss. R, log_pi (B,K), c (B,K,W) -> batch sums.
 
-    Means are over an example's K sampled warmups. exact: over all of them, weighted by P(c|x).
+    {(name, unit): sum}: the log divides each sum by the number of its units.
+    Means are over an example's K sampled warmups. If none was sampled, P(c|x) weighs them.
 
     nll       -log mean_k P(y|x,c_k), nats. In expectation an upper bound on -log P(y|x)
     reward    mean of R over an example's warmups, nats
     spread    standard deviation of R within an example (over K, not K-1), nats. 0: all c are alike
     ess       effective sample size 1/Σw², w as the softmax of alpha·R: 1 (one takes all) to K.
-              exact: w as that of log P(c|x) + alpha·R
+              If none was sampled, w is that of log P(c|x) + alpha·R
     entropy   -log P(c|x) of the sampled c, nats. Its mean is the policy's entropy
     distinct  distinct warmups / K
     """
     log_q = torch.full_like(R, -math.log(R.size(1)))  # (B,K): log of a warmup's weight in the means
-    if exact:
+    if not sampled:
         log_q = log_pi
     distinct = first_occurrence(c).float().mean(1)  # (B,)
     q = log_q.exp()  # (B,K)
@@ -367,12 +383,12 @@ def diagnostics(R, log_pi, c, alpha=1.0, exact=False):
     variance = (q * (R - mean) ** 2).sum(1)  # (B,)
     ess = 1 / w.pow(2).sum(1)  # (B,)
     return {
-        "nll": -(log_q + R).logsumexp(1).sum(),
-        "reward": mean.sum(),
-        "spread": variance.sqrt().sum(),
-        "ess": ess.sum(),
-        "entropy": -(q * log_pi).sum(),
-        "distinct": distinct.sum(),
+        ("nll", "token"): -(log_q + R).logsumexp(1).sum(),
+        ("reward", "example"): mean.sum(),
+        ("spread", "example"): variance.sqrt().sum(),
+        ("ess", "example"): ess.sum(),
+        ("entropy", "example"): -(q * log_pi).sum(),
+        ("distinct", "example"): distinct.sum(),
     }
 
 
@@ -380,8 +396,8 @@ def diagnostics(R, log_pi, c, alpha=1.0, exact=False):
 def evaluate_warmups(model, batch, spec, samples, alpha=1.0):
     """`diagnostics` on held-out data, and numbers that need more passes. All are batch sums, nats.
 
-    swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example). 0: y ignores c
-    swapped     how many examples swap_gap counts. One that is alone in its batch has no other
+    swap_gap    mean_k log P(y|x,c_k) - log P(y|x, c_k of another example). 0: y ignores c.
+                Its unit is the swap: an example that is alone in its batch has no other
     over_empty  mean_k log P(y|x,c_k) - log P₀(y|x): what a warmup gains over writing y at once
     """
     memory = model.encode(batch.source)
@@ -390,14 +406,13 @@ def evaluate_warmups(model, batch, spec, samples, alpha=1.0):
     log_p_swapped = score(model, memory, batch, c.roll(-1, 0), spec).log_p  # (B,K)
     direct = direct_logprobs(model, memory, batch)  # (B,)
     return diagnostics(log_p, log_pi, c, alpha) | {
-        "swap_gap": (log_p - log_p_swapped).mean(1).sum(),
-        "swapped": len(c) if len(c) > 1 else 0,
-        "over_empty": (log_p.mean(1) - direct).sum(),
+        ("swap_gap", "swap"): (log_p - log_p_swapped).mean(1).sum(),
+        ("over_empty", "example"): (log_p.mean(1) - direct).sum(),
     }
 
 
 # ----------------------------------------------------------------------------- test time
-@decoding()
+@torch.no_grad()
 def generate(model, batch, spec, length, *, beams=1, length_penalty=1.0, forbidden=(), c=None):
     """Write a greedy warmup, then the target: c (B,W) or None, y (B,length), padded after </s>.
 

@@ -15,7 +15,6 @@ import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -357,9 +356,7 @@ def test_an_export_is_called_by_its_row(
     estimator, name, finished_run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(evaluation, "save_pretrained", lambda model, out: out.mkdir())
-    tokenizer = evaluation.load_tokenizer(finished_run / "tokenizer.json")
-    config = data.Config(estimator=estimator, out=str(finished_run))
-    run = SimpleNamespace(config=config, tokenizer=tokenizer, device=torch.device("cpu"))
+    run = evaluation.open_run(finished_run, estimator=estimator)
     evaluation.export(run, "policy", tmp_path / "out")
     assert capsys.readouterr().out == f"wrote {tmp_path / 'out'}: {name}\n"
 

@@ -17,7 +17,7 @@ Each of these was planted once to see a test fail:
     validation with --samples                        test_validation_draws_eval_samples
     outputs cut by the length of a source             test_decoding_is_by_the_settings
     --eval-decode: other examples as text            test_the_first_validation_examples_…
-    swap_gap divided by all examples                 test_averages_are_per_token_…
+    swap_gap divided by all examples                 test_means_are_per_token_…
     --temperature, --warmup-len ignored              test_the_warmup_is_that_of_the_settings
     --input without a pretrained model's prefix      test_new_text_for_a_pretrained_model_…
     SFT for the baseline, with a control             test_the_command_for_sacrebleu_…
@@ -49,7 +49,7 @@ from data import (
     shell_word,
     special_ids,
 )
-from warmup import WarmupSpec, sample_warmups, score, sft_loss
+from warmup import Batch, WarmupSpec, sample_warmups, score, sft_loss
 
 SETTINGS = dict(
     built_in_size=300,
@@ -89,7 +89,7 @@ def watched_run(folder, *flags):
             SimpleNamespace(
                 stage=run.state.stage,
                 limit=run.batches.batch_tokens,
-                flops=result[1]["flops"],
+                flops=result[2]["flops"],
                 tokens=batch.source.numel() + batch.target.numel(),
                 fresh=fresh,
             )
@@ -190,7 +190,7 @@ def test_the_objective_is_that_of_the_flags(runs):
     assert calls == {
         "marginal": {("marginal", 3, 1.7)},
         "frozen": {("frozen", 3, 1.7)},
-        "pause": {("frozen", 1, 1.7)},
+        "pause": {("pause", 3, 1.7)},
         "sft": set(),
     }
 
@@ -285,15 +285,20 @@ def test_validation_is_the_loss_of_each_example_alone(kind, runs):
     assert len(data) > 50 and nll == pytest.approx(total / tokens, rel=1e-9)
 
 
-def test_averages_are_per_token_per_example_or_per_swap():
-    """By hand: 5 tokens, 4 examples, of which 3 had another example's warmup."""
-    sums = dict(loss=10.0, nll=20.0, reward=-8.0, swap_gap=6.0, swapped=3.0, over_empty=2.0)
-    sums = {name: torch.tensor(value) for name, value in sums.items()} | {"examples": 4}
-    numbers = evaluation.averages(sums, torch.tensor(5))
-    assert numbers == dict(loss=2.0, nll=4.0, reward=-2.0, swap_gap=2.0, over_empty=0.5)
-    alone = {"swap_gap": torch.tensor(0.0), "swapped": torch.tensor(0.0), "examples": 1}
-    assert evaluation.averages(alone, torch.tensor(5)) == {}  # not 0: it was not measured
-    assert evaluation.averages(alone | {"swapped": 0}, torch.tensor(5)) == {}
+def test_means_are_per_token_per_example_or_per_swap():
+    """By hand: batches of 4, 2 and 1 examples. The last has no other example's warmup."""
+    unit_of = dict(loss="token", nll="token", reward="example", swap_gap="swap")
+    counts = {"token": 0, "example": 0, "swap": 0}
+    for target in ([[5, 1], [5, 6], [1, 0], [5, 1]], [[1], [1]], [[5, 6, 1]]):
+        target = torch.tensor(target)
+        batch = Batch(torch.ones(len(target), 3), torch.ones(len(target), 1), target)
+        counts = {unit: counts[unit] + more for unit, more in evaluation.units(batch).items()}
+    assert counts == {"token": 7 + 2 + 3, "example": 7, "swap": 6}
+    sums = {(name, unit): torch.tensor(84.0) for name, unit in unit_of.items()}
+    numbers = evaluation.means(sums, counts)
+    assert numbers == dict(loss=7.0, nll=7.0, reward=12.0, swap_gap=14.0)
+    del numbers["swap_gap"]  # not 0: it was not measured
+    assert evaluation.means(sums, counts | {"swap": 0}) == numbers
 
 
 def test_the_first_validation_examples_are_decoded_and_scored_against_themselves(
@@ -426,9 +431,8 @@ def test_the_command_for_sacrebleu_compares_with_the_control_else_with_sft(
     named = [f"Baseline: {outputs[0]}", *outputs[1:]]
     assert [name.strip() for name, *_ in systems] == named
     assert table.count("(p = ") == 2 * (len(outputs) - 1)  # BLEU and chrF++ of all but the first
-    config = replace(read_config(folder), out=str(folder))
-    tokenizer = evaluation.load_tokenizer(folder / "tokenizer.json")
-    run = SimpleNamespace(config=config, tokenizer=tokenizer, device=torch.device("cpu"))
+    run = evaluation.open_run(folder)
+    config = run.config
     results, _ = evaluation.score_run(run, stages, load(config)[0]["test"], "test")
     rows = results["rows"]
     for row, (_, *scores) in zip(rows, systems):  # those of our table

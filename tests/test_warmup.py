@@ -37,6 +37,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import warmup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import drawn_logprobs
@@ -486,13 +487,15 @@ def test_the_gradient_is_exact_on_average_through_the_whole_model(name):
 def test_warmup_loss_exact_is_the_gradient_of_the_marginal_likelihood(length):
     model, batch, s = toy_model(), toy_batch(), spec(length)
     parameters = list(model.parameters())
-    loss, numbers, rows = warmup_loss(model, batch, s, "exact")
-    assert rows.tolist() == [3**length] * 2  # all warmups differ
+    loss, numbers, rows, sampled = warmup_loss(model, batch, s, "exact")
+    assert rows.tolist() == [3**length] * 2 and sampled == 0  # all warmups differ
     c = all_warmups(s, V).expand(2, -1, -1)
     log_pi, log_p, _ = score(model, model.encode(batch.source), batch, c, s)
     log_marginal = (log_pi + log_p).logsumexp(1).sum()
     check([-g for g in torch.autograd.grad(loss, parameters)], log_marginal, parameters)
-    assert numbers["nll"].item() == pytest.approx(-log_marginal.item())  # weighted by P(c|x)
+    assert numbers["nll", "token"].item() == pytest.approx(
+        -log_marginal.item()
+    )  # weighted by P(c|x)
 
 
 def test_marginal_with_alpha_0_is_frozen_and_alpha_is_no_no_op():
@@ -528,7 +531,9 @@ def test_alpha_and_temperature_as_by_hand():
 def test_a_cold_policy_samples_its_favourite():
     """At temperature 0.001 every sample is the greedy warmup, in warmup_loss, too: else it would be off-policy."""
     model, batch, s = toy_model(2), toy_batch(), spec(2, temperature=1e-3)
-    assert warmup_loss(model, batch, s, "frozen", 8)[1]["distinct"].item() == pytest.approx(2 / 8)
+    assert warmup_loss(model, batch, s, "frozen", 8)[1][
+        "distinct", "example"
+    ].item() == pytest.approx(2 / 8)
 
 
 def test_pause_is_a_constant_warmup_without_a_policy():
@@ -537,8 +542,10 @@ def test_pause_is_a_constant_warmup_without_a_policy():
     assert c.shape == (2, 3, 2) and (c == SEP).all()
     scored, log_p, _ = score(model, model.encode(batch.source), batch, c, s)
     assert (scored == 0).all()
-    loss, *_ = warmup_loss(model, batch, s, "frozen", 1)
+    loss, numbers, rows, sampled = warmup_loss(model, batch, s, "pause", 3)
     torch.testing.assert_close(loss, -log_p[:, 0].sum(), rtol=1e-10, atol=1e-10)
+    assert (rows.tolist(), sampled) == ([1, 1], 0)  # one row an example, whatever K
+    assert numbers["nll", "token"] == pytest.approx(-log_p[:, 0].sum().item())
     assert (generate(model, batch, s, 4)[0] == SEP).all()
 
 
@@ -546,7 +553,7 @@ def test_warmup_loss_is_sample_score_estimate_surrogate():
     """warmup_loss on its own samples equals the parts put together by hand, gradient included."""
     model, batch, s = toy_model(), toy_batch(), spec(2)
     torch.manual_seed(3)
-    loss, stats, _ = warmup_loss(model, batch, s, "marginal", samples=5)
+    loss, stats, *_ = warmup_loss(model, batch, s, "marginal", samples=5)
     torch.manual_seed(3)
     memory = model.encode(batch.source)
     c = sample_warmups(model, memory, batch.prompt, s, 5)
@@ -555,7 +562,7 @@ def test_warmup_loss_is_sample_score_estimate_surrogate():
     by_hand = -((w - 0.2) * log_pi + w * log_p).sum()
     for a, b in zip(*(torch.autograd.grad(x, list(model.parameters())) for x in (loss, by_hand))):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-    assert stats["reward"].item() == pytest.approx(log_p.mean(1).sum().item())
+    assert stats["reward", "example"].item() == pytest.approx(log_p.mean(1).sum().item())
 
 
 def test_policy_updates_refuse_decoder_dropout():
@@ -589,12 +596,12 @@ def test_diagnostics_by_hand():
     R = torch.tensor([[0.0, math.log(3.0)], [-2.0, -2.0]])
     c = torch.tensor([[[4, 5], [4, 6]], [[4, 4], [4, 4]]])
     d = diagnostics(R, torch.tensor([[-1.0, -3.0], [-2.0, -2.0]]), c)
-    assert d["nll"].item() == pytest.approx(-math.log(2.0) + 2.0)  # means of p: 2 and e^-2
-    assert d["reward"].item() == pytest.approx(math.log(3.0) / 2 - 2.0)
-    assert d["spread"].item() == pytest.approx(math.log(3.0) / 2)
-    assert d["ess"].item() == pytest.approx(1 / (0.25**2 + 0.75**2) + 2.0)
-    assert d["entropy"].item() == pytest.approx(4.0)
-    assert d["distinct"].item() == pytest.approx(1.0 + 0.5)
+    assert d["nll", "token"].item() == pytest.approx(-math.log(2.0) + 2.0)  # means of p: 2 and e^-2
+    assert d["reward", "example"].item() == pytest.approx(math.log(3.0) / 2 - 2.0)
+    assert d["spread", "example"].item() == pytest.approx(math.log(3.0) / 2)
+    assert d["ess", "example"].item() == pytest.approx(1 / (0.25**2 + 0.75**2) + 2.0)
+    assert d["entropy", "example"].item() == pytest.approx(4.0)
+    assert d["distinct", "example"].item() == pytest.approx(1.0 + 0.5)
 
 
 def test_ess_is_that_of_the_weights_which_alpha_sharpens():
@@ -602,37 +609,45 @@ def test_ess_is_that_of_the_weights_which_alpha_sharpens():
     R, log_pi = torch.tensor([[0.0, math.log(3.0)]]), torch.zeros(1, 2)
     c = torch.tensor([[[4], [5]]])
     one, two = (diagnostics(R, log_pi, c, alpha) for alpha in (1.0, 2.0))
-    assert two.pop("ess").item() == pytest.approx(1 / (0.1**2 + 0.9**2))  # 1 : 9, not 1 : 3
-    assert one.pop("ess").item() == pytest.approx(1 / (0.25**2 + 0.75**2)) and one == two
+    assert two.pop(("ess", "example")).item() == pytest.approx(
+        1 / (0.1**2 + 0.9**2)
+    )  # 1 : 9, not 1 : 3
+    assert (
+        one.pop(("ess", "example")).item() == pytest.approx(1 / (0.25**2 + 0.75**2)) and one == two
+    )
     model, batch = toy_model(), toy_batch()
     model.decoder.eval()
-    held_out = [evaluate_warmups(model, batch, spec(), 3, alpha)["ess"] for alpha in (0.0, 1.0)]
-    _, numbers, _ = warmup_loss(model, batch, spec(), samples=3, alpha=0.0)
-    assert held_out[0] == pytest.approx(3.0 * len(batch.source)) == numbers["ess"]
+    held_out = [
+        evaluate_warmups(model, batch, spec(), 3, alpha)["ess", "example"] for alpha in (0.0, 1.0)
+    ]
+    _, numbers, *_ = warmup_loss(model, batch, spec(), samples=3, alpha=0.0)
+    assert held_out[0] == pytest.approx(3.0 * len(batch.source)) == numbers["ess", "example"]
     assert held_out[1] < held_out[0]
 
 
 def test_diagnostics_of_all_warmups_are_weighted_by_the_policy():
     """exact: what sampling would give in the mean, without the noise."""
     log_pi, R = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.0, -2.0]])
-    d = diagnostics(R, log_pi, torch.tensor([[[4], [5]]]), exact=True)
+    d = diagnostics(R, log_pi, torch.tensor([[[4], [5]]]), sampled=0)
     p = 0.25 + 0.75 * math.exp(-2.0)
-    assert d["nll"].item() == pytest.approx(-math.log(p)) and d["reward"].item() == pytest.approx(
-        -1.5
+    assert d["nll", "token"].item() == pytest.approx(-math.log(p)) and d[
+        "reward", "example"
+    ].item() == pytest.approx(-1.5)
+    assert d["spread", "example"].item() == pytest.approx((0.25 * 1.5**2 + 0.75 * 0.5**2) ** 0.5)
+    assert d["ess", "example"].item() == pytest.approx(1 / ((0.25 / p) ** 2 + (1 - 0.25 / p) ** 2))
+    assert d["entropy", "example"].item() == pytest.approx(
+        -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
     )
-    assert d["spread"].item() == pytest.approx((0.25 * 1.5**2 + 0.75 * 0.5**2) ** 0.5)
-    assert d["ess"].item() == pytest.approx(1 / ((0.25 / p) ** 2 + (1 - 0.25 / p) ** 2))
-    assert d["entropy"].item() == pytest.approx(-0.25 * math.log(0.25) - 0.75 * math.log(0.75))
-    assert d["distinct"].item() == 1.0
+    assert d["distinct", "example"].item() == 1.0
 
 
 def test_swap_gap_is_zero_when_the_target_ignores_c_and_not_otherwise():
     model, batch, s = toy_model(), toy_batch(), spec()
     torch.manual_seed(0)
-    assert abs(evaluate_warmups(model, batch, s, 8)["swap_gap"].item()) > 1e-3
+    assert abs(evaluate_warmups(model, batch, s, 8)["swap_gap", "swap"].item()) > 1e-3
     with torch.no_grad():  # no self-attention in the decoder: y cannot see c
         model.decoder.blocks[0].self_attention.out.weight.zero_()
-    assert evaluate_warmups(model, batch, s, 8)["swap_gap"].abs().item() < 1e-9
+    assert evaluate_warmups(model, batch, s, 8)["swap_gap", "swap"].abs().item() < 1e-9
 
 
 def test_generate_writes_warmup_then_target():
@@ -765,8 +780,12 @@ def test_gain_over_empty_by_hand():
     c = sample_warmups(model, memory, batch.prompt, s, 3)
     log_p, swapped = (score(model, memory, batch, x, s)[1] for x in (c, c.flip(0)))
     direct = direct_logprobs(model, memory, batch)
-    assert numbers["over_empty"].item() == pytest.approx((log_p.mean(1) - direct).sum().item())
-    assert numbers["swap_gap"].item() == pytest.approx((log_p - swapped).mean(1).sum().item())
+    assert numbers["over_empty", "example"].item() == pytest.approx(
+        (log_p.mean(1) - direct).sum().item()
+    )
+    assert numbers["swap_gap", "swap"].item() == pytest.approx(
+        (log_p - swapped).mean(1).sum().item()
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -781,8 +800,6 @@ def test_generate_passes_on_what_is_forbidden(beams):
 
 
 def test_generate_passes_on_the_length_penalty(monkeypatch):
-    import warmup
-
     given, original = [], warmup.beam_search
     monkeypatch.setattr(
         warmup,
@@ -794,8 +811,8 @@ def test_generate_passes_on_the_length_penalty(monkeypatch):
 
 
 def test_swap_gap_does_not_count_an_example_without_a_neighbour():
-    assert evaluate_warmups(toy_model(), first_of(toy_batch()), spec(), 2)["swapped"] == 0
-    assert evaluate_warmups(toy_model(), toy_batch(), spec(), 2)["swapped"] == 2
+    alone = evaluate_warmups(toy_model(), first_of(toy_batch()), spec(), 2)
+    assert alone["swap_gap", "swap"] == 0  # its neighbour is itself
 
 
 # ----------------------------------------------------------------------------- the fast path of `score`
@@ -824,7 +841,8 @@ def test_distinct_warmups_scored_once_are_the_plain_path(name, repeats, monkeypa
     monkeypatch.setattr("warmup.sample_warmups", lambda *args, **how: c)
 
     def step():
-        loss, numbers, rows = warmup_loss(model, batch, s, name, 4)
+        loss, numbers, rows, sampled = warmup_loss(model, batch, s, name, 4)
+        assert sampled == 4
         return loss, numbers, rows, torch.autograd.grad(loss, list(model.parameters()))
 
     loss, numbers, rows, gradients = step()
@@ -880,7 +898,7 @@ class Casts(TorchDispatchMode):
         return out
 
 
-def test_in_low_precision_weights_are_cast_once_for_all_tokens():
+def test_in_low_precision_weights_are_cast_once_for_all_tokens(monkeypatch):
     """The same tokens and log-probs, bit for bit, as with a cast at each token."""
     torch.manual_seed(0)
     model = EncoderDecoder(
@@ -890,13 +908,14 @@ def test_in_low_precision_weights_are_cast_once_for_all_tokens():
     ).eval()
     batch, s = toy_batch(), spec(5)
     found, counts = [], []
-    plain = sample_warmups.__wrapped__
-    for search in (sample_warmups, torch.no_grad()(plain)):
+    cached = warmup.sample_tokens
+    for sampler in (cached, torch.no_grad()(cached.__wrapped__)):
+        monkeypatch.setattr(warmup, "sample_tokens", sampler)
         with precision("bfloat16", torch.device("cpu")):
             memory = model.encode(batch.source)
             torch.manual_seed(1)
             with Casts() as casts, drawn_logprobs() as drawn:
-                found.append([search(model, memory, batch.prompt, s, 3), *drawn])
+                found.append([sample_warmups(model, memory, batch.prompt, s, 3), *drawn])
         counts.append(casts.seen)
         assert torch.is_autocast_cache_enabled()
     assert counts == [1, 5]
