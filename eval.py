@@ -94,26 +94,6 @@ class Run:
     spec: WarmupSpec | None = None  # None: y is written at once
 
 
-def open_run(folder, stage=None, **changes) -> Run:
-    """A run folder as a Run, with the best model of a stage. UserError if it is not there.
-
-    stage None: no model yet. changes: settings that differ from the run's own, such as beams=1.
-    """
-    config = replace(read_config(Path(folder)), **changes)
-    tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
-    run = Run(config, tokenizer, pick_device(config.device))
-    if stage:
-        load_stage(run, stage)
-    return run
-
-
-def load_stage(run, stage):
-    """Give run the best model of a stage, and its spec. UserError if it is not there."""
-    path = run.config.folder / f"{stage}.pt"
-    run.model = load_model(path, run.tokenizer, run.device)
-    run.spec = warmup_spec(stage, run.config, run.tokenizer)
-
-
 def warmup_spec(stage, config, tokenizer) -> WarmupSpec | None:
     """What stands before y in a stage. None: nothing, as in SFT and its control."""
     if stage != "policy" or config.estimator == "sft":
@@ -150,17 +130,6 @@ def validate(run, data):
             sums.update(numbers)
             counts.update(units(batch))
     return means(sums, counts)
-
-
-def units(batch):
-    """What a batch's sums are divided by: how many there are of each unit."""
-    B = len(batch.source)
-    return {"token": int(target_tokens(batch)), "example": B, "swap": B if B > 1 else 0}
-
-
-def means(sums, counts):
-    """{(name, unit): sum} -> {name: mean}. counts: of each unit. A mean over nothing is left out."""
-    return {name: float(x) / counts[unit] for (name, unit), x in sums.items() if counts[unit]}
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -379,7 +348,18 @@ def samples_at_work(run, ids):
     return [title, *(f"{times:4} x{line}" for line, times in lines.most_common())]
 
 
-# ===== plumbing: METRICS, what a tokenizer loses, log and plot, new text, export, program
+# ===== plumbing: means, METRICS, what a tokenizer loses, log and plot, new text, export, program
+def units(batch):
+    """What a batch's sums are divided by: how many there are of each unit."""
+    B = len(batch.source)
+    return {"token": int(target_tokens(batch)), "example": B, "swap": B if B > 1 else 0}
+
+
+def means(sums, counts):
+    """{(name, unit): sum} -> {name: mean}. counts: of each unit. Of nothing there is no mean."""
+    return {name: float(x) / counts[unit] for (name, unit), x in sums.items() if counts[unit]}
+
+
 BLEU_TOKENIZERS = {  # of sacreBLEU; 13a, for all other languages, needs spaces between words
     "zh": "zh zho chi cmn yue wuu nan hak gan lzh",
     "ja-mecab": "ja jpn",
@@ -674,6 +654,26 @@ def export(run, stage, out):
 
 
 # ----------------------------------------------------------------------------- the program
+def open_run(folder, stage=None, **changes) -> Run:
+    """A run folder as a Run, with the best model of a stage. UserError if it is not there.
+
+    stage None: no model yet. changes: settings that differ from the run's own, such as beams=1.
+    """
+    config = replace(read_config(Path(folder)), **changes)
+    tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
+    run = Run(config, tokenizer, pick_device(config.device))
+    if stage:
+        load_stage(run, stage)
+    return run
+
+
+def load_stage(run, stage):
+    """Give run the best model of a stage, and its spec. UserError if it is not there."""
+    path = run.config.folder / f"{stage}.pt"
+    run.model = load_model(path, run.tokenizer, run.device)
+    run.spec = warmup_spec(stage, run.config, run.tokenizer)
+
+
 def row_name(stage, config):
     """A stage's name in the table: baselines take the policy stage's place."""
     return BASELINES.get(config.estimator, "warmup") if stage == "policy" else STAGES[stage]

@@ -327,10 +327,7 @@ def validate_and_save(run):
     if rank() == 0:
         numbers = validate(run, run.data["valid"])
         if run.spec and state.step == 0 and "swap_gap" not in numbers:
-            print(
-                "note: the log will lack swap_gap, because each validation batch holds one "
-                "example: lower --eval-samples or raise --batch-tokens"
-            )
+            print("note: a batch holds one example, so there is no swap_gap: lower --eval-samples")
         if count := config.eval_decode:
             some = run.data["valid"][:count]
             outputs = decode_split(run, some)
@@ -409,15 +406,11 @@ def summary(sums, counts):
 def log(run, kind, numbers):
     """Append a line to log.jsonl. By rank 0. docs/guide.md explains its numbers."""
     state = run.state
+    path = run.config.folder / "log.jsonl"
+    line = {"kind": kind, "stage": state.stage, "step": state.step} | numbers
     run.shown |= numbers
-    if rank() == 0:
-        line = {"kind": kind, "stage": state.stage, "step": state.step} | numbers
-        write_log(run.config.folder, line)
-
-
-def write_log(folder, line):
-    """UserError if the disk is full."""
-    path = folder / "log.jsonl"
+    if rank():
+        return
     try:
         with open(path, "a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(line) + "\n")
@@ -605,8 +598,8 @@ def check_sft(config, checksum):
     folder = Path(config.sft)
     saved = load_checkpoint(folder / "last.pt", "state")
     state = State(**saved["state"])
-    finished = state.stage != "sft" or state.step == state.total
-    if not finished or training_cost(folder, "sft")["updates"] != config.sft_steps:
+    unfinished = state.stage == "sft" and state.step < state.total
+    if unfinished or training_cost(folder, "sft")["updates"] != config.sft_steps:
         raise UserError(f"--sft: SFT is not finished there. Go on with: {resume_command(folder)}")
     if saved["checksum"] != checksum:
         raise UserError(f"--sft {folder}: its data was not that in {config.data}")
@@ -684,9 +677,12 @@ def begin(run, resume):
                 path.unlink()
             config.folder.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(str(config.folder / "tokenizer.json"))
-            (config.folder / "log.jsonl").touch()
-            if config.sft:
-                take_sft(run)
+            sft_log = []
+            if config.sft:  # as if this run had trained it
+                save_checkpoint(config.folder / "sft.pt", "stage", run.model)
+                sft_log = [r for r in read_log(Path(config.sft)) if r["stage"] == "sft"]
+            text = "".join(json.dumps(record) + "\n" for record in sft_log)
+            (config.folder / "log.jsonl").write_text(text, encoding="utf-8", newline="\n")
         gather(None)  # the others wait for sft.pt
         start_stage(run, "policy" if config.sft else "sft")
         save_state(run)
@@ -694,14 +690,6 @@ def begin(run, resume):
     restore(run)
     if rank() == 0:  # only now: what --resume changed is known to be good
         write_json(config.folder / "config.json", asdict(config))
-
-
-def take_sft(run):
-    """The best weights and the log of another run's SFT stage, as if this run had trained it."""
-    save_checkpoint(run.config.folder / "sft.pt", "stage", run.model)  # prepare has loaded it
-    for record in read_log(Path(run.config.sft)):
-        if record["stage"] == "sft":
-            write_log(run.config.folder, record)
 
 
 def write_json(path, content):

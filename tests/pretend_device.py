@@ -19,6 +19,7 @@ import os
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,17 +37,36 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 class Backend:
-    """What torch asks of a device module."""
+    """What torch asks of a device module. As CUDA it has a generator of its own."""
 
+    state = torch.get_rng_state()
+    _initialized = True
     is_available = is_initialized = lambda self: True
+    device = lambda self, number: contextlib.nullcontext()
     current_device = lambda self: 0
     device_count = lambda self: 1
     _is_in_bad_fork = lambda self: False
     _lazy_init = lambda self: None
-    manual_seed_all = lambda self, seed: None  # random numbers are the CPU's
-    get_rng_state = lambda self, device=None: torch.get_rng_state()
-    set_rng_state = lambda self, state, device=None: torch.set_rng_state(state)
+    get_rng_state = lambda self, device=None: self.state.clone()
     get_amp_supported_dtype = lambda self: [torch.bfloat16]
+
+    def manual_seed_all(self, seed):
+        self.state = torch.Generator().manual_seed(seed).get_state()
+
+    def set_rng_state(self, state, device=None):
+        self.state = state
+
+    def draw(self, function):
+        """What function() returns if it draws from this generator."""
+        cpu_state = torch.get_rng_state()
+        torch.set_rng_state(self.state)
+        drawn = function()
+        self.state = torch.get_rng_state()
+        torch.set_rng_state(cpu_state)
+        return drawn
+
+
+BACKEND = Backend()
 
 
 class Elsewhere(torch.Tensor):
@@ -132,7 +152,9 @@ def compute(function, args, kwargs):
     elif goes_there and not was_there:
         if not (kwargs.get("non_blocking") or True in args[2:]):
             waited("to the device")
-    return place(function(*real_args, **real_kwargs), goes_there, met)
+    call = partial(function, *real_args, **real_kwargs)
+    drawn_there = goes_there and torch.Tag.nondeterministic_seeded in function.tags
+    return place(BACKEND.draw(call) if drawn_there else call(), goes_there, met)
 
 
 def place(x, there, met):
@@ -169,7 +191,7 @@ def register():
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-        _setup_privateuseone_for_python_backend("pretend", backend_module=Backend())
+        _setup_privateuseone_for_python_backend("pretend", backend_module=BACKEND)
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(UNSUPPORTED)
