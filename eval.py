@@ -264,10 +264,10 @@ def score_run(run, stages, examples, split):
 def print_table(results, config, count):
     """A line for each row. Updates, TFLOP (10^12 operations) and seconds include the SFT stage.
 
-    The control comes before the policy: a gain counts only against SFT with the same compute.
+    The policy comes last: a gain counts only against the control, SFT with the same compute.
     count: how many examples were scored.
     """
-    rows = sorted(results["rows"], key=lambda row: row["stage"] == "policy")  # else as they were
+    rows = sorted(results["rows"], key=lambda row: row["stage"] == "policy")
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     lines = [["", *names, "NLL/token", "updates", "TFLOP", "seconds"]]
     for row in rows:
@@ -305,7 +305,7 @@ def show(run, stages, examples):
         pages.append([f"\n{'source':20}{example.source}", f"{'prompt':20}{example.prompt}"])
         if example.target:
             pages[-1].append(f"{'reference':20}{example.target}")
-    for stage in stages:
+    for stage in sorted(stages, key=lambda stage: stage == "policy"):  # last, as in the table
         load_stage(run, stage)
         compares = run.spec and config.samples > 1 and config.estimator not in NOT_SAMPLED
         for i, page in enumerate(pages):

@@ -176,34 +176,46 @@ def test_batches_are_dealt_out_without_overlap_or_loss(monkeypatch):
 
 
 def test_what_processes_share_and_what_not(tmp_path):
-    """Rank 0's weights and best validation for all, though the others had their own; each its draws."""
+    """Rank 0's weights and best validation for all, though the others had their own."""
     config, _ = train.parse([*WMT, "--policy-steps", "0", "--out", str(tmp_path / "run")])
 
     def work(number):
-        seeding = torch.manual_seed
-        # other initial weights
-        torch.manual_seed = lambda seed: seeding(seed + number * (seed == config.seed))
+        own_draws = train.own_draws
+        train.own_draws = lambda device, *seed: own_draws(device, *seed, number)  # other weights
         run = train.prepare(config, resume=False)
-        draw, weights = torch.rand(5), [p.clone() for p in run.model.parameters()]
+        weights = [p.clone() for p in run.model.parameters()]
         train.validate_and_save(run)
-        return draw, weights, run.state.best_nll
+        return weights, run.state.best_nll
 
-    (draw, weights, best), (other_draw, other_weights, other_best) = in_processes(work, tmp_path)
+    (weights, best), (other_weights, other_best) = in_processes(work, tmp_path)
     torch.testing.assert_close(weights, other_weights, rtol=0, atol=0)
     assert best == other_best < float("inf")
-    assert not torch.equal(draw, other_draw)
 
 
 def test_each_of_three_processes_draws_its_own(tmp_path):
-    """Ranks 1 and 2 are seeded by their number: with one seed they would share all draws."""
-    config, _ = train.parse([*WMT, "--policy-steps", "0", "--out", str(tmp_path / "run")])
+    """With one seed for all ranks they would share all draws. A resumed run draws the same."""
+    flags = [*WMT, "--policy-steps", "0", "--sft-steps", "3"]
 
     def work(number):
-        train.prepare(config, resume=False)
-        return torch.rand(5).tolist()
+        draws, loss, stop = [], train.batch_loss, []
 
-    draws = in_processes(work, tmp_path, 3)
-    assert len({tuple(draw) for draw in draws}) == 3
+        def watched(run, batch):
+            draws.append(torch.rand(5).tolist())
+            run.stop = len(draws) == stop
+            return loss(run, batch)
+
+        train.batch_loss = watched
+        config, _ = train.parse([*flags, "--out", str(tmp_path / "whole")])
+        train.train(train.prepare(config, resume=False))
+        whole, stop = draws.copy(), 5  # the second update of the next run
+        assert train.main([*flags, "--out", str(tmp_path / "parts")]) == 1
+        dist.barrier()  # rank 0 saves while the others leave
+        assert train.main(["--resume", str(tmp_path / "parts")]) == 0
+        assert draws == whole + whole
+        return whole
+
+    draws = sum(in_processes(work, tmp_path, 3), [])
+    assert len({tuple(draw) for draw in draws}) == len(draws) == 9
 
 
 # ----------------------------------------------------------------------------- one ends, all end

@@ -289,8 +289,13 @@ def test_what_is_there_already_stays(net, capsys):
     folder = Path("data/wmt/de-en")
     folder.mkdir(parents=True)
     (folder / "valid.de").write_text("meins\nunser\n", encoding="utf-8")
+    assert data.main(["wmt"]) == 1 and net.asked == []  # beside it the new side has other lines
+    said = capsys.readouterr().err
+    assert f"{folder} has one side of the valid split, without .en: move it away" in said
+    assert files(folder) == ["valid.de"]
+    (folder / "valid.en").write_text("mine\nours\n", encoding="utf-8")
     assert data.main(["wmt"]) == 0
-    assert load("wmt")[0]["valid"][0].source == "meins"
+    assert load("wmt")[0]["valid"][0] == ("meins", "<2en>", "mine")
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(before) == 6 and "wrote data/wmt/de-en/valid.de" not in capsys.readouterr().out
     assert data.main(["wmt"]) == 0 and "wrote" not in capsys.readouterr().out

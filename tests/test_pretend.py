@@ -251,7 +251,7 @@ DISTINCT = [  # where most of them are not
     "batch_loss/warmup_loss/score/score_distinct/score_rows/teacher_force: nonzero",
 ]
 MORE = {
-    "exact": ["batch_loss/warmup_loss: to the device"]  # all warmups
+    "exact": ["batch_loss/warmup_loss/propose: to the device"]  # all warmups
 }
 
 

@@ -79,11 +79,7 @@ def test_the_control_is_the_baseline_sft_if_both_have_the_same_batches(tmp_path,
     flags = "--estimator sft --samples 1 --policy-batch-tokens 800 --policy-steps 4 --dropout 0"
     trained(tmp_path, *flags.split())
     seen = Counter(modes)
-    assert seen == {
-        ("sft", True, True): 4,
-        ("policy", True, False): 4,
-        ("control", True, False): 4,
-    }
+    assert seen == {("sft", True, True): 4, ("policy", True, False): 4, ("control", True, False): 4}
     log = lines_of(tmp_path, None)
     policy, control = (
         [line | {"stage": ""} for line in log if line["stage"] == stage]
