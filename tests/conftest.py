@@ -75,6 +75,13 @@ def drawn_logprobs():
         yield seen
 
 
+def assert_near(ours, theirs):
+    """To 5e-5 of the largest number, in float32. Another CPU adds in another order, and a small sum
+    of large terms then differs by more than 5e-5 of itself. Zeros must be zeros.
+    """
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5 * theirs.abs().max().item())
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Small products gain nothing from threads, and two test processes would fight over cores."""

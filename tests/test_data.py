@@ -34,6 +34,7 @@ from data import (
     longest_first,
     load,
     load_tokenizer,
+    news,
     noun_phrase,
     pointers,
     read_splits,
@@ -389,6 +390,17 @@ def test_splits_are_disjoint_on_each_side_within_and_across_seeds(built_in, side
     for seed in range(4):
         assert not texts[0, "test"] & (texts[seed, "train"] | texts[seed, "valid"])
         assert not texts[0, "valid"] & texts[seed, "train"]
+
+
+def test_no_test_summary_is_seen_in_training():
+    """2,000 summaries stand for 20,000 items: split by the item, all of them would be seen."""
+    splits = generate_splits(news, Config(task="xsum", built_in_size=4000))
+    summaries = {split: {row.target for row in rows} for split, rows in splits.items()}
+    assert len(summaries["train"]) > 1500 and len(summaries["test"]) > 50
+    assert not summaries["test"] & (summaries["train"] | summaries["valid"])
+    assert not summaries["valid"] & summaries["train"]
+    words = {split: set(" ".join(texts).split()) for split, texts in summaries.items()}
+    assert words["test"] == words["train"]  # each word of a test summary can be learned
 
 
 def test_the_reversed_pair_swaps_the_sides_and_the_tag(built_in):

@@ -98,6 +98,7 @@ RUNS = {
     "exact": [*TOY, "--estimator", "exact", "--warmup-len", "1"],
     "frozen": [*TOY, "--estimator", "frozen", "--accumulate", "2"],
     "pause": [*TOY, "--estimator", "pause"],
+    "uninterrupted": TOY,
 }
 DROPOUT = {"dropout": NANO, "recompute": [*NANO, "--recompute"]}
 SCORED = {
@@ -215,6 +216,13 @@ def assert_same_log(one, other):
     assert len(log_of(one)) == len(log_of(other)) > 6
     for line, expected in zip(log_of(one), log_of(other)):
         assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_resumed_run_goes_on_with_other_draws_than_at_its_start(done):
+    """On rank 0, too. The device has a generator of its own, which last.pt does not hold."""
+    resumed, whole = done["auto", "resumed"], done["auto", "uninterrupted"]
+    assert (resumed["code"], whole["code"]) == (0, 0), resumed["said"]
+    assert_same_log(resumed, whole)
 
 
 def test_what_is_computed_again_draws_the_same_dropout(done):

@@ -95,12 +95,12 @@ def tuples(policy, K):
         yield torch.tensor(c), probability[list(c)].prod()
 
 
-def expected_gradient(estimator, policy, target, K=3):
+def expected_gradient(estimator, policy, target, K=3, alpha=1.0):
     """E over all K-tuples of warmups of the surrogate's gradient, sign flipped: (4,), (4,5)."""
     grads = [torch.zeros_like(policy), torch.zeros_like(target)]
     for c, probability in tuples(policy, K):
         log_pi, log_p = policy.log_softmax(0)[c][None], target.log_softmax(1)[c, 0][None]  # (1,K)
-        a, b = weights(estimator, log_p.detach(), log_pi.detach(), c[None, :, None])
+        a, b = weights(estimator, alpha * log_p.detach(), log_pi.detach(), c[None, :, None])
         for total, grad in zip(
             grads, torch.autograd.grad(surrogate(a, b, log_pi, log_p), (policy, target))
         ):
@@ -150,6 +150,25 @@ def test_jensen_prob_and_iwae_are_exact(name, K):
     policy, target = tables()
     objective = mean_over_tuples(policy, target, K, OBJECTIVES[name])
     check(expected_gradient(name, policy, target, K), objective, (policy, target))
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+@pytest.mark.parametrize("name", [*OBJECTIVES, "exact"])
+def test_with_alpha_a_is_exact_for_p_to_the_alpha_and_b_lacks_the_factor(name, alpha):
+    """b is 1/alpha of what would be exact: alpha does not change how fast y learns."""
+    policy, target = tables()
+    if name == "exact":
+        log_pi, log_p = policy.log_softmax(0)[None], target.log_softmax(1)[None, :, 0]
+        every = torch.arange(4)[None, :, None]
+        a, b = weights(name, alpha * log_p.detach(), log_pi.detach(), every)
+        loss = -surrogate(a, b, log_pi, log_p)
+        for_policy, for_target = torch.autograd.grad(loss, (policy, target), retain_graph=True)
+        objective = (log_pi + alpha * log_p).logsumexp(1)[0]
+    else:
+        for_policy, for_target = expected_gradient(name, policy, target, 2, alpha)
+        value = lambda log_p: OBJECTIVES[name](alpha * log_p)
+        objective = mean_over_tuples(policy, target, 2, value)
+    check([for_policy, alpha * for_target], objective, (policy, target))
 
 
 def test_frozen_is_exact_for_the_target_alone():
