@@ -243,7 +243,7 @@ class Config:
 
 # What the SFT stage does not depend on: with --sft these may differ from the other run's
 AFTER_SFT = (
-    "out overwrite sft data device threads recompute compile policy_steps control "
+    "out overwrite sft device threads recompute compile policy_steps control "
     "policy_batch_tokens policy_lr estimator samples warmup_len alpha temperature eval_samples"
 ).split()
 

@@ -496,17 +496,17 @@ def parse(argv):
     for name in ("--task", "--init", "--resume", "--sft", "--size", "--vocab-size"):  # see below
         first.add_argument(name, nargs="?")
     known, _ = first.parse_known_args(argv)
-    other = read_config(Path(known.sft)) if known.sft else Config()
+    of_sft = {}  # with --sft: the settings of the run whose SFT stage is taken
+    if known.sft:
+        of_sft = vars(read_config(Path(known.sft)))
     defaults = asdict(Config())
-    task = TASKS.get(known.task or other.task, TASKS["wmt"])
+    task = TASKS.get(known.task or of_sft.get("task"), TASKS["wmt"])
     for name in task.settings:
         lookup(defaults, name, f"task {known.task}: there is no setting")
     defaults |= task.settings
-    if known.init or other.init:  # T5's weights are large and need no big steps
+    if known.init or of_sft.get("init"):  # T5's weights are large and need no big steps
         defaults |= {"lr": 3e-4, "policy_lr": 1e-4}
-    of_sft = {name: value for name, value in vars(other).items() if name not in AFTER_SFT}
-    if known.sft:
-        defaults |= of_sft | {"data": other.data}
+    defaults |= {name: value for name, value in of_sft.items() if name not in AFTER_SFT}
 
     parser = Parser(
         description=__doc__.split("\n")[0],
@@ -526,19 +526,13 @@ def parse(argv):
         parser.error(wrong)
     if known.init and (known.size or known.vocab_size):
         parser.error("--init brings its own size and vocabulary: leave --size, --vocab-size out")
-    if known.sft and (wrong := unlike(config, of_sft)):
-        parser.error(f"--sft {known.sft}: {wrong}")
+    for name, theirs in of_sft.items():
+        ours = getattr(config, name)
+        if ours != theirs and name not in (*AFTER_SFT, "data"):  # data: see check_sft
+            parser.error(f"the SFT stage of {known.sft} has {flag_name(name)} {theirs}, not {ours}")
+    if known.sft and config.folder.resolve() == Path(known.sft).resolve():
+        parser.error("--sft and --out are one folder: choose another --out")
     return config, folder is not None
-
-
-def unlike(config, of_sft):
-    """Why a run cannot take the SFT stage of another run with these settings. "": it can."""
-    for name, value in of_sft.items():
-        if getattr(config, name) != value:
-            return f"its SFT stage has {flag_name(name)} {value}, not {getattr(config, name)}"
-    if config.folder.resolve() == Path(config.sft).resolve():
-        return "it would be replaced by this run: choose another --out"
-    return ""
 
 
 def earlier_files(folder):

@@ -219,7 +219,7 @@ def test_what_sft_depends_on_must_be_equal(other, tmp_path, capsys):
         assert stop.value.code == 2
         said = capsys.readouterr().err.splitlines()[0]
         before = getattr(read_config(other), name)
-        assert f"its SFT stage has {flag_name(name)} {before}, not {value}" in said
+        assert f"the SFT stage of {other} has {flag_name(name)} {before}, not {value}" in said
     assert set(AFTER_SFT) < set(vars(Config())) and not set(changes) & set(AFTER_SFT)
     for flags, said in ((["--policy-steps", "0"], "--policy-steps"), (["--out", other], "--out")):
         with pytest.raises(SystemExit) as stop:
