@@ -308,13 +308,13 @@ def show(run, stages, examples):
     for stage in sorted(stages, key=lambda stage: stage == "policy"):  # last, as in the table
         load_stage(run, stage)
         compares = run.spec and config.samples > 1 and config.estimator not in NOT_SAMPLED
-        for i, page in enumerate(pages):
-            [output] = decode_batch(run, collate([data[i]]))
-            before = f"{output.warmup} -> " if output.warmup else ""
-            page.append(f"{row_name(stage, config):20}{before}{output.text}")
-            if compares:
-                with own_draws(run.device, config.seed, "show", i):
-                    page += samples_at_work(run, data[i])
+        with own_draws(run.device, config.seed, "show"):
+            for ids, page in zip(data, pages):
+                [output] = decode_batch(run, collate([ids]))
+                before = f"{output.warmup} -> " if output.warmup else ""
+                page.append(f"{row_name(stage, config):20}{before}{output.text}")
+                if compares:
+                    page += samples_at_work(run, ids)
     for page in pages:
         print("\n".join(page))
 

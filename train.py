@@ -244,7 +244,8 @@ def batch_loss(run, batch):
     if run.state.stage != "sft":  # baselines and control, too: they differ in the warmup alone
         model.decoder.eval()  # see warmup_loss: decoder dropout is off-policy
     if spec is None:
-        loss, sums = sft_loss(model, here), {}
+        loss = sft_loss(model, here)
+        sums = {}
         flops = sft_flops(model, batch)
     else:
         loss, sums, rows, sampled = warmup_loss(
@@ -289,7 +290,8 @@ def train_stage(run, bar):
         optimizer.zero_grad()
         # -- end of the step
 
-        sums["grad_norm", "process"], counts["process"] = norm, 1  # all processes have the same
+        sums["grad_norm", "process"] = norm  # all processes have the same
+        counts["process"] = 1
         record = summary(sums, counts)
         if not math.isfinite(record["grad_norm"]):  # the weights are spoilt, but last.pt is not
             flag = "--lr" if state.stage == "sft" else "--policy-lr"
@@ -616,7 +618,7 @@ def prepare(config, resume) -> Run:
     data_checksum = checksum(splits)
     if config.sft and not resume:
         check_sft(config, data_checksum)
-    with own_draws(torch.device("cpu"), config.seed, "weights"):
+    with own_draws(device, config.seed, "weights"):
         model, tokenizer = first_model(config, splits["train"], resume)
     scored = splits.get("test", splits["valid"])
     some = scored[:8]

@@ -4,7 +4,8 @@
 
 Its tensors hold real numbers, computed on the CPU, and say that they are elsewhere. As on a GPU, an
 operation that mixes devices raises. With --device cpu a command runs as ever. The output is JSON:
-of each command what it printed, its exit code, and where the host waited for the device how often.
+of each command what it printed, its exit code, where the host waited for the device how often, and
+whether the generators of random numbers are as they were before.
 
 It rests on torch's Python backends (torch.utils.backend_registration), which are experimental. To
 register one changes torch in the whole process and for good. So this is a program, not a fixture.
@@ -217,10 +218,16 @@ def patch_torch():
     torch.save = lambda content, *args, **kwargs: save(tree_map(real, content), *args, **kwargs)
 
 
+def generators_are(cpu, device):
+    """Whether the states of both are these."""
+    return torch.equal(cpu, torch.get_rng_state()) and torch.equal(device, BACKEND.state)
+
+
 def run(main, argv):
     """Run a command of the program. What it did, as JSON takes it."""
     WAITS.clear()
     STEPS.clear()
+    generators = [torch.get_rng_state(), BACKEND.get_rng_state()]
     printed, said = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     mode = contextlib.nullcontext() if "cpu" in argv else Pretend()
     with redirect_stdout(printed), redirect_stderr(said), sdpa_kernel(SDPBackend.MATH), mode:
@@ -237,6 +244,7 @@ def run(main, argv):
         "said": said.read()[-2000:],
         "waits": dict(WAITS),
         "steps": list(STEPS),
+        "generators": generators_are(*generators),
     }
 
 

@@ -22,6 +22,8 @@ Each of these was planted once to see a test fail:
     loss.item(); a batch sent blocking; ids made
     anew for each batch                               test_how_often_an_update_waits, of most runs
     a look at every token, or at every fourth         test_decoding_looks_at_every_eighth_…
+    a generator that is left as the program used it   test_a_command_does_…, of all commands
+    draws after resuming that begin again             test_a_resumed_run_goes_on_with_other_…
 """
 
 import json
@@ -207,6 +209,7 @@ def test_a_command_does_elsewhere_what_it_does_on_the_cpu(name, done):
     (text, numbers), (wanted, near) = words_of(there), words_of(here)
     assert text == wanted and numbers == pytest.approx(near, abs=2e-3)
     assert there["waits"]  # it was elsewhere
+    assert there["generators"]  # a notebook's draws go on as before
     if name not in SCORED:
         assert_same_log(there, here)
 

@@ -138,7 +138,7 @@ def test_draws_of_their_own_depend_on_the_seed_alone():
 
 
 def test_each_update_draws_its_own(tmp_path, monkeypatch):
-    """No two updates of a run share their draws, whatever the stage. Micro-batches go on."""
+    """No two updates share their draws, whatever stage and seed. Micro-batches go on."""
     loss, draws = train.batch_loss, []
 
     def watched(run, batch):
@@ -146,8 +146,10 @@ def test_each_update_draws_its_own(tmp_path, monkeypatch):
         return loss(run, batch)
 
     monkeypatch.setattr(train, "batch_loss", watched)
-    trained(tmp_path, "--accumulate", "2")
-    assert len(set(draws)) == len(draws) == 2 * len(lines_of(tmp_path))
+    trained(tmp_path / "0", "--accumulate", "2")
+    assert len(set(draws)) == len(draws) == 2 * len(lines_of(tmp_path / "0"))
+    trained(tmp_path / "1", "--seed", "1", "--policy-steps", "0")
+    assert len(set(draws)) == len(draws)
 
 
 def test_validation_changes_nothing_that_is_trained(tmp_path):
@@ -220,6 +222,9 @@ def test_what_sft_depends_on_must_be_equal(other, tmp_path, capsys):
         said = capsys.readouterr().err.splitlines()[0]
         before = getattr(read_config(other), name)
         assert f"the SFT stage of {other} has {flag_name(name)} {before}, not {value}" in said
+    config, _ = train.parse(["--sft", str(other), "--out", "new"])
+    assert (config.size, config.built_in_size, config.data) == ("nano", 120, "built-in")
+    assert (config.estimator, config.policy_steps, config.threads) == ("marginal", 120, 0)
     assert set(AFTER_SFT) < set(vars(Config())) and not set(changes) & set(AFTER_SFT)
     for flags, said in ((["--policy-steps", "0"], "--policy-steps"), (["--out", other], "--out")):
         with pytest.raises(SystemExit) as stop:
