@@ -954,6 +954,19 @@ def test_decoding_has_no_gradients_and_leaves_autocast_as_it_was():
     torch.set_autocast_cache_enabled(True)
 
 
+def test_generate_keeps_no_graph_of_the_encoder(monkeypatch):
+    """Else each batch that is decoded would hold the encoder's activations."""
+    modes, encode = [], EncoderDecoder.encode
+
+    def watched(model, source):
+        modes.append(torch.is_grad_enabled())
+        return encode(model, source)
+
+    monkeypatch.setattr(EncoderDecoder, "encode", watched)
+    generate(toy_model(), toy_batch(), spec(), 4)
+    assert modes == [False] and torch.is_grad_enabled()
+
+
 def test_weights_that_change_between_two_decodings_are_cast_again():
     """In one autocast region, as a notebook may do it."""
     model, batch, s = toy_model(3).float(), toy_batch(), spec(2)

@@ -315,24 +315,30 @@ def test_compare_trains_sft_once_a_seed(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- what goes with it
 
 
-def test_exact_is_refused_where_it_would_take_hours(tmp_path, capsys):
+def test_exact_is_refused_where_it_would_take_hours(tmp_path):
     """The rows of an update count, not the warmups of an example alone. The line says what to do."""
-    toy = ["--task", "toy", "--built-in-size", "200", "--estimator", "exact"]
-    out = ["--out", str(tmp_path / "new")]
-    assert train.main([*toy, *out]) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
+
+    def prepared(*flags):
+        toy = ["--task", "toy", "--built-in-size", "200", "--estimator", "exact"]
+        config, _ = train.parse([*toy, *flags, "--out", str(tmp_path / "new")])
+        return train.prepare(config, resume=False)
+
+    def refused(*flags):
+        with pytest.raises(train.UserError) as stop:
+            prepared(*flags)
+        assert not (tmp_path / "new").exists()
+        return str(stop.value)
+
+    said = refused()
     assert "--estimator exact would score 67," in said and "At most 4,096" in said
     limit = int(said.rsplit(" ", 1)[1])
     assert f"lower --policy-batch-tokens to {limit}" in said and limit > 18
     flags = ["--policy-batch-tokens", f"{limit}"]
-    config, _ = train.parse([*toy, *flags, *out])
-    run = train.prepare(config, resume=False)
+    assert "lower --policy-batch-tokens" in refused(*flags, "--accumulate", "2")
+    assert "lower --warmup-len or --vocab-size" in refused(*flags, "--warmup-len", "2")
+    run = prepared(*flags)
     rows = len(run.tokenizer.get_vocab()) - len(evaluation.special_ids(run.tokenizer))
     assert 3000 < rows * max(map(len, run_batches(run))) <= 4096
-    flags += ["--accumulate", "2", "--overwrite"]
-    assert train.main([*toy, *flags, *out]) == 1
-    assert train.main([*toy, "--warmup-len", "2", *flags, *out]) == 1
-    assert "lower --warmup-len or --vocab-size" in capsys.readouterr().err.splitlines()[-1]
 
 
 def run_batches(run):
