@@ -34,7 +34,7 @@ TINY = [
     "--policy-steps",
     "0",
     "--vocab-size",
-    "500",
+    "700",
     "--eval-every",
     "1",
     "--beams",
@@ -44,7 +44,7 @@ TINY = [
     "--max-source-tokens",
     "60",
     "--max-target-tokens",
-    "60",
+    "26",
 ]
 
 

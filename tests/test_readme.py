@@ -75,7 +75,7 @@ def run(command: str, monkeypatch) -> None:
     elif "--init" in arguments or "multi30k" in arguments and program is train:
         train.parse(arguments)  # weights and data that are not here
     elif program is train and "--resume" not in arguments:
-        assert train.main([*arguments, *TINY]) == 0, command
+        assert train.main([*arguments, *TINY, "--built-in-size", "40"]) == 0, command
     else:
         with standard_input(text):
             assert program.main(arguments) == 0, command

@@ -158,6 +158,7 @@ def test_a_run_that_moved_is_resumed_with_other_device_threads_and_data(
             )
     with monkeypatch.context() as patch:
         stop_at(patch, "sft", 2)
+        patch.setattr(torch, "set_num_threads", lambda number: None)  # where others run: slow
         flags = [*TINY, "--threads", "2", "--policy-steps", "0", "--data", str(text)]
         assert train.main([*flags, "--out", str(run)]) == 1
     moved = text.rename(tmp_path / "moved")
