@@ -149,8 +149,6 @@ def test_adding_a_task_works_as_the_guide_says(tmp_path):
     tiny = [
         "--threads",
         "1",
-        "--size",
-        "nano",
         "--sft-steps",
         "4",
         "--policy-steps",
