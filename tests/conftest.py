@@ -20,7 +20,7 @@ TINY = [
     "--built-in-size",
     "120",
     "--vocab-size",
-    "500",
+    "700",
     "--sft-steps",
     "4",
     "--policy-steps",
@@ -42,9 +42,9 @@ TINY = [
     "--eval-samples",
     "2",
     "--max-source-tokens",
-    "40",
+    "26",
     "--max-target-tokens",
-    "40",
+    "24",
 ]
 
 

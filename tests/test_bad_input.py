@@ -34,7 +34,7 @@ TINY = [
     "--policy-steps",
     "0",
     "--vocab-size",
-    "500",
+    "700",
     "--eval-every",
     "1",
     "--beams",
@@ -44,7 +44,7 @@ TINY = [
     "--max-source-tokens",
     "60",
     "--max-target-tokens",
-    "60",
+    "26",
 ]
 
 
@@ -951,14 +951,24 @@ def move_a_word(lines: bytes) -> bytes:
     return b"\n".join([first + b" " + word, second, *rest, b""])
 
 
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """A run, and a copy of its data on which it can be resumed. Shared: copy it."""
+    folder = tmp_path_factory.mktemp("moved")
+    text, run = parallel(folder / "text"), str(folder / "run")
+    assert train.main([*TINY, "--data", str(text), "--out", run]) == 0
+    other = shutil.copytree(text, folder / "other")
+    assert train.main(["--resume", run, "--data", str(other)]) == 0
+    return folder
+
+
 @pytest.mark.parametrize("name", ["train.de", "train.en", "valid.de", "valid.en"])
 @pytest.mark.parametrize("change", [swap, move_a_word])
-def test_resuming_on_other_data_is_refused(name, change, capsys, tmp_path):
+def test_resuming_on_other_data_is_refused(name, change, moved, capsys, tmp_path):
     """Also where the change is in validation data alone, or only in where an example ends."""
-    text = parallel(tmp_path / "text")
-    assert train.main([*TINY, "--data", str(text), "--out", "run"]) == 0
-    other = shutil.copytree(text, tmp_path / "other")
-    assert train.main(["--resume", "run", "--data", str(other)]) == 0
+    for part in ("run", "other"):
+        shutil.copytree(moved / part, tmp_path / part)
+    other = tmp_path / "other"
     before = (other / name).read_bytes()
     (other / name).write_bytes(change(before))
     assert (other / name).read_bytes() != before

@@ -69,7 +69,7 @@ def test_warmups_are_sampled_and_scored_by_the_same_model(monkeypatch):
 
 def test_it_runs_and_learns(capsys):
     """Shortened: both stages report, and SFT does better than guessing a letter, log 16 = 2.77."""
-    micro.main(["--updates", "10"])
+    micro.main(["--updates", "3"])
     assert "at the end" in capsys.readouterr().out
     torch.manual_seed(0)
     model = micro.Decoder()

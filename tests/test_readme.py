@@ -1,6 +1,7 @@
 """README and docs: every command runs as printed (with tiny settings), every name and number is the code's."""
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -74,7 +75,7 @@ def run(command: str, monkeypatch) -> None:
     elif "--init" in arguments or "multi30k" in arguments and program is train:
         train.parse(arguments)  # weights and data that are not here
     elif program is train and "--resume" not in arguments:
-        assert train.main([*arguments, *TINY]) == 0, command
+        assert train.main([*arguments, *TINY, "--built-in-size", "40"]) == 0, command
     else:
         with standard_input(text):
             assert program.main(arguments) == 0, command
@@ -110,6 +111,23 @@ def test_commands_in_running_text_are_accepted():
             train.parse(words)
 
 
+# each script as a program of its own, but torch is imported once
+IN_TURN = """
+import json, runpy, sys
+sys.path[0] = "."
+for sys.argv in json.loads(sys.argv[1]):
+    print("===", *sys.argv)
+    ours = [name for name in sys.modules if name in ("warmup", "model", "data", "train", "eval")]
+    for name in ours:
+        del sys.modules[name]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+"""
+
+
 def test_adding_a_task_works_as_the_guide_says(tmp_path):
     """Its lines, at the end of data.py and eval.py, make two tasks, a metric and a reader that work."""
     blocks = re.findall(
@@ -140,18 +158,23 @@ def test_adding_a_task_works_as_the_guide_says(tmp_path):
         "--built-in-size",
         "100",
     ]
-    for command in (
+    commands = (
         ["train.py", "--task", "majority", *tiny],
         ["train.py", "--task", "mine", "--data", ".", *tiny],
         ["eval.py", "runs/mine"],
-    ):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and re.search(r"^warmup +\d", done.stdout, re.M), done.stderr[
-            -2000:
-        ]
-    assert re.search(r"^ +right +in warmup +NLL/token", done.stdout, re.M)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(commands)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed = done.stdout.split("=== ")[1:]
+    assert len(printed) == 3
+    for text in printed:
+        assert re.search(r"^warmup +\d", text, re.M), text
+    assert re.search(r"^ +right +in warmup +NLL/token", printed[2], re.M)
 
 
 def test_line_counts_are_those_of_the_files():

@@ -151,7 +151,7 @@ def test_no_length_depends_on_the_source(finished_run, tmp_path, capsys):
         assert evaluation.main([str(folder), "--input", str(tmp_path / "in")]) == 0
         assert evaluation.main([str(folder), "--show", "1"]) == 0
         assert evaluation.main([str(folder), "--show", "1", "--max-target-tokens", "7"]) == 0
-    assert set(lengths) == {40, 7} and lengths[-1] == 7
+    assert set(lengths) == {24, 7} and lengths[-1] == 7
 
 
 @pytest.mark.parametrize("beams", [1, 2, 3])
@@ -202,7 +202,7 @@ def test_the_table_says_how_many_outputs_ended_at_the_limit(
     [row] = results["rows"]
     assert row["at_limit"] == 2
     evaluation.print_table(results, config, 5)
-    assert "warmup: 2 of 5 outputs were cut at --max-target-tokens 40\n" in capsys.readouterr().out
+    assert "warmup: 2 of 5 outputs were cut at --max-target-tokens 24\n" in capsys.readouterr().out
     row["at_limit"] = 0
     evaluation.print_table(results, config, 5)
     assert "were cut" not in capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_the_table_says_how_many_outputs_ended_at_the_limit(
     (tmp_path / "in").write_text("ein Hund\n" * 5, encoding="utf-8")
     assert evaluation.main([str(folder), "--input", str(tmp_path / "in")]) == 0
     out, err = capsys.readouterr()
-    assert out.count("\n") == 5 and "note: 2 of 5 outputs were cut at --max-target-tokens 40" in err
+    assert out.count("\n") == 5 and "note: 2 of 5 outputs were cut at --max-target-tokens 24" in err
 
 
 def test_places_are_made_as_they_are_needed(monkeypatch):
@@ -274,7 +274,7 @@ def test_a_warmup_is_one_line(finished_run, tmp_path, monkeypatch, capsys):
 
 
 def test_translating_keeps_the_limit_of_a_batch(finished_run, tmp_path, monkeypatch):
-    """y counts, too: 20 lines of a few tokens, two at a time, for 100 tokens may follow each."""
+    """y counts, too: 20 lines of a few tokens, two at a time, for 30 tokens may follow each."""
     rows, real = [], evaluation.generate
     monkeypatch.setattr(
         evaluation,
@@ -285,7 +285,7 @@ def test_translating_keeps_the_limit_of_a_batch(finished_run, tmp_path, monkeypa
         )[1],
     )
     (tmp_path / "in").write_text("Hund\n" * 20, encoding="utf-8")
-    flags = ["--max-target-tokens", "100", "--batch-tokens", "250"]
+    flags = ["--max-target-tokens", "30", "--batch-tokens", "75"]
     assert evaluation.main([str(finished_run), "--input", str(tmp_path / "in"), *flags]) == 0
     assert rows == [2] * 10
 
@@ -422,9 +422,9 @@ def test_a_poor_vocabulary_is_announced_before_training_and_stands_in_the_table(
         "--max-source-tokens",
         "200",
         "--max-target-tokens",
-        "200",
+        "125",
         "--built-in-size",
-        "40",
+        "16",
         "--policy-steps",
         "0",
         "--beams",

@@ -261,11 +261,11 @@ def test_a_long_puzzle_keeps_its_question_and_options(capsys):
 def test_the_whole_path(task, columns, tmp_path, capsys):
     """No prompt, sources cut to fit and counted; table, results, scoring again, resuming."""
     folder = tmp_path / "r"
-    flags = [*TINY, "--max-source-tokens", "30", "--built-in-size", "100"]
+    flags = [*TINY, "--max-source-tokens", "30", "--built-in-size", "60"]
     assert train.main(["--task", task, *flags, "--out", str(folder)]) == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"[1-9]\d* of 100 train examples .*--max-source-tokens 30: their source loses", out
+        r"[1-9]\d* of 60 train examples .*--max-source-tokens 30: their source loses", out
     )
     assert "log P(c|x)" in out
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]

@@ -13,7 +13,7 @@ SMALL = [
     "--task",
     "toy",
     "--built-in-size",
-    "400",
+    "120",
     "--symbols",
     "6",
     "--sft-steps",

@@ -69,6 +69,17 @@ def stop_at(monkeypatch, stage, step, killed=False):
 # ----------------------------------------------------------------------------- resume
 
 
+WITH_DROPOUT = ["--task", "wmt", *TINY, "--dropout", "0.3", "--built-in-size", "80", "--beams", "1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run WITH_DROPOUT that nothing interrupted. Shared: read it, do not change it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train.main([*WITH_DROPOUT, "--out", str(folder)]) == 0
+    return folder
+
+
 @pytest.mark.parametrize(
     "stage, step, killed",
     [
@@ -82,15 +93,13 @@ def stop_at(monkeypatch, stage, step, killed=False):
     ],
 )
 def test_a_resumed_run_is_the_same_run_bit_for_bit(
-    stage, step, killed, tmp_path, monkeypatch, capsys
+    stage, step, killed, whole, tmp_path, monkeypatch, capsys
 ):
     """N updates = n, interrupt, resume, N - n: weights, optimizer, every number. Dropout is on."""
-    settings = ["--task", "wmt", *TINY, "--dropout", "0.3", "--built-in-size", "80", "--beams", "1"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train.main([*settings, "--out", str(whole)]) == 0
+    parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
         stop_at(patch, stage, step, killed)
-        assert train.main([*settings, "--out", str(parts)]) == 1
+        assert train.main([*WITH_DROPOUT, "--out", str(parts)]) == 1
     assert f"--resume {parts}" in capsys.readouterr().err
     assert not (parts / "results.json").exists() and state_of(parts)["stage"] == stage
     assert train.main(["--resume", str(parts)]) == 0
@@ -149,6 +158,7 @@ def test_a_run_that_moved_is_resumed_with_other_device_threads_and_data(
             )
     with monkeypatch.context() as patch:
         stop_at(patch, "sft", 2)
+        patch.setattr(torch, "set_num_threads", lambda number: None)  # where others run: slow
         flags = [*TINY, "--threads", "2", "--policy-steps", "0", "--data", str(text)]
         assert train.main([*flags, "--out", str(run)]) == 1
     moved = text.rename(tmp_path / "moved")
@@ -326,7 +336,7 @@ def test_decoder_dropout_is_off_in_both_later_stages(estimator, tmp_path, monkey
         return result
 
     monkeypatch.setattr(train, "batch_loss", watched)
-    train.train(prepared(tmp_path, "--estimator", estimator))
+    train.train(prepared(tmp_path, "--estimator", estimator, "--built-in-size", "40"))
     assert list(seen) == ["sft", "policy", "control"]
     assert all(modes == ({True}, {True}) for modes in seen["sft"])
     assert all(modes == ({True}, {False}) for modes in seen["policy"] + seen["control"])
@@ -832,10 +842,8 @@ def test_out_of_memory_names_the_flags(tmp_path, monkeypatch, capsys):
 def test_out_of_memory_while_decoding_keeps_what_was_trained(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: torch.empty(2**60))
-    for program, argv in (
-        (train, ["--task", "wmt", *TINY, "--out", str(folder)]),
-        (evaluation, [str(folder)]),
-    ):
+    flags = [*TINY, "--policy-steps", "0", "--out", str(folder)]  # SFT is decoded first
+    for program, argv in ((train, ["--task", "wmt", *flags]), (evaluation, [str(folder)])):
         assert program.main(argv) == 1
         error = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
         assert error.startswith("error: out of memory") and "--beams" in error

@@ -29,7 +29,7 @@ from conftest import TINY
 from data import AFTER_SFT, Config, flag_name, read_config
 from model import load_checkpoint, own_draws
 
-WMT = ["--task", "wmt", *TINY, "--beams", "1"]
+WMT = ["--task", "wmt", *TINY, "--beams", "1", "--built-in-size", "60"]
 
 
 def lines_of(folder, kind="train"):
