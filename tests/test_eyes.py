@@ -270,7 +270,7 @@ def test_every_shown_line_is_of_its_stage_and_of_its_source(eyes):
     """Below train.py's table, and with --show: each example, and what each stage writes for it."""
     examples = eyes.split("test")
     shown = eyes.main(evaluation, eyes.folder, "--show", 5).split("\nsource ")[1:]
-    below = eyes.printed.split("\nsource ")[1:]
+    below = eyes.printed.split("\n\nsaved ")[0].split("\nsource ")[1:]
     assert len(shown) == 5 and len(below) == 3
     for page, example in [*zip(shown, examples), *zip(below, examples)]:
         sft, policy, control = (written((stage, 1), example.target) for stage in STAGES)
