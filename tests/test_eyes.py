@@ -5,6 +5,29 @@ here each output tells who wrote it for which source: decoding and validation ar
 between them and what the user reads is real. Each stage is best before its end.
 
 Each of these was planted once to see a test fail:
+    outputs in the order of decoding                  test_every_line_of_a_file_…, and 5 more
+    outputs, warmups or weights of another stage      test_every_line_of_a_file_is_of_its_stage_…
+    --input answered by SFT                           test_every_line_of_an_answer_…
+    a row's metrics, NLL, cost or cut outputs from
+    another stage; NLL on references that are cut     test_every_row_has_the_numbers_of_…
+    the table: metrics, NLL or cost of the first row  test_every_line_of_the_table_…
+    the page of --show by the first stage's weights,
+    or of the example before                          test_every_shown_line_is_of_its_stage_…
+    policy or control from SFT's last weights; the
+    control from the policy stage's best              test_a_later_stage_begins_at_the_best_…
+    the last weights kept, not the best               test_each_stage_keeps_its_best_…, and 6 more
+    AdamW, or its moments, kept from stage to stage   test_each_stage_has_an_optimizer_of_its_own
+    training on the validation data, in any stage     test_every_update_trains_on_training_data
+    validation on the training data                   test_every_validation_reads_the_whole_…
+    long targets left out of validation               test_every_validation_…, test_what_vali…
+    a ceiling without --max-target-tokens             test_the_limit_of_the_output_…
+    BLEU, or chrF++, in lower case                    test_case_counts
+    default_rng(seed + epoch)                         test_no_two_seeds_share_an_epoch
+    --dropout ignored with --init                     test_dropout_of_a_pretrained_model_…
+    SIGTERM ends the program                          test_sigterm_saves_and_says_how_to_go_on
+    no timeout of twelve hours                        test_processes_wait_for_each_other_…
+    a download written under its final name; one side
+    of a split renamed before the other is written    test_a_full_disk_leaves_no_half_file
 """
 
 import json
@@ -63,7 +86,7 @@ def warmup(source):
 
 
 def ended(stage, source):
-    """Whether the output ended by itself. About; by the length of the source."""
+    """Whether the output ended by itself: as the source's length has it, so counts differ."""
     return len(source) % CUT[stage] > 0
 
 
@@ -83,15 +106,15 @@ class Eyes:
         self.folder = folder
         self.truth = {}  # source -> reference, of all splits
         self.makers = {}  # embedding -> (stage, number of the validation that saw it first)
-        self.weights = {}  # the same names -> all weights
-        self.validated = []  # (stage, what was decoded with, [(source, target)])
-        self.scored = []  # the same of checkpoints that are scored
-        self.updates = []  # (stage, {name: weights} before the first, optimizer's state, pairs)
+        self.weights = {}  # (stage, number of a validation) -> all weights
+        self.validated = []  # (stage, maker of the weights, [(source, target)])
+        self.scored = []  # (stage, [(source, target)]) of the checkpoints that are scored
+        self.updates = []  # (stage, weights before its first, steps in AdamW's moments, pairs)
         self.printed = ""  # by train.py
 
     @contextmanager
     def worn(self):
-        """What decodes and validates is a stand-in."""
+        """Within, what decodes and validates is a stand-in, and updates are watched."""
         with pytest.MonkeyPatch.context() as patch:
             self.loss = train.batch_loss
             patch.setattr(train, "validate", self.validate)
@@ -193,7 +216,7 @@ def eyes(tmp_path_factory):
 
 
 def test_every_line_of_a_file_is_of_its_stage_and_of_its_source(eyes):
-    """`eval.py RUN` writes test.STAGE.txt in the order of the data, by each stage's best weights."""
+    """`eval.py RUN`: each test.STAGE.txt in the order of the data, by the stage's best weights."""
     out = eyes.main(evaluation, eyes.folder)
     examples = eyes.split("test")
     lengths = [len(example.source) for example in examples]
@@ -298,7 +321,7 @@ def test_a_finished_run_reports_the_same_again(eyes):
     assert again.endswith(eyes.printed[start:])
 
 
-# ----------------------------------------------------------------------------- what a stage begins with
+# ------------------------------------------------------------------------- the beginning of a stage
 
 
 @pytest.mark.parametrize("stage", ["policy", "control"])
@@ -331,7 +354,7 @@ def test_each_stage_has_an_optimizer_of_its_own(eyes):
     """AdamW's moments are those of the stage's own updates: as many as it has done."""
     for stage in STAGES:
         seen = [steps for other, _, steps, _ in eyes.updates if other == stage]
-        assert len(seen) > 3 and seen == [{n} if n else set() for n in range(len(seen))]
+        assert len(seen) > 1 and seen == [{n} if n else set() for n in range(len(seen))]
 
 
 # ----------------------------------------------------------------------------- splits
@@ -364,7 +387,7 @@ def test_every_validation_reads_the_whole_validation_data(eyes):
 
 
 def test_what_validation_decodes_is_scored_against_its_own_references(eyes):
-    """--eval-decode: the logged BLEU is that of these weights' outputs, with long targets between."""
+    """--eval-decode: the logged BLEU is that of these weights' outputs, long targets included."""
     examples = eyes.split("valid")
     tokenizer = datasets.load_tokenizer(eyes.folder / "tokenizer.json")
     sizes = [len(tokenizer.encode(e.target, add_special_tokens=False).ids) for e in examples]
@@ -476,7 +499,7 @@ def test_dropout_of_a_pretrained_model_is_that_of_the_flag(dropout, tmp_path):
         assert len({*losses}) == (3 if dropout else 1)
 
 
-# ----------------------------------------------------------------------------- signals, processes, disk
+# ------------------------------------------------------------------------- SIGTERM, processes, disk
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
