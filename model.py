@@ -333,23 +333,14 @@ class EncoderDecoder(nn.Module):
         """
         config = self.config
         small = 0.3 if config.tied else 1.0
-        wide = config.width**-0.5
-        std = {
-            "qkv": wide,
-            "q": wide,
-            "kv": wide,
-            "up": wide,
-            "out": small * config.inner**-0.5,
-            "down": small * config.ff**-0.5,
-        }
-        for name, parameter in self.named_parameters():
-            layer = name.split(".")[-2]
-            if layer in std:
-                nn.init.normal_(parameter, std=std[layer])
-        nn.init.normal_(self.embedding.weight, std=wide)
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear) and name != "output":
+                factor = small if name.endswith(("out", "down")) else 1.0
+                nn.init.normal_(layer.weight, std=factor * layer.in_features**-0.5)
+        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         nn.init.constant_(self.decoder.norm.weight, small)
         if not config.tied:
-            nn.init.normal_(self.output.weight, std=wide)
+            nn.init.normal_(self.output.weight, std=config.width**-0.5)
 
     def embed(self, tokens, past=0):
         """tokens (N,L), of which the first is at position `past` -> (N,L,E).
