@@ -292,23 +292,23 @@ class Cache:
             # 64, if there is room: short outputs are never copied
             self.places = min(self.room, max(64, 2 * self.length))
             self.biases = self.decoder.position_biases(self.places)  # sliced at every step
-        return [bias[:, :, self.past : self.length, : self.length] for bias in self.biases]
+        return [bias[..., self.past : self.length, : self.length] for bias in self.biases]
 
     def append(self, layer, kv):
         """Write L new places, return all so far: (2,N,H,L,D) -> (2,N,H,length,D). No gradients."""
-        whole = self.kv.get(layer, kv[:, :, :, :0])
+        whole = self.kv.get(layer, kv[..., :0, :])
         if whole.size(3) < self.places:
             whole = F.pad(whole, (0, 0, 0, self.places - whole.size(3)))
             self.kv[layer] = whole
-        whole[:, :, :, self.past : self.length] = kv
-        return whole[:, :, :, : self.length]
+        whole[..., self.past : self.length, :] = kv
+        return whole[..., : self.length, :]
 
     def select(self, rows):
         """Reorder the rows: expand B rows to B·K, or follow the surviving beams."""
         for layer, kv in self.kv.items():
             chosen = kv.new_empty(2, len(rows), *kv.shape[2:])
-            used = chosen[:, :, :, : self.length]  # the other places hold nothing yet
-            torch.index_select(kv[:, :, :, : self.length], 1, rows, out=used)
+            used = chosen[..., : self.length, :]  # the other places hold nothing yet
+            torch.index_select(kv[..., : self.length, :], 1, rows, out=used)
             self.kv[layer] = chosen
 
 
@@ -517,14 +517,14 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
     example = torch.arange(B, device=device)[:, None]  # (B,1)
     tokens = prefix.new_full((B, n, length), PAD_ID)  # open beams
     scores = torch.full((B, n), MASKED, device=device)  # of open beams: sums of log-probs
-    ended, ended_scores = tokens.clone(), scores.clone()  # finished beams
+    ended, ended_scores = tokens, scores.clone()  # finished beams
     scores[:, 0] = 0.0  # all beams are alike at first: count only one
     running = torch.ones_like(example, dtype=torch.bool)  # (B,1)
     for t in range(length):
         logits = forbid(model.logits(hidden), forbidden)  # (B·n,V)
         sums, beam, token = candidates(logits, scores)  # (B,2n) each
         grown = tokens[example, beam]  # (B,2n,length)
-        grown[:, :, t] = token
+        grown[..., t] = token
         ends = (token == EOS_ID) | (t + 1 == length)
         normaliser = (t + 1) ** length_penalty
 
@@ -599,16 +599,15 @@ class TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up: float32
         for at in range(0, len(targets), ctx.chunk):
             rows = slice(at, at + ctx.chunk)
-            if at not in ctx.kept:
-                _, *ctx.kept[at] = one_chunk(rows, *ctx.saved_tensors)
-            exps, total = ctx.kept.pop(at)  # overwritten: a second backward pass computes it again
+            # not kept, or overwritten by an earlier backward pass: computed again
+            exps, total = ctx.kept.pop(at, None) or one_chunk(rows, *ctx.saved_tensors)[1:]
             # d log p / d logits = onehot - softmax, times the incoming gradient g
             g = grad[rows, None]  # (n,1)
             d = exps.mul_(-g / total)  # (n,V)
             d = d.scatter_add_(1, targets[rows, None], g).to(weight.dtype)
             grad_hidden[rows] = d @ weight  # (n,E)
             if d.dtype == torch.float32:
-                torch.addmm(grad_weight, d.T, hidden[rows], out=grad_weight)  # (V,E), in place
+                grad_weight.addmm_(d.T, hidden[rows])  # (V,E), without a tensor in between
             else:
                 grad_weight += d.T @ hidden[rows]
             del exps, d  # before the next chunk is made
@@ -738,8 +737,10 @@ def load_checkpoint(path, what):
             raise ValueError(f"no {what} of this version of the program: train it again")
         return content
     except Exception as error:  # torch raises a zoo of types for broken and for unsafe files
-        said = f"{type(error).__name__}: {one_line(str(error))[:200]}"
-        raise UserError(f"cannot read the checkpoint {path} ({said})") from None
+        raise UserError(
+            f"cannot read the checkpoint {path} "
+            f"({type(error).__name__}: {one_line(str(error))[:200]})"
+        ) from None
 
 
 def load_model(path, tokenizer, device, what="stage") -> EncoderDecoder:
@@ -798,21 +799,24 @@ def t5_config(settings) -> ModelConfig:
     }
     settings = usual | settings
 
-    wrong = [name for name in T5_FIXED if settings[name] != T5_USUAL[name]]
-    for name in T5_SIZES:
+    def refuse(name):
+        raise UserError(f"config.json has {name} = {settings.get(name)!r}, which no T5 has")
+
+    for name, value in T5_FIXED.items():
+        if settings[name] != value:
+            refuse(name)
+    sizes = {}
+    for name, ours in T5_SIZES.items():
         least = 4 if name.endswith("buckets") else 1
         most = 1000 if name.endswith("layers") else 2**20  # more would fill the memory with names
         value = settings.get(name)
         if type(value) is not int or not least <= value <= most:
-            wrong.append(name)
-    sizes = {ours: settings.get(name) for name, ours in T5_SIZES.items()}
-    if not wrong and sizes["max_distance"] < sizes["buckets"]:
-        wrong.append("relative_attention_max_distance")
+            refuse(name)
+        sizes[ours] = value
+    if sizes["max_distance"] < sizes["buckets"]:
+        refuse("relative_attention_max_distance")
     if settings["feed_forward_proj"] not in ("relu", "gated-gelu"):
-        wrong.append("feed_forward_proj")
-    if wrong:
-        name = wrong[0]
-        raise UserError(f"config.json has {name} = {settings.get(name)!r}, which no T5 has")
+        refuse("feed_forward_proj")
 
     # transformers 5 writes tie_word_embeddings = true for all, and the truth under another name
     tied = settings.get("scale_decoder_outputs", settings["tie_word_embeddings"])
