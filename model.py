@@ -68,7 +68,7 @@ def attention(q, k, v, bias, scale):
     bias, broadcast to (B,H,L,S), holds position bias and masks. scale is 1 for T5. No dropout of
     attention weights: our choice, the fused CPU kernel has none.
     """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: fused is 5x slower
+    if q.dtype == torch.bfloat16 and q.is_cpu:  # torch 2.13: fused is 5x slower
         return plain_attention(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
@@ -98,7 +98,7 @@ class Dropout(nn.Dropout):
     """Zero each element with probability p and scale the rest by 1/(1-p), in training only."""
 
     def forward(self, x):
-        if self.training and self.p and x.device.type == "cpu":
+        if self.training and self.p and x.is_cpu:
             return cpu_dropout(x, self.p)  # a faster form; p is rounded to 1/256
         return super().forward(x)
 
@@ -847,8 +847,10 @@ T5_PARTS = {  # of a block: the tensors, each behind T5's number of its part
 
 def t5_tensors(name, config):
     """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0."""
-    if name in ("embedding.weight", "output.weight"):
-        return ["shared.weight" if name == "embedding.weight" else "lm_head.weight"]
+    if name == "embedding.weight":
+        return ["shared.weight"]
+    if name == "output.weight":
+        return ["lm_head.weight"]
     stack, kind, *rest = name.removesuffix(".weight").split(".", 3)
     if kind == "norm":
         return [f"{stack}.final_layer_norm.weight"]
@@ -880,8 +882,9 @@ def pretrained_folder(init):
                 break
         return folder
     except Exception as error:  # the hub, its HTTP library and the cache raise a zoo of types
-        name = type(error).__name__
-        raise UserError(f"{init}: no folder here, and the hub did not give it ({name})") from None
+        raise UserError(
+            f"{init}: no folder here, and the hub did not give it ({type(error).__name__})"
+        ) from None
 
 
 def read_json(path):
