@@ -777,12 +777,6 @@ T5_FIXED = {  # of all T5s
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }
-T5_USUAL = T5_FIXED | {
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "tie_word_embeddings": True,
-    "dropout_rate": 0.1,
-}
 
 
 def t5_config(settings) -> ModelConfig:
@@ -793,7 +787,11 @@ def t5_config(settings) -> ModelConfig:
     if family not in ("t5", "mt5", "umt5"):
         raise UserError(f"a model of type {family!r} is not a T5: we read t5, mt5 and umt5")
     dense = "gated-gelu" if settings.get("is_gated_act") else settings.get("dense_act_fn", "relu")
-    usual = T5_USUAL | {
+    usual = T5_FIXED | {
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "tie_word_embeddings": True,
+        "dropout_rate": 0.1,
         "num_decoder_layers": settings.get("num_layers"),
         "feed_forward_proj": dense,
     }
