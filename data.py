@@ -28,6 +28,7 @@ import tempfile
 import zlib
 from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import compress, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -242,10 +243,8 @@ class Config:
 
 
 # What the SFT stage does not depend on: with --sft these may differ from the other run's
-AFTER_SFT = (
-    "out overwrite sft device threads recompute compile policy_steps control "
-    "policy_batch_tokens policy_lr estimator samples warmup_len alpha temperature eval_samples"
-).split()
+AFTER_SFT = """out overwrite sft device threads recompute compile policy_steps control
+policy_batch_tokens policy_lr estimator samples warmup_len alpha temperature eval_samples""".split()
 
 
 # ----------------------------------------------------------------------------- text to token ids
@@ -296,20 +295,20 @@ def encode_split(tokenizer, examples, config, split, scored=True):
     prompts = {len(ids.prompt): example.prompt for ids, example in zip(data, examples)}
     if len(prompts) > 1:
         raise UserError(f"all prompts of a task must have as many tokens, not {prompts}")
-    side = TASKS[config.task].cut or "end"
-    cuts_sources = scored or TASKS[config.task].cut != ""
+    side = TASKS[config.task].cut
+    cuts_sources = scored or side
     most = config.max_source_tokens
     long_source = lengths(data, "source") > most
     long_target = lengths(data, "target") > config.max_target_tokens
     what = f"of {len(examples)} {split} examples have a"
-    fate = f"their source loses its {side}" if cuts_sources else "left out"
+    fate = f"their source loses its {side or 'end'}" if cuts_sources else "left out"
     say(long_source, f"{what} source over --max-source-tokens {most}: {fate}")
     fate = "the reference stays whole, the output will be cut" if scored else "left out"
     say(long_target, f"{what} target over --max-target-tokens {config.max_target_tokens}: {fate}")
 
     if not scored:
-        out = long_target if cuts_sources else long_source | long_target
-        data = [ids for ids, left_out in zip(data, out) if not left_out]
+        left_out = long_target if cuts_sources else long_source | long_target
+        data = compress(data, ~left_out)
     kept_end = int(tokenizer.post_processor is not None)  # T5's </s> stays
     return [ids._replace(source=cut(ids.source, most, side, kept_end)) for ids in data]
 
@@ -402,7 +401,7 @@ def lengths(data, name):
 
 
 def cut(ids, most, side, kept_end):
-    """At most `most` of a source's token ids. side: "start" or "end", the one that goes.
+    """At most `most` of a source's token ids. side: the one that goes, "start" or else the end.
 
     kept_end: so many tokens at the end stay all the same, as T5's </s>.
     """
@@ -459,9 +458,9 @@ def load(config):
         how = f"python data.py fills {folder}, or " if config.task in CORPORA else ""
         raise UserError(f"{said} there is no built-in data: {how}--data DIR")
     elif task.reader:
-        origin = str(Path(origin).resolve())
+        origin = Path(origin).resolve()
         reader = lookup(READERS, task.reader, f"{said} data.READERS has no")
-        splits = read_splits(Path(origin), *reader(config.pair))
+        splits = read_splits(origin, *reader(config.pair))
     else:
         raise UserError(f"{said} all data is generated: leave --data out")
     print(f"data: {origin}, {config.pair}" if config.translates else f"data: {origin}")
@@ -470,7 +469,7 @@ def load(config):
     prefix = source_prefix(config)
     for split, rows in splits.items():
         splits[split] = [example._replace(source=prefix + example.source) for example in rows]
-    return splits, origin
+    return splits, str(origin)
 
 
 LANGUAGES = dict(de="German", en="English", fr="French", ru="Russian", zh="Chinese", cs="Czech")
@@ -572,10 +571,10 @@ def read_split(paths, to_example, split):
             example = Example(*to_example(*lines))
             "".join(example).encode()  # ValueError for half a surrogate pair
         except Exception as error:  # it may be a student's own
-            said = (
-                f"its reader failed, {type(error).__name__}: {error}. docs/guide.md has the formats"
-            )
-            raise UserError(f"line {number} of {names}: {said}") from None
+            raise UserError(
+                f"line {number} of {names}: its reader failed, {type(error).__name__}: {error}. "
+                "docs/guide.md has the formats"
+            ) from None
         if example.source.strip() and example.target.strip():
             examples.append(example)
         elif split == "train":
@@ -607,9 +606,10 @@ def logiqa_row(line) -> Example:
     """
     row = json.loads(line)
     options = [one_line(option) for option in row["options"]]
-    if len(options) != 4 or type(row["answer"]) is not int or row["answer"] not in range(4):
+    answer = row["answer"]
+    if len(options) != 4 or type(answer) is not int or answer not in range(4):
         raise ValueError("not four options, or no answer from 0 to 3")
-    return multiple_choice(one_line(row["text"]), one_line(row["question"]), options, row["answer"])
+    return multiple_choice(one_line(row["text"]), one_line(row["question"]), options, answer)
 
 
 # --pair -> the endings of a split's files, and what makes an Example of their lines
@@ -676,9 +676,7 @@ def load_tokenizer(path, *more) -> Tokenizer:
         return tokenizer
     except KeyboardInterrupt:
         raise
-    except (
-        BaseException
-    ) as error:  # tokenizers raises bare Exception, and for a panic not even that
+    except BaseException as error:  # bare Exception from tokenizers, for a panic not even that
         raise UserError(f"cannot read {path}: {error}") from None
 
 
@@ -763,8 +761,10 @@ def read_spiece(path, vocab_size) -> Tokenizer:
         rules, squeeze = normalizer.get(2), normalizer.get(4, 1)  # squeeze: no runs of spaces
         steps = [normalizers.Precompiled(rules)] if rules else []
     except Exception:  # a damaged file fails in many ways, and tokenizers raises bare Exception
-        said = f"and {path} is not a SentencePiece unigram model, as all T5s have"
-        raise UserError(f"there is no tokenizer.json, {said}") from None
+        raise UserError(
+            f"there is no tokenizer.json, and {path} is not a SentencePiece unigram model, "
+            "as all T5s have"
+        ) from None
     if not any("<extra_id_" in text for text, _ in vocab):
         count = 300 if vocab_size - len(vocab) >= 300 else 100
         vocab += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(count))]
@@ -915,9 +915,9 @@ def news(r, config) -> Example:
     event, verb, helpers, detail = r.choice(EVENTS)
     site = r.choice(SITES)
     name = r.choice(NAMES)
-    hours = r.choice(["two", "three", "six"])
+    hours = r.choice("two three six".split())
     town, other = r.sample(TOWNS, 2)
-    hurt = r.choice(["no", "two", "three", "four", "five"])
+    hurt = r.choice("no two three four five".split())
     details = [
         f"It began at {r.randint(1, 11)} o'clock, and {detail}.",
         f"{name}, who lives nearby, said that nobody had expected it.",
@@ -971,8 +971,10 @@ def check_example(task, example):
     match example:
         case Example(str(source), str(), str(target)) if source.strip() and target.strip():
             return
-    said = f"gave {example!r:.200}, not an Example of texts with a source and a target"
-    raise UserError(f"task {task}: its generator {said}")
+    raise UserError(
+        f"task {task}: its generator gave {example!r:.200}, "
+        "not an Example of texts with a source and a target"
+    )
 
 
 def generate_splits(generate, config):
@@ -1000,9 +1002,10 @@ def generate_splits(generate, config):
             if missing[split] and example not in seen:
                 break
         else:  # no draw was taken
-            found = f"{len(seen)} of {size + 2 * held_out}"
-            said = f"10,000 draws in a row gave no new example, after {found}"
-            raise UserError(f"{said}: lower --built-in-size (now {size})")
+            raise UserError(
+                f"10,000 draws in a row gave no new example, after {len(seen)} of "
+                f"{size + 2 * held_out}: lower --built-in-size (now {size})"
+            )
         splits[split].append(example)
         seen.add(example)
         missing[split] -= 1
@@ -1055,7 +1058,8 @@ def download_wmt(get, a, b):
         lang = FLORES.get(path.stem)
         if lang in (a, b):
             name = f"{ours[path.suffix]}.{lang}"
-            yield from ((name, line) for line in text.strip().split("\n"))
+            for line in text.strip().split("\n"):
+                yield name, line
 
 
 def download_multi30k(get, a, b):
@@ -1063,7 +1067,8 @@ def download_multi30k(get, a, b):
     for ours, split in zip(SPLITS, ("train", "val", "test_2016_flickr")):
         for lang in (a, b):
             path = get(f"{GITHUB}/multi30k/dataset/master/data/task1/raw/{split}.{lang}.gz")
-            yield from ((f"{ours}.{lang}", line) for line in read_lines(path))
+            for line in read_lines(path):
+                yield f"{ours}.{lang}", line
 
 
 def download_xsum(get, ending):
@@ -1115,8 +1120,10 @@ def download(task, pair, folder):
     for split in SPLITS:
         missing = [side for side in sides if f"{split}.{side}" in new]
         if 0 < len(missing) < len(sides):
-            said = f"{folder} has one side of the {split} split, without .{missing[0]}"
-            raise UserError(f"{said}: move it away, then try again")
+            raise UserError(
+                f"{folder} has one side of the {split} split, without .{missing[0]}: "
+                "move it away, then try again"
+            )
     print(corpus.__doc__)
     # Windows does not remove a file that an archive's reader still holds open after an error
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
@@ -1133,8 +1140,9 @@ def download(task, pair, folder):
             if not all(files.values()):
                 raise ValueError("a split has no lines")
         except Exception as error:  # the network's, the disk's, a wrong checksum, an error page
-            said = f"{type(error).__name__}: {error}"
-            raise UserError(f"cannot download {task}: {said}. Try again later") from None
+            raise UserError(
+                f"cannot download {task}: {type(error).__name__}: {error}. Try again later"
+            ) from None
     folder.mkdir(parents=True, exist_ok=True)
     for name in new:
         text = "".join(line + "\n" for line in files[name])
@@ -1175,9 +1183,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = unknown and difflib.get_close_matches(
-            unknown[1], self._option_string_actions, n=1, cutoff=0.75
-        )
+        known = self._option_string_actions
+        near = unknown and difflib.get_close_matches(unknown[1], known, 1, 0.75)
         hint = f"did you mean {near[0]}?" if near else f"--help lists all flags of {self.prog}"
         self.exit(2, f"error: {message}\n{hint}\n")
 
@@ -1226,7 +1233,7 @@ def main(argv):
     parser.add_argument("--out", type=Path, help="folder (default: where train.py looks)")
     args = parser.parse_args(argv)
     _, known = CORPORA[args.task]
-    if known and (wrong_pair(args.pair) or not set(args.pair.split("-")) <= set(known.split())):
+    if known and tuple(args.pair.split("-")) not in permutations(known.split(), 2):
         parser.error(f"--pair takes two of {known}, such as de-en")
     folder = args.out or task_folder(args.task, args.pair)
     download(args.task, args.pair, folder)

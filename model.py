@@ -68,7 +68,7 @@ def attention(q, k, v, bias, scale):
     bias, broadcast to (B,H,L,S), holds position bias and masks. scale is 1 for T5. No dropout of
     attention weights: our choice, the fused CPU kernel has none.
     """
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # torch 2.13: fused is 5x slower
+    if q.dtype == torch.bfloat16 and q.is_cpu:  # torch 2.13: fused is 5x slower
         return plain_attention(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
 
@@ -98,7 +98,7 @@ class Dropout(nn.Dropout):
     """Zero each element with probability p and scale the rest by 1/(1-p), in training only."""
 
     def forward(self, x):
-        if self.training and self.p and x.device.type == "cpu":
+        if self.training and self.p and x.is_cpu:
             return cpu_dropout(x, self.p)  # a faster form; p is rounded to 1/256
         return super().forward(x)
 
@@ -292,23 +292,23 @@ class Cache:
             # 64, if there is room: short outputs are never copied
             self.places = min(self.room, max(64, 2 * self.length))
             self.biases = self.decoder.position_biases(self.places)  # sliced at every step
-        return [bias[:, :, self.past : self.length, : self.length] for bias in self.biases]
+        return [bias[..., self.past : self.length, : self.length] for bias in self.biases]
 
     def append(self, layer, kv):
         """Write L new places, return all so far: (2,N,H,L,D) -> (2,N,H,length,D). No gradients."""
-        whole = self.kv.get(layer, kv[:, :, :, :0])
+        whole = self.kv.get(layer, kv[..., :0, :])
         if whole.size(3) < self.places:
             whole = F.pad(whole, (0, 0, 0, self.places - whole.size(3)))
             self.kv[layer] = whole
-        whole[:, :, :, self.past : self.length] = kv
-        return whole[:, :, :, : self.length]
+        whole[..., self.past : self.length, :] = kv
+        return whole[..., : self.length, :]
 
     def select(self, rows):
         """Reorder the rows: expand B rows to B·K, or follow the surviving beams."""
         for layer, kv in self.kv.items():
             chosen = kv.new_empty(2, len(rows), *kv.shape[2:])
-            used = chosen[:, :, :, : self.length]  # the other places hold nothing yet
-            torch.index_select(kv[:, :, :, : self.length], 1, rows, out=used)
+            used = chosen[..., : self.length, :]  # the other places hold nothing yet
+            torch.index_select(kv[..., : self.length, :], 1, rows, out=used)
             self.kv[layer] = chosen
 
 
@@ -333,23 +333,14 @@ class EncoderDecoder(nn.Module):
         """
         config = self.config
         small = 0.3 if config.tied else 1.0
-        wide = config.width**-0.5
-        std = {
-            "qkv": wide,
-            "q": wide,
-            "kv": wide,
-            "up": wide,
-            "out": small * config.inner**-0.5,
-            "down": small * config.ff**-0.5,
-        }
-        for name, parameter in self.named_parameters():
-            layer = name.split(".")[-2]
-            if layer in std:
-                nn.init.normal_(parameter, std=std[layer])
-        nn.init.normal_(self.embedding.weight, std=wide)
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear) and name != "output":
+                factor = small if name.endswith(("out", "down")) else 1.0
+                nn.init.normal_(layer.weight, std=factor * layer.in_features**-0.5)
+        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
         nn.init.constant_(self.decoder.norm.weight, small)
         if not config.tied:
-            nn.init.normal_(self.output.weight, std=wide)
+            nn.init.normal_(self.output.weight, std=config.width**-0.5)
 
     def embed(self, tokens, past=0):
         """tokens (N,L), of which the first is at position `past` -> (N,L,E).
@@ -526,14 +517,14 @@ def beam_search(model, memory, prefix, length, *, beams=4, length_penalty=1.0, f
     example = torch.arange(B, device=device)[:, None]  # (B,1)
     tokens = prefix.new_full((B, n, length), PAD_ID)  # open beams
     scores = torch.full((B, n), MASKED, device=device)  # of open beams: sums of log-probs
-    ended, ended_scores = tokens.clone(), scores.clone()  # finished beams
+    ended, ended_scores = tokens, scores.clone()  # finished beams
     scores[:, 0] = 0.0  # all beams are alike at first: count only one
     running = torch.ones_like(example, dtype=torch.bool)  # (B,1)
     for t in range(length):
         logits = forbid(model.logits(hidden), forbidden)  # (B·n,V)
         sums, beam, token = candidates(logits, scores)  # (B,2n) each
         grown = tokens[example, beam]  # (B,2n,length)
-        grown[:, :, t] = token
+        grown[..., t] = token
         ends = (token == EOS_ID) | (t + 1 == length)
         normaliser = (t + 1) ** length_penalty
 
@@ -608,16 +599,15 @@ class TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up: float32
         for at in range(0, len(targets), ctx.chunk):
             rows = slice(at, at + ctx.chunk)
-            if at not in ctx.kept:
-                _, *ctx.kept[at] = one_chunk(rows, *ctx.saved_tensors)
-            exps, total = ctx.kept.pop(at)  # overwritten: a second backward pass computes it again
+            # not kept, or overwritten by an earlier backward pass: computed again
+            exps, total = ctx.kept.pop(at, None) or one_chunk(rows, *ctx.saved_tensors)[1:]
             # d log p / d logits = onehot - softmax, times the incoming gradient g
             g = grad[rows, None]  # (n,1)
             d = exps.mul_(-g / total)  # (n,V)
             d = d.scatter_add_(1, targets[rows, None], g).to(weight.dtype)
             grad_hidden[rows] = d @ weight  # (n,E)
             if d.dtype == torch.float32:
-                torch.addmm(grad_weight, d.T, hidden[rows], out=grad_weight)  # (V,E), in place
+                grad_weight.addmm_(d.T, hidden[rows])  # (V,E), without a tensor in between
             else:
                 grad_weight += d.T @ hidden[rows]
             del exps, d  # before the next chunk is made
@@ -747,8 +737,10 @@ def load_checkpoint(path, what):
             raise ValueError(f"no {what} of this version of the program: train it again")
         return content
     except Exception as error:  # torch raises a zoo of types for broken and for unsafe files
-        said = f"{type(error).__name__}: {one_line(str(error))[:200]}"
-        raise UserError(f"cannot read the checkpoint {path} ({said})") from None
+        raise UserError(
+            f"cannot read the checkpoint {path} "
+            f"({type(error).__name__}: {one_line(str(error))[:200]})"
+        ) from None
 
 
 def load_model(path, tokenizer, device, what="stage") -> EncoderDecoder:
@@ -785,12 +777,6 @@ T5_FIXED = {  # of all T5s
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }
-T5_USUAL = T5_FIXED | {
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "tie_word_embeddings": True,
-    "dropout_rate": 0.1,
-}
 
 
 def t5_config(settings) -> ModelConfig:
@@ -801,27 +787,34 @@ def t5_config(settings) -> ModelConfig:
     if family not in ("t5", "mt5", "umt5"):
         raise UserError(f"a model of type {family!r} is not a T5: we read t5, mt5 and umt5")
     dense = "gated-gelu" if settings.get("is_gated_act") else settings.get("dense_act_fn", "relu")
-    usual = T5_USUAL | {
+    usual = T5_FIXED | {
+        "relative_attention_num_buckets": 32,
+        "relative_attention_max_distance": 128,
+        "tie_word_embeddings": True,
+        "dropout_rate": 0.1,
         "num_decoder_layers": settings.get("num_layers"),
         "feed_forward_proj": dense,
     }
     settings = usual | settings
 
-    wrong = [name for name in T5_FIXED if settings[name] != T5_USUAL[name]]
-    for name in T5_SIZES:
+    def refuse(name):
+        raise UserError(f"config.json has {name} = {settings.get(name)!r}, which no T5 has")
+
+    for name, value in T5_FIXED.items():
+        if settings[name] != value:
+            refuse(name)
+    sizes = {}
+    for name, ours in T5_SIZES.items():
         least = 4 if name.endswith("buckets") else 1
         most = 1000 if name.endswith("layers") else 2**20  # more would fill the memory with names
         value = settings.get(name)
         if type(value) is not int or not least <= value <= most:
-            wrong.append(name)
-    sizes = {ours: settings.get(name) for name, ours in T5_SIZES.items()}
-    if not wrong and sizes["max_distance"] < sizes["buckets"]:
-        wrong.append("relative_attention_max_distance")
+            refuse(name)
+        sizes[ours] = value
+    if sizes["max_distance"] < sizes["buckets"]:
+        refuse("relative_attention_max_distance")
     if settings["feed_forward_proj"] not in ("relu", "gated-gelu"):
-        wrong.append("feed_forward_proj")
-    if wrong:
-        name = wrong[0]
-        raise UserError(f"config.json has {name} = {settings.get(name)!r}, which no T5 has")
+        refuse("feed_forward_proj")
 
     # transformers 5 writes tie_word_embeddings = true for all, and the truth under another name
     tied = settings.get("scale_decoder_outputs", settings["tie_word_embeddings"])
@@ -852,8 +845,10 @@ T5_PARTS = {  # of a block: the tensors, each behind T5's number of its part
 
 def t5_tensors(name, config):
     """Our parameter -> the Hugging Face tensors that it holds, stacked along dim 0."""
-    if name in ("embedding.weight", "output.weight"):
-        return ["shared.weight" if name == "embedding.weight" else "lm_head.weight"]
+    if name == "embedding.weight":
+        return ["shared.weight"]
+    if name == "output.weight":
+        return ["lm_head.weight"]
     stack, kind, *rest = name.removesuffix(".weight").split(".", 3)
     if kind == "norm":
         return [f"{stack}.final_layer_norm.weight"]
@@ -885,8 +880,9 @@ def pretrained_folder(init):
                 break
         return folder
     except Exception as error:  # the hub, its HTTP library and the cache raise a zoo of types
-        name = type(error).__name__
-        raise UserError(f"{init}: no folder here, and the hub did not give it ({name})") from None
+        raise UserError(
+            f"{init}: no folder here, and the hub did not give it ({type(error).__name__})"
+        ) from None
 
 
 def read_json(path):
