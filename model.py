@@ -607,7 +607,7 @@ class TokenLogProbs(torch.autograd.Function):
             d = d.scatter_add_(1, targets[rows, None], g).to(weight.dtype)
             grad_hidden[rows] = d @ weight  # (n,E)
             if d.dtype == torch.float32:
-                grad_weight.addmm_(d.T, hidden[rows])  # (V,E), without a tensor in between
+                torch.addmm(grad_weight, d.T, hidden[rows], out=grad_weight)  # (V,E), in place
             else:
                 grad_weight += d.T @ hidden[rows]
             del exps, d  # before the next chunk is made
