@@ -39,7 +39,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import SIZES, UserError, one_line, read_json
+from model import EOS_ID, SIZES, UserError, one_line, read_json
 from warmup import ESTIMATORS, NOT_SAMPLED, Batch
 
 PAD, EOS, UNK, SEP = "<pad>", "</s>", "<unk>", "<sep>"  # ids 0 to 3, in this order
@@ -61,6 +61,7 @@ class Task:
     generator: str = ""  # a key of GENERATORS, for built-in data; "": there is none
     reader: str = ""  # a key of READERS, the formats of real data; "": all data is generated
     source_prefix: str = ""  # what a pretrained T5 finds before its sources, as in its own training
+    prompt: str = ""  # one that --input may have; "": its examples have none, or --pair's tag
     cut: str = ""  # which side of a long source is cut. "": a long training pair is left out
     settings: dict = field(default_factory=dict)  # defaults of Config for this task
 
@@ -70,6 +71,7 @@ TASKS = {
     "toy": Task(
         "pointers",
         generator="pointers",
+        prompt="<2hops> a",
         settings=dict(
             size="toy",
             built_in_size=100000,
@@ -161,7 +163,7 @@ class Config:
     built_in_size: int = flag(20000, "training examples in the built-in data", 1, 10_000_000)
     symbols: int = flag(16, "task toy: letters in the permutation", 2, 26)
     hops: int = flag(2, "task toy: most look-ups that a question asks for; 0: copy", 0, 9)
-    seed: int = flag(0, "of weights, batches, dropout, warmups, built-in data", 0, 2**63 - 1)
+    seed: int = flag(0, "of weights, batches, dropout, warmups, built-in data", 0)
     max_source_tokens: int = flag(
         128, "longer sources are cut or left out; see the guide", 2, 100_000
     )
@@ -263,10 +265,9 @@ def encode(tokenizer, examples):
     """
     # T5's own tokenizer reads "</s>" in a text as the special token all the same
     in_text = dict.fromkeys(special_ids(tokenizer), tokenizer.token_to_id(UNK))
-    end = [tokenizer.token_to_id(EOS)]
-    # T5's sources end in </s>, too: `pretrained_tokenizer` says so by its post_processor
-    source_end = end if tokenizer.post_processor else []
-    endings = {"source": source_end, "prompt": [], "target": end}
+    endings = {"source": [], "prompt": [], "target": [EOS_ID]}
+    if tokenizer.post_processor:  # `pretrained_tokenizer` says so: T5's sources end in </s>, too
+        endings["source"] = endings["target"]
     columns = []
     for name, texts in zip(Example._fields, zip(*examples)):
         # True: special tokens are read as any other text, character by character
@@ -412,6 +413,7 @@ def cut(ids, most, side, kept_end):
 
 def read_config(folder) -> Config:
     """The settings in a run's config.json. UserError if they are not those of this program."""
+    folder = Path(folder)
     path = folder / "config.json"
     if not path.exists():
         runs = [*folder.parent.glob("*/config.json"), *folder.glob("*/config.json")]
@@ -463,6 +465,8 @@ def load(config):
         splits = read_splits(origin, *reader(config.pair))
     else:
         raise UserError(f"{said} all data is generated: leave --data out")
+    if splits["train"][0].prompt and not (task.prompt or config.translates):
+        raise UserError(f"{said} its examples have prompts, so its row in TASKS needs one, too")
     print(f"data: {origin}, {config.pair}" if config.translates else f"data: {origin}")
     if "test" not in splits:
         print("data: no test split, so the validation split, which picks the checkpoint, is scored")

@@ -174,10 +174,9 @@ CONTROL = r"[\x00-\x1f\x7f]"  # a byte-level vocabulary can spell them: line end
 
 def to_text(tokenizer, rows):
     """A line of text for each row of ids, without special tokens."""
-    eos = tokenizer.token_to_id(EOS)
     lines = []
     for row, text in zip(rows, tokenizer.decode_batch(rows, skip_special_tokens=True)):
-        if eos not in row:  # a row that was cut may end with some bytes of a character
+        if EOS_ID not in row:  # a row that was cut may end with some bytes of a character
             text = text.rstrip("\ufffd")
         lines.append(re.sub(CONTROL, " ", text).strip())  # an output is one line of a file
     return lines
@@ -590,21 +589,20 @@ def read_input(file, config, tokenizer):
 
     A line is a source. Where a task has prompts, as the toy, a tab and the prompt follow.
     """
-    known = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    tags = [tag for tag in known if re.fullmatch(r"<(?!pad|unk|sep|extra_id_|unused_|/).*>", tag)]
+    usual = TASKS[config.task].prompt
     prefix = source_prefix(config)
     examples = []
     for number, line in enumerate(read_lines(None if file == "-" else Path(file)), 1):
         example = Example(line, "", "")
         if config.translates:
             example = translation(config.pair, line, "")
-        elif line and tags:
-            source, _, prompt = line.partition("\t")
-            example = Example(source.strip(), prompt.strip(), "")
-            if not example.prompt.startswith(tuple(tags)):
+        elif line and usual:
+            source, _, prompt = map(str.strip, line.partition("\t"))
+            example = Example(source, prompt, "")
+            if tokenizer.token_to_id(prompt.split(" ")[0]) not in special_ids(tokenizer):
                 raise UserError(
-                    f"line {number} of --input: a line is the source, a tab, and a prompt that "
-                    f"begins with {' or '.join(tags)}"
+                    f"line {number} of --input: a line is the source, a tab, and a prompt such as "
+                    f"{usual}, with a tag of this run's data. Here the prompt is {prompt!r}"
                 )
         examples.append(example._replace(source=line and prefix + example.source))
     return examples
@@ -659,9 +657,9 @@ def open_run(folder, stage=None, **changes) -> Run:
 
     stage None: no model yet. changes: settings that differ from the run's own, such as beams=1.
     """
-    config = replace(read_config(Path(folder)), **changes)
+    config = replace(read_config(folder), **changes)
     tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
-    run = Run(config, tokenizer, pick_device(config.device))
+    run = Run(config, tokenizer, pick_device(config.device, config.threads))
     if stage:
         load_stage(run, stage)
     return run
@@ -669,8 +667,7 @@ def open_run(folder, stage=None, **changes) -> Run:
 
 def load_stage(run, stage):
     """Give run the best model of a stage, and its spec. UserError if it is not there."""
-    path = run.config.folder / f"{stage}.pt"
-    run.model = load_model(path, run.tokenizer, run.device)
+    run.model = load_model(run.config.folder / f"{stage}.pt", run.tokenizer, run.device)
     run.spec = warmup_spec(stage, run.config, run.tokenizer)
 
 
@@ -718,8 +715,6 @@ def main(argv):
         return plot(read_config(args.run), args.plot)
     run = open_run(args.run, **changes)
     config = run.config
-    if config.threads:
-        torch.set_num_threads(config.threads)
     stages = [stage for stage in STAGES if (config.folder / f"{stage}.pt").exists()]
     if not stages:
         raise UserError(f"{args.run} was not validated yet: {resume_command(args.run)}")

@@ -331,16 +331,13 @@ class EncoderDecoder(nn.Module):
         Our choice: with a tied output, logits and what layers add to the residual stream start at
         0.3 of that. Else the decoder's own input token dominates the logits.
         """
-        config = self.config
-        small = 0.3 if config.tied else 1.0
+        small = 0.3 if self.config.tied else 1.0
         for name, layer in self.named_modules():
-            if isinstance(layer, nn.Linear) and name != "output":
+            if isinstance(layer, nn.Linear):
                 factor = small if name.endswith(("out", "down")) else 1.0
                 nn.init.normal_(layer.weight, std=factor * layer.in_features**-0.5)
-        nn.init.normal_(self.embedding.weight, std=config.width**-0.5)
+        nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)
         nn.init.constant_(self.decoder.norm.weight, small)
-        if not config.tied:
-            nn.init.normal_(self.output.weight, std=config.width**-0.5)
 
     def embed(self, tokens, past=0):
         """tokens (N,L), of which the first is at position `past` -> (N,L,E).
@@ -652,11 +649,14 @@ def one_line(text):
     return " ".join(text.split())
 
 
-def pick_device(name):
+def pick_device(name, threads=0):
     """Set torch up for a device, and return it. auto: CUDA, else the CPU.
 
-    Under torchrun each process has its own GPU. UserError if there are too few.
+    threads: of the CPU; 0: torch's choice. Under torchrun each process has its own GPU. UserError
+    if there are too few.
     """
+    if threads:
+        torch.set_num_threads(threads)
     number = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun
     gpus = torch.cuda.device_count()
     if name == "auto":
@@ -703,7 +703,7 @@ def compile_stacks(model):
 
 
 # ----------------------------------------------------------------------------- our checkpoints
-FORMAT = "warmup checkpoint 6"
+FORMAT = "warmup checkpoint 7"
 
 
 def write_file(path, save):
@@ -719,22 +719,21 @@ def write_file(path, save):
         raise UserError(f"cannot write {path}: {error}. Mend it, then go on by --resume") from None
 
 
-def save_checkpoint(path, what, model, **more):
-    """The model and more, as a file that load_checkpoint reads. what: "stage" or "state"."""
-    content = {"format": f"{FORMAT}, {what}", "config": asdict(model.config)}
-    content |= {"model": model.state_dict()} | more
-    write_file(path, lambda temporary: torch.save(content, temporary))
+def save_checkpoint(path, model, **more):
+    """The model and more, as a file that load_checkpoint reads."""
+    content = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict()}
+    write_file(path, lambda temporary: torch.save(content | more, temporary))
 
 
-def load_checkpoint(path, what):
-    """What save_checkpoint wrote. UserError for any other file."""
+def load_checkpoint(path, part="model"):
+    """What save_checkpoint wrote. UserError for any other file, and if it lacks this part."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load does not look at the checksums
                 raise ValueError(f"{damaged} is damaged")
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        if content["format"] != f"{FORMAT}, {what}":
-            raise ValueError(f"no {what} of this version of the program: train it again")
+        if content["format"] != FORMAT or part not in content:
+            raise ValueError(f"no {part} of this version of the program: train it again")
         return content
     except Exception as error:  # torch raises a zoo of types for broken and for unsafe files
         raise UserError(
@@ -743,9 +742,9 @@ def load_checkpoint(path, what):
         ) from None
 
 
-def load_model(path, tokenizer, device, what="stage") -> EncoderDecoder:
+def load_model(path, tokenizer, device) -> EncoderDecoder:
     """The model of a checkpoint, if it fits the tokenizer."""
-    checkpoint = load_checkpoint(path, what)
+    checkpoint = load_checkpoint(path)
     model = empty_model(ModelConfig(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"], assign=True)
     if model.config.vocab_size != tokenizer.get_vocab_size():
@@ -993,6 +992,5 @@ def save_pretrained(model, folder):
         "tie_word_embeddings": config.tied or not config.shared_bias,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=1)
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     torch.save(tensors, folder / "pytorch_model.bin")

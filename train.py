@@ -206,7 +206,7 @@ def start_stage(run, stage):
     stage in the warmup alone: it takes --policy-lr with a new ramp, no dropout in the decoder, as
     many FLOPs, as many validations. Its batches are SFT's: the best SFT for these FLOPs.
     """
-    config, tokenizer, folder = run.config, run.tokenizer, run.config.folder
+    config, folder = run.config, run.config.folder
     total, tokens = config.sft_steps, config.batch_tokens
     if stage == "policy":
         total, tokens = config.policy_steps, config.policy_batch_tokens
@@ -216,11 +216,9 @@ def start_stage(run, stage):
         sft, policy = training_cost(folder, "sft"), training_cost(folder, "policy")
         total = max(1, round(policy["flops"] / (sft["flops"] / sft["updates"])))
     if stage != "sft":
-        sft_model = load_model(folder / "sft.pt", tokenizer, "cpu")
-        run.model.load_state_dict(sft_model.state_dict())
+        run.model.load_state_dict(load_checkpoint(folder / "sft.pt")["model"])
     run.state = State(stage, total=total)
-    run.shown = {}
-    run.spec = warmup_spec(stage, config, tokenizer)
+    run.spec = warmup_spec(stage, config, run.tokenizer)
     run.batches = Batches(run.data["train"], tokens, config.seed, rank(), processes())
     run.optimizer = make_optimizer(run.model, config.weight_decay)
 
@@ -331,13 +329,12 @@ def validate_and_save(run):
         if run.spec and state.step == 0 and "swap_gap" not in numbers:
             print("note: a batch holds one example, so there is no swap_gap: lower --eval-samples")
         if count := config.eval_decode:
-            some = run.data["valid"][:count]
-            outputs = decode_split(run, some)
+            outputs = decode_split(run, run.data["valid"][:count])
             numbers |= compute_metrics(config, run.examples["valid"][:count], outputs)
         log(run, "valid", numbers)
         if numbers["nll"] < state.best_nll:
             state.best_nll = numbers["nll"]
-            save_checkpoint(config.folder / f"{state.stage}.pt", "stage", run.model)
+            save_checkpoint(config.folder / f"{state.stage}.pt", run.model)
     state.best_nll = gather(state.best_nll)[0]  # the others wait here
     save_state(run)
 
@@ -351,7 +348,6 @@ def save_state(run):
         return
     save_checkpoint(
         run.config.folder / "last.pt",
-        "state",
         run.model,
         state=asdict(run.state),
         optimizer=run.optimizer.state_dict(),
@@ -407,9 +403,8 @@ def summary(sums, counts):
 
 def log(run, kind, numbers):
     """Append a line to log.jsonl. By rank 0. docs/guide.md explains its numbers."""
-    state = run.state
     path = run.config.folder / "log.jsonl"
-    line = {"kind": kind, "stage": state.stage, "step": state.step} | numbers
+    line = {"kind": kind, "stage": run.state.stage, "step": run.state.step} | numbers
     run.shown |= numbers
     if rank():
         return
@@ -500,7 +495,7 @@ def parse(argv):
     known, _ = first.parse_known_args(argv)
     of_sft = {}  # with --sft: the settings of the run whose SFT stage is taken
     if known.sft:
-        of_sft = vars(read_config(Path(known.sft)))
+        of_sft = vars(read_config(known.sft))
     defaults = asdict(Config())
     task = TASKS.get(known.task or of_sft.get("task"), TASKS["wmt"])
     for name in task.settings:
@@ -522,7 +517,7 @@ def parse(argv):
     add_flags(parser, defaults)
     args = vars(parser.parse_args(argv))
     folder = args.pop("resume")
-    start = Config() if folder is None else read_config(Path(folder))
+    start = Config() if folder is None else read_config(folder)
     config = replace(start, **args)
     if wrong := config.problem():
         parser.error(wrong)
@@ -553,18 +548,17 @@ def first_model(config, examples, resume):
     """
     if resume or config.sft:
         folder = config.folder if resume else Path(config.sft)
-        path, what = (folder / "last.pt", "state") if resume else (folder / "sft.pt", "stage")
         tokenizer = load_tokenizer(folder / "tokenizer.json", SEP)
-        model = load_model(path, tokenizer, "cpu", what)
+        model = load_model(folder / ("last.pt" if resume else "sft.pt"), tokenizer, "cpu")
     elif config.init:
         folder = pretrained_folder(config.init)
         model = load_pretrained(folder, dropout=config.dropout)
         tokenizer = pretrained_tokenizer(folder, prompt_tags(examples), model.config.vocab_size)
     else:
         tokenizer = train_tokenizer(examples, config.vocab_size)
-        size = SIZES[config.size]
+        sizes = SIZES[config.size]
         model = EncoderDecoder(
-            ModelConfig(tokenizer.get_vocab_size(), dropout=config.dropout, **size)
+            ModelConfig(tokenizer.get_vocab_size(), dropout=config.dropout, **sizes)
         )
     return model, tokenizer
 
@@ -614,7 +608,7 @@ def prepare(config, resume) -> Run:
         )
     splits, origin = load(config)
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
-    device = pick_device(config.device)
+    device = pick_device(config.device, config.threads)
     data_checksum = checksum(splits)
     if config.sft and not resume:
         check_sft(config, data_checksum)
@@ -673,15 +667,14 @@ def begin(run, resume):
                 path.unlink()
             config.folder.mkdir(parents=True, exist_ok=True)
             run.tokenizer.save(str(config.folder / "tokenizer.json"))
-            sft_log = []
+            (config.folder / "log.jsonl").touch()
             if config.sft:  # as if this run had trained it
-                save_checkpoint(config.folder / "sft.pt", "stage", run.model)
-                sft_log = [r for r in read_log(Path(config.sft)) if r["stage"] == "sft"]
-            text = "".join(json.dumps(record) + "\n" for record in sft_log)
-            (config.folder / "log.jsonl").write_text(text, encoding="utf-8", newline="\n")
-        gather(None)  # the others wait for sft.pt
-        start_stage(run, "policy" if config.sft else "sft")
-        save_state(run)
+                save_checkpoint(config.folder / "sft.pt", run.model)
+                for record in read_log(Path(config.sft)):
+                    if record["stage"] == "sft":
+                        log(run, record["kind"], record)
+            start_stage(run, "policy" if config.sft else "sft")
+            save_state(run)
         gather(None)  # the others wait for last.pt
     restore(run)
     if rank() == 0:  # only now: what --resume changed is known to be good
@@ -720,8 +713,6 @@ def main(argv):
     """The program: prepare, train, report. Ctrl-C and SIGTERM finish the update and save."""
     config, resume = parse(argv)
     join_processes()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     run = prepare(config, resume)
     signal.signal(signal.SIGINT, run.interrupt)
     signal.signal(signal.SIGTERM, run.interrupt)

@@ -257,7 +257,9 @@ if __name__ == "__main__":
     import train
 
     for module in (model, train, evaluation):
-        module.pick_device = lambda name: torch.device("cpu" if name == "cpu" else "pretend:0")
+        module.pick_device = lambda name, threads: torch.device(
+            "cpu" if name == "cpu" else "pretend:0"
+        )
     may_stop = model.all_true
     model.all_true = lambda done, step: STEPS.append(step) or may_stop(done, step)
     programs = {"train": train.main, "eval": evaluation.main}

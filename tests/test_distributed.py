@@ -110,7 +110,7 @@ def test_two_processes_are_one_with_the_joined_batch(settings, tmp_path, monkeyp
         assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, rel=1e-6, abs=1e-9)
     for stage in ("sft", "policy", "control"):
         a, b = (
-            model.load_checkpoint(tmp_path / name / f"{stage}.pt", "stage")["model"]
+            model.load_checkpoint(tmp_path / name / f"{stage}.pt")["model"]
             for name in ("one", "two")
         )
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

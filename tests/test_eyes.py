@@ -63,6 +63,7 @@ SHORT = 30  # --max-target-tokens: some targets are longer
 FLAGS = [
     *TINY,
     "--built-in-size=80",
+    "--vocab-size=460",  # so that some texts are long
     "--sft-steps=6",
     "--policy-steps=4",
     f"--max-target-tokens={SHORT}",
@@ -327,7 +328,7 @@ def test_a_finished_run_reports_the_same_again(eyes):
 @pytest.mark.parametrize("stage", ["policy", "control"])
 def test_a_later_stage_begins_at_the_best_sft_weights(stage, eyes):
     """At sft.pt, of the second of three validations: not where SFT ended, nor another stage."""
-    best = transformer.load_checkpoint(eyes.folder / "sft.pt", "stage")["model"]
+    best = transformer.load_checkpoint(eyes.folder / "sft.pt")["model"]
     begun = [
         eyes.weights[stage, 0],
         *(before for s, before, *_ in eyes.updates if s == stage and before),
@@ -342,7 +343,7 @@ def test_a_later_stage_begins_at_the_best_sft_weights(stage, eyes):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_keeps_its_best_weights(stage, eyes):
-    kept = transformer.load_checkpoint(eyes.folder / f"{stage}.pt", "stage")["model"]
+    kept = transformer.load_checkpoint(eyes.folder / f"{stage}.pt")["model"]
     same = [
         all(torch.equal(kept[name], eyes.weights[stage, number][name]) for name in kept)
         for number in range(3)

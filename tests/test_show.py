@@ -249,7 +249,7 @@ def test_plot_draws_the_log_against_flops(run, drawn, tmp_path, capsys):
     colors = {
         name: {axis.colors.get(name) for axis in drawn.axes} - {None} for name in names.values()
     }
-    assert sorted(map(len, colors.values())) == [1, 1, 1] and len(set.union(*colors.values())) == 3
+    assert colors == {"sft": {"black"}, "warmup": {"C0"}, "sft, same compute": {"gray"}}
     assert all(axis.named for axis in drawn.axes)
     assert drawn.places == [(3, 3, number) for number in range(1, 9)]
 

@@ -201,7 +201,8 @@ def test_new_questions_have_a_tab_before_their_prompt(tmp_path, capsys):
     assert "line 2 of --input: a line is the source, a tab, and" in capsys.readouterr().err
     text.write_text("ab bc cd de ef fa\t<3hops> a\n", encoding="utf-8")
     assert evaluation.main([str(folder), "--input", str(text)]) == 1
-    assert "a prompt that begins with <1hops> or <2hops>" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "such as <2hops> a, with a tag of this run's data" in said and "'<3hops> a'" in said
     for content in ("", "\n\n"):
         text.write_text(content, encoding="utf-8")
         assert evaluation.main([str(folder), "--input", str(text), "--show", "2"]) == 1

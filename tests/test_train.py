@@ -595,7 +595,7 @@ def test_the_best_checkpoint_is_kept_not_the_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "validate", validate)
     train.train(prepared(tmp_path, "--policy-steps", "0", "--sft-steps", "3", "--eval-every", "1"))
-    kept = load_checkpoint(tmp_path / "r" / "sft.pt", "stage")["model"]["embedding.weight"]
+    kept = load_checkpoint(tmp_path / "r" / "sft.pt")["model"]["embedding.weight"]
     assert [torch.equal(kept, weight) for weight in seen] == [False, True, False]
 
 

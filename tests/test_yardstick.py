@@ -47,7 +47,7 @@ def trained(folder, *flags):
 
 
 def weights_of(folder, stage):
-    return load_checkpoint(folder / f"{stage}.pt", "stage")["model"]
+    return load_checkpoint(folder / f"{stage}.pt")["model"]
 
 
 def assert_same_files(one, other):
@@ -223,7 +223,7 @@ def test_what_sft_depends_on_must_be_equal(other, tmp_path, capsys):
         before = getattr(read_config(other), name)
         assert f"the SFT stage of {other} has {flag_name(name)} {before}, not {value}" in said
     config, _ = train.parse(["--sft", str(other), "--out", "new"])
-    assert (config.size, config.built_in_size, config.data) == ("nano", 120, "built-in")
+    assert (config.size, config.built_in_size, config.data) == ("nano", 60, "built-in")
     assert (config.estimator, config.policy_steps, config.threads) == ("marginal", 120, 0)
     assert set(AFTER_SFT) < set(vars(Config())) and not set(changes) & set(AFTER_SFT)
     for flags, said in ((["--policy-steps", "0"], "--policy-steps"), (["--out", other], "--out")):
