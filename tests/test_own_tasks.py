@@ -60,9 +60,9 @@ def mine(monkeypatch, tmp_path):
     """mine(generator, **columns): a task of that name, as its owner would write it."""
     monkeypatch.chdir(tmp_path)
 
-    def register(generator=good, settings=None, metrics="options", name="mine", reader=""):
+    def register(generator=good, metrics="options", name="mine", **columns):
         monkeypatch.setitem(data.GENERATORS, "mine", generator)
-        task = Task(metrics, generator=name, reader=reader, settings=settings or {})
+        task = Task(metrics, generator=name, **columns)
         monkeypatch.setitem(data.TASKS, "mine", task)
 
     return register
@@ -169,11 +169,24 @@ def test_prompts_of_unequal_length(mine, capsys):
         calls.append(r)
         return good(r, config)._replace(prompt="<ask> " + "a " * (len(calls) % 2))
 
-    mine(generator)
+    mine(generator, prompt="<ask> a")
     assert train.main([*FLAGS, "--out", "run"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and not Path("run").exists()
     assert "all prompts of a task must have as many tokens, not {" in err and "'<ask> a '" in err
+
+
+def test_a_task_says_that_its_examples_have_prompts(mine, capsys, tmp_path):
+    """Else --input would write after no question."""
+    asking = lambda r, config: good(r, config)._replace(prompt="<ask> a")  # noqa: E731
+    mine(asking)
+    assert "its examples have prompts, so its row in TASKS needs one, too" in refused(capsys)
+    mine(asking, prompt="<ask> a")
+    assert train.main([*FLAGS, "--out", "run"]) == 0
+    for line, ok in (("abc\t<ask> a", True), ("abc", False), ("abc\ta", False)):
+        (tmp_path / "text").write_text(line, encoding="utf-8")
+        assert evaluation.main(["run", "--input", "text"]) == (0 if ok else 1)
+        assert ok or "a prompt such as <ask> a" in capsys.readouterr().err
 
 
 def test_a_generator_that_repeats_itself(mine, capsys):

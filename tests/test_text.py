@@ -96,7 +96,7 @@ def test_a_tag_swallows_the_space_behind_it():
 # ----------------------------------------------------------------------------- lengths
 
 
-def wordy_model(seed=0):
+def wordy_model(seed=5):
     """A float64 model of 12 tokens that ends some outputs early, some late, some never."""
     torch.manual_seed(seed)
     config = ModelConfig(
