@@ -18,6 +18,7 @@ import difflib
 import gzip
 import io
 import json
+import os
 import random
 import re
 import shlex
@@ -94,7 +95,22 @@ TASKS = {
         ),
     ),
     "wmt": Task("translation", generator="translation", reader="parallel", source_prefix=TRANSLATE),
-    "multi30k": Task("translation", reader="parallel", source_prefix=TRANSLATE),
+    "multi30k": Task(
+        "translation",
+        reader="parallel",
+        source_prefix=TRANSLATE,
+        settings=dict(
+            vocab_size=6000,
+            dropout=0.2,
+            batch_tokens=6000,
+            policy_batch_tokens=3000,
+            lr_rampup_steps=300,
+            policy_lr=5e-4,
+            sft_steps=3300,
+            policy_steps=300,
+            eval_every=300,
+        ),
+    ),
     "xsum": Task(
         "summaries",
         generator="news",
@@ -205,7 +221,11 @@ class Config:
     length_penalty: float = flag(1.0, "beam score = log-prob / length ** this", 0, 10)
     # machine
     device: str = flag("auto", "auto: cuda, else cpu", choices=("auto", "cpu", "cuda"))
-    dtype: str = flag("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag(
+        "auto",
+        "auto: bfloat16 on CUDA from compute capability 8.0",
+        choices=("auto", "float32", "bfloat16"),
+    )
     threads: int = flag(0, "CPU threads; 0: torch's choice", 0, 1024)
 
     @property
@@ -255,7 +275,8 @@ def special_ids(tokenizer):
 
     They are <pad>, </s>, <unk>, <sep>, the prompts' tags and, from T5, unused sentinels.
     """
-    return tuple(sorted(tokenizer.get_added_tokens_decoder()))
+    added = tokenizer.get_added_tokens_decoder()  # words that somebody added to a T5, too
+    return tuple(sorted(i for i in added if added[i].special))
 
 
 def encode(tokenizer, examples):
@@ -384,10 +405,17 @@ class Batches:
 def longest_first(data, batch_tokens, what):
     """Every example once, longest sources first, with its indices. The progress bar says `what`."""
     key = -lengths(data, "source")
-    with tqdm(total=len(data), desc=what, unit="example", delay=2, leave=False) as bar:
+    with progress_bar(what, len(data), "example", delay=2, leave=False) as bar:
         for index in group(data, batch_tokens, key):
             yield index, collate([data[i] for i in index])
             bar.update(len(index))
+
+
+def progress_bar(what, total, unit, **more):
+    """tqdm on standard error. In a job's log file it writes twice a minute."""
+    if not (sys.stderr and sys.stderr.isatty() or "ipykernel" in sys.modules):
+        more |= dict(mininterval=30, maxinterval=30)
+    return tqdm(desc=what, total=total, unit=unit, **more)
 
 
 def say(cases, what):
@@ -471,12 +499,24 @@ def load(config):
     if "test" not in splits:
         print("data: no test split, so the validation split, which picks the checkpoint, is scored")
     prefix = source_prefix(config)
+    if prefix:
+        print(f"data: every source gets the prefix {prefix!r}")
+        for code in sorted({*config.pair.split("-")} - {*LANGUAGES}):
+            print(f"note: data.LANGUAGES has no name for {code!r}. A T5 knows languages by name")
     for split, rows in splits.items():
         splits[split] = [example._replace(source=prefix + example.source) for example in rows]
     return splits, str(origin)
 
 
-LANGUAGES = dict(de="German", en="English", fr="French", ru="Russian", zh="Chinese", cs="Czech")
+LANGUAGES = {  # those of T5's own pairs, and of CORPORA
+    "cs": "Czech",
+    "de": "German",
+    "en": "English",
+    "fr": "French",
+    "ro": "Romanian",
+    "ru": "Russian",
+    "zh": "Chinese",
+}
 
 
 def source_prefix(config):
@@ -529,14 +569,22 @@ def read_lines(path):
     return lines
 
 
-def find_file(folder, split, ending):
-    """The file of a split, SPLIT.ENDING or SPLIT.ENDING.gz. None: there is no test split."""
-    names = [f"{name}.{end}" for name in SPLITS[split] for end in (ending, f"{ending}.gz")]
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
+def find_files(folder, split, endings):
+    """The files of a split, one for each ending, plain or .gz. []: there is no test split."""
+    for name in SPLITS[split]:
+        names = [f"{name}.{ending}" for ending in endings]
+        paths = [
+            folder / (plain if (folder / plain).exists() else f"{plain}.gz") for plain in names
+        ]
+        missing = [plain for plain, path in zip(names, paths) if not path.exists()]
+        if not missing:
+            return paths
+        if len(missing) < len(names):
+            raise UserError(f"{folder} has one side of the {split} split only: no {missing[0]}")
     if split != "test":
-        raise UserError(f"no {split} split in {folder}: expected {names[0]}, plain or .gz")
+        expected = f"{split}.{endings[0]}"
+        raise UserError(f"no {split} split in {folder}: expected {expected}, plain or .gz")
+    return []
 
 
 def read_splits(folder, endings, to_example):
@@ -549,10 +597,7 @@ def read_splits(folder, endings, to_example):
         raise UserError(f"no folder {folder}")
     splits = {}
     for split in SPLITS:
-        paths = [find_file(folder, split, ending) for ending in endings]
-        if any(paths):
-            if None in paths:
-                raise UserError(f"{folder} has one side of the {split} split only")
+        if paths := find_files(folder, split, endings):
             splits[split] = read_split(paths, to_example, split)
     return splits
 
@@ -568,11 +613,16 @@ def read_split(paths, to_example, split):
     counts = [str(len(lines)) for lines in columns]
     if len(set(counts)) > 1:
         raise UserError(f"{names} have {' and '.join(counts)} lines: they must be as many")
+    rows = [*zip(*columns)]
+    while rows and not any(rows[-1]):  # blank lines at the end are none
+        rows.pop()
     examples = []
     empty = 0
-    for number, lines in enumerate(zip(*columns), 1):
+    for number, lines in enumerate(rows, 1):
+        example = Example("", "", "")
         try:
-            example = Example(*to_example(*lines))
+            if any(lines):
+                example = Example(*to_example(*lines))
             "".join(example).encode()  # ValueError for half a surrogate pair
         except Exception as error:  # it may be a student's own
             raise UserError(
@@ -611,7 +661,12 @@ def logiqa_row(line) -> Example:
     row = json.loads(line)
     options = [one_line(option) for option in row["options"]]
     answer = row["answer"]
-    if len(options) != 4 or type(answer) is not int or answer not in range(4):
+    if (
+        type(row["options"]) is dict
+        or len(options) != 4
+        or type(answer) is not int
+        or answer not in range(4)
+    ):
         raise ValueError("not four options, or no answer from 0 to 3")
     return multiple_choice(one_line(row["text"]), one_line(row["question"]), options, answer)
 
@@ -626,8 +681,8 @@ READERS = {
 # ----------------------------------------------------------------------------- tokenizers
 # A word, a digit, signs, or spaces: GPT-2's pattern without its English endings. Unlike there, a
 # combining mark is part of its word: Hindi, Thai and Burmese write vowels so. And each digit is a
-# token: 57 and 58 share what they share.
-WORD = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# token: 57 and 58 share what they share. At most 99 signs: training is quadratic in the longest word.
+WORD = r" ?[\p{L}\p{M}]{1,99}|\p{N}| ?[^\s\p{L}\p{M}\p{N}]{1,99}|\s{1,99}(?![^\s\p{N}])|\s{1,99}"
 
 
 def train_tokenizer(examples, vocab_size) -> Tokenizer:
@@ -695,6 +750,12 @@ def pretrained_tokenizer(folder, tags, vocab_size) -> Tokenizer:
         tokenizer = load_tokenizer(folder / "tokenizer.json")
     else:
         tokenizer = read_spiece(folder / "spiece.model", vocab_size)
+        if (folder / "added_tokens.json").exists():
+            added = read_json(folder / "added_tokens.json")
+            known = tokenizer.get_vocab()
+            tokenizer.add_tokens(
+                [word for word in sorted(added, key=added.get) if word not in known]
+            )
     vocab = tokenizer.get_vocab()
     sentinels = [token for token in vocab if "<extra_id_" in token]
     sentinels.sort(key=vocab.get, reverse=True)  # <extra_id_0> has the highest id
@@ -1101,12 +1162,15 @@ def download_logiqa(get, ending):
             yield f"{ours}.{ending}", line
 
 
-# task -> its function, the languages that it comes in pairs of
+# For corpora of this size; our choice, never run. The other defaults are for built-in data
+LARGE = "--size small --vocab-size 16000 --batch-tokens 12000 --lr 1e-3 --policy-lr 2e-4"
+LARGE += " --sft-steps 30000 --policy-steps 3000 --eval-every 1000"
+# task -> its function, the languages that it comes in pairs of, settings that fit its size
 CORPORA = {
-    "wmt": (download_wmt, "de en fr ru zh"),
-    "multi30k": (download_multi30k, "cs de en fr"),
-    "xsum": (download_xsum, ""),
-    "logiqa": (download_logiqa, ""),
+    "wmt": (download_wmt, "de en fr ru zh", LARGE),
+    "multi30k": (download_multi30k, "cs de en fr", "--size tiny"),
+    "xsum": (download_xsum, "", LARGE),
+    "logiqa": (download_logiqa, "", "--size tiny --dropout 0.2 --lr 1e-3"),
 }
 
 
@@ -1117,7 +1181,7 @@ def download(task, pair, folder):
     UserError if the network fails, if what comes is not what we expected, or if the folder has one
     side of a split: beside an old file a new one would hold other lines.
     """
-    corpus, languages = CORPORA[task]
+    corpus, languages, _ = CORPORA[task]
     sides = pair.split("-") if languages else ["jsonl"]
     files = {f"{split}.{side}": [] for split in SPLITS for side in sides}
     new = [name for name in files if not (folder / name).exists()]
@@ -1165,7 +1229,9 @@ def add_flags(parser, defaults):
     for f in fields(Config):
         if f.name not in defaults:
             continue
-        how = {"type": f.type, "choices": f.metadata["choices"]}
+        # --out=~/x: a shell leaves this ~ to us
+        kind = os.path.expanduser if f.type is str else f.type
+        how = {"type": kind, "choices": f.metadata["choices"]}
         if f.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
         how |= {"help": f.metadata["help"], "default": defaults[f.name]}
@@ -1202,8 +1268,9 @@ def program(body):
     def main(argv=None):
         try:
             for stream in (sys.stdout, sys.stderr):
-                # a file gets UTF-8, as all our files; not every terminal has every character
-                if stream is not None:
+                # a file gets UTF-8, as all our files; not every terminal has every character. A
+                # notebook's stream has all, and no `reconfigure`
+                if hasattr(stream, "reconfigure"):
                     encoding = None if stream.isatty() else "utf-8"
                     stream.reconfigure(encoding=encoding, errors="replace")
             body(argv)
@@ -1236,13 +1303,13 @@ def main(argv):
     parser.add_argument("--pair", default="de-en", help="for wmt and multi30k (default: de-en)")
     parser.add_argument("--out", type=Path, help="folder (default: where train.py looks)")
     args = parser.parse_args(argv)
-    _, known = CORPORA[args.task]
+    _, known, settings = CORPORA[args.task]
     if known and tuple(args.pair.split("-")) not in permutations(known.split(), 2):
         parser.error(f"--pair takes two of {known}, such as de-en")
     folder = args.out or task_folder(args.task, args.pair)
     download(args.task, args.pair, folder)
     pair = f" --pair {args.pair}" if known else ""
-    print(f"next: python train.py --task {args.task}{pair} --data {shell_word(folder)}")
+    print(f"next: python train.py --task {args.task}{pair} {settings} --data {shell_word(folder)}")
 
 
 if __name__ == "__main__":

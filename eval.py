@@ -164,12 +164,17 @@ def decode_batch(run, batch, c=None):
     if spec is not None and not spec.pause:
         texts = tokenizer.decode_batch(c.tolist(), skip_special_tokens=False)
         # "" would say: no warmup
-        warmups = [one_line(re.sub(CONTROL, " ", text)) or " " for text in texts]
+        warmups = [clean(text) or " " for text in texts]
     ended = [EOS_ID in row for row in rows]
     return [*map(Output, to_text(tokenizer, rows), warmups, ended)]
 
 
 CONTROL = r"[\x00-\x1f\x7f]"  # a byte-level vocabulary can spell them: line ends, or a bell
+
+
+def clean(text):
+    """One line without control characters. Outputs and references alike, so that they compare."""
+    return one_line(re.sub(CONTROL, " ", text))
 
 
 def to_text(tokenizer, rows):
@@ -197,7 +202,7 @@ def decode_split(run, data):
 def translation_scores(config, examples, hypotheses, warmups):
     """BLEU and chrF++ of the whole corpus, 0 to 100."""
     references = [[example.target for example in examples]]
-    metrics = translation_metrics(config)
+    metrics = translation_metrics(config, examples)
     return {name: m.corpus_score(hypotheses, references).score for name, m in metrics.items()}
 
 
@@ -359,24 +364,27 @@ def means(sums, counts):
     return {name: float(x) / counts[unit] for (name, unit), x in sums.items() if counts[unit]}
 
 
-BLEU_TOKENIZERS = {  # of sacreBLEU; 13a, for all other languages, needs spaces between words
-    "zh": "zh zho chi cmn yue wuu nan hak gan lzh",
-    "ja-mecab": "ja jpn",
-    "ko-mecab": "ko kor",
-    "char": "th tha lo lao km khm my mya bur bo bod tib dz dzo",
+BLEU_TOKENIZERS = {  # sacreBLEU's name: the letters of a script
+    "ja-mecab": "\u3040-\u30ff",  # kana: before Han, which Japanese writes, too
+    "ko-mecab": "\uac00-\ud7a3",
+    "zh": "\u3400-\u9fff",
+    "char": "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff",  # Thai, Lao, Tibetan, Burmese, Khmer
 }
 
 
-def bleu_tokenizer(config):
-    """sacreBLEU's name for how to find the words of the target language."""
-    language = config.pair.split("-")[1].lower()
-    for name, codes in BLEU_TOKENIZERS.items():
-        if language in codes.split():
+def bleu_tokenizer(examples):
+    """How sacreBLEU finds the words: by the first script that has a tenth of all letters.
+
+    Not by --pair: whoever writes en-cn gets Chinese words, too. 13a is for scripts with spaces.
+    """
+    text = "".join(example.target for example in examples)
+    for name, script in BLEU_TOKENIZERS.items():
+        if len(re.findall(f"[{script}]", text)) > 0.1 * sum(map(str.isalpha, text)):
             return name
     return "13a"
 
 
-def translation_metrics(config):
+def translation_metrics(config, examples):
     """sacreBLEU's BLEU, with its tokenizer for languages without spaces, and chrF++.
 
     {} for other tasks. UserError where sacreBLEU lacks a tokenizer.
@@ -384,7 +392,7 @@ def translation_metrics(config):
     if not config.translates:
         return {}
     try:
-        return {"BLEU": BLEU(tokenize=bleu_tokenizer(config)), "chrF++": CHRF(word_order=2)}
+        return {"BLEU": BLEU(tokenize=bleu_tokenizer(examples)), "chrF++": CHRF(word_order=2)}
     except RuntimeError as error:  # Japanese and Korean need a package; sacreBLEU says which
         raise UserError(f"cannot score {config.pair}: {one_line(str(error))}") from None
 
@@ -446,7 +454,9 @@ def compute_metrics(config, examples, outputs):
     """By the task's function in METRICS. UserError if it fails: it may be a student's own."""
     name = TASKS[config.task].metrics
     metrics = lookup(METRICS, name, f"task {config.task}: eval.METRICS has no")
-    hypotheses, warmups, _ = map(list, zip(*outputs))
+    hypotheses, warmups, _ = zip(*outputs)
+    hypotheses = [clean(text) for text in hypotheses]
+    examples = [example._replace(target=clean(example.target)) for example in examples]
     try:
         scores = metrics(config, examples, hypotheses, warmups)
         return {name: round(float(value), 4) for name, value in scores.items()}
@@ -470,7 +480,7 @@ def signatures(config, examples):
         return {"ROUGE": f"rouge-score {version('rouge-score')}, {words} for a-z"}
     targets = [example.target for example in examples]
     said = {}
-    for name, metric in translation_metrics(config).items():
+    for name, metric in translation_metrics(config, examples).items():
         metric.corpus_score(targets, [targets])  # a signature counts the references
         said[name] = str(metric.get_signature())
     return said
@@ -499,8 +509,8 @@ def what_is_lost(tokenizer, examples, config):
     source, _, target = map(np.concatenate, zip(*data))
     in_source, in_target = 100 * np.mean(source == unknown), 100 * np.mean(target == unknown)
     shares = f"<unk> is {in_source:.1f} % of source tokens, {in_target:.1f} % of target tokens"
-    targets = [one_line(example.target) for example in examples]
-    texts = [one_line(text) for text in to_text(tokenizer, [ids.target.tolist() for ids in data])]
+    targets = [clean(example.target) for example in examples]
+    texts = [clean(text) for text in to_text(tokenizer, [ids.target.tolist() for ids in data])]
     same = texts == targets  # as always with a tokenizer of ours: metrics can take long
     scores = {} if same else compute_metrics(config, examples, map(Output, texts))
     if same or scores == compute_metrics(config, examples, map(Output, targets)):
@@ -584,7 +594,7 @@ def plot(config, out):
 
 
 # ----------------------------------------------------------------------------- new text, export
-def read_input(file, config, tokenizer):
+def read_input(lines, config, tokenizer):
     """The lines of --input as examples without a target. An empty line has an empty source.
 
     A line is a source. Where a task has prompts, as the toy, a tab and the prompt follow.
@@ -592,7 +602,7 @@ def read_input(file, config, tokenizer):
     usual = TASKS[config.task].prompt
     prefix = source_prefix(config)
     examples = []
-    for number, line in enumerate(read_lines(None if file == "-" else Path(file)), 1):
+    for number, line in enumerate(lines, 1):
         example = Example(line, "", "")
         if config.translates:
             example = translation(config.pair, line, "")
@@ -608,27 +618,31 @@ def read_input(file, config, tokenizer):
     return examples
 
 
-def answer(run, stage, file, show_warmup):
+def answers(run, lines):
+    """An Output for each line of new text, as --input takes them. An empty line has an empty one."""
+    config = run.config
+    examples = read_input(lines, config, run.tokenizer)
+    filled = [example for example in examples if example.source]
+    data = encode_split(run.tokenizer, filled, config, "new")
+    longest = np.zeros(config.max_target_tokens)  # y may become so long: it counts in a batch
+    outputs = iter(decode_split(run, [ids._replace(target=longest) for ids in data]))
+    return [next(outputs) if example.source else Output("") for example in examples]
+
+
+def answer(run, stage, lines, show_warmup):
     """--input: print y for each line, in order, and an empty line for an empty one.
 
     What else there is to say goes to standard error, so that the output is a file of its own.
     """
-    config, tokenizer = run.config, run.tokenizer
-    examples = read_input(file, config, tokenizer)
-    filled = [example for example in examples if example.source]
     load_stage(run, stage)
     with redirect_stdout(sys.stderr):  # what is cut must not stand among the outputs
-        data = encode_split(tokenizer, filled, config, "--input")
-    longest = np.zeros(config.max_target_tokens)  # y may become so long: it counts in a batch
-    data = [ids._replace(target=longest) for ids in data]
-    outputs = iter(decode_split(run, data))
-    at_limit = 0
-    for example in examples:
-        output = next(outputs) if example.source else Output("")
+        outputs = answers(run, lines)
+    for output in outputs:
         print(f"{output.warmup}\t{output.text}" if show_warmup and run.spec else output.text)
-        at_limit += not output.ended
+    at_limit = sum(not output.ended for output in outputs)
     if at_limit:
-        print(f"note: {cut_outputs(at_limit, len(filled), config)}", file=sys.stderr)
+        note = cut_outputs(at_limit, sum(map(bool, lines)), run.config)
+        print(f"note: {note}", file=sys.stderr)
 
 
 def export(run, stage, out):
@@ -723,15 +737,17 @@ def main(argv):
     best = "policy" if "policy" in stages else stages[0]
     if args.export:
         export(run, best, args.export)
-    elif args.input is None:
-        score_split(run, stages, args)
-    elif args.show:
-        examples = [e for e in read_input(args.input, config, run.tokenizer) if e.source]
+        return
+    if args.input is None:
+        return score_split(run, stages, args)
+    lines = read_lines(None if args.input == "-" else Path(args.input))
+    if args.show:
+        examples = [e for e in read_input(lines, config, run.tokenizer) if e.source]
         if not examples:
             raise UserError("--input holds no line to show")
         show(run, stages, examples[: args.show])
     else:
-        answer(run, best, args.input, args.show_warmup)
+        answer(run, best, lines, args.show_warmup)
 
 
 def score_split(run, stages, args):
@@ -748,7 +764,7 @@ def score_split(run, stages, args):
         return show(run, stages, examples[: args.show])
     results, outputs = score_run(run, stages, examples, split)
     print_table(results, config, len(examples))
-    files = {"ref": [one_line(example.target) for example in examples]}
+    files = {"ref": [clean(example.target) for example in examples]}
     for stage, written in outputs.items():
         files[stage], warmups, _ = zip(*written)
         if any(warmups):
@@ -760,14 +776,17 @@ def score_split(run, stages, args):
         print(f"wrote {path}")
     show(run, stages, examples[:3])
     if len(outputs) > 1 and config.translates:
-        print(f"\ncompare, by paired bootstrap:\n{significance_command(stages, config, split)}")
+        print(
+            f"\ncompare, by paired bootstrap:\n{significance_command(stages, config, split, examples)}"
+        )
 
 
-def significance_command(stages, config, split):
+def significance_command(stages, config, split, examples):
     """sacreBLEU's paired bootstrap (Koehn 2004) against the control, else against SFT."""
     baseline_first = sorted(stages, key=lambda stage: stage != "control")
     files = [shell_word(config.folder / f"{split}.{name}.txt") for name in ("ref", *baseline_first)]
-    metrics = f"-m bleu chrf --chrf-word-order 2 --tokenize {bleu_tokenizer(config)} -f text"
+    words = bleu_tokenizer(examples)
+    metrics = f"-m bleu chrf --chrf-word-order 2 --tokenize {words} -f text"
     return f"sacrebleu {files[0]} -i {' '.join(files[1:])} {metrics} --paired-bs"
 
 

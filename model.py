@@ -683,9 +683,19 @@ def own_draws(device, *seed):
         yield
 
 
+def low_precision(dtype, device):
+    """Whether products are in bfloat16. auto: on a GPU that has it. Older ones, as T4 and V100,
+
+    compute it by way of float32: slower than float32 itself.
+    """
+    if dtype == "auto" and device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return dtype == "bfloat16"
+
+
 def precision(dtype, device):
-    """Matrix products in bfloat16 (bf16) if so named; auto: on CUDA. Weights stay float32."""
-    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    """Matrix products in bfloat16 or float32, by --dtype. Weights stay float32."""
+    low = low_precision(dtype, device)
     # no cache of cast weights: sampling would fill it without gradients, and scoring would use it
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)
 
@@ -698,7 +708,7 @@ def all_true(done, step):
 def compile_stacks(model):
     """torch.compile of encoder and decoder, with dynamic shapes: no two batches are alike."""
     # graphs: with gradients or not, with dropout or not, and where a length is 1 or two are equal
-    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.cache_size_limit = 32  # newer torch: an alias of recompile_limit
     model.encoder.compile(dynamic=True)
     model.decoder.compile(dynamic=True)
 

@@ -19,9 +19,11 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -30,7 +32,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from tqdm import tqdm
 
 from data import (
     AFTER_SFT,
@@ -49,6 +50,7 @@ from data import (
     lookup,
     pretrained_tokenizer,
     program,
+    progress_bar,
     prompt_tags,
     read_config,
     shell_word,
@@ -82,9 +84,11 @@ from model import (
     load_checkpoint,
     load_model,
     load_pretrained,
+    low_precision,
     own_draws,
     precision,
     pretrained_folder,
+    read_json,
     save_checkpoint,
     pick_device,
     write_file,
@@ -162,6 +166,7 @@ class State:
     stage: str = "sft"
     step: int = 0  # updates done in this stage
     total: int = 0  # updates this stage will do
+    validated: int = -1  # updates done at this stage's last validation
     best_nll: float = math.inf  # lowest of this stage's validations
 
 
@@ -176,26 +181,34 @@ class Run(ScoredRun):
     batches: Batches | None = None
     optimizer: torch.optim.Optimizer | None = None
     shown: dict = field(default_factory=dict)  # numbers beside the progress bar
-    stop: bool = False  # True: save after this update, and leave
+    stop: float = 0.0  # the time of Ctrl-C or SIGTERM: save after this update, and leave
 
-    def interrupt(self, *_):
-        """Ctrl-C: finish the update, save, leave. A second one leaves at once."""
-        if self.stop:
+    def interrupt(self, number, frame):
+        """Ctrl-C and SIGTERM: finish the update, save, leave. A second Ctrl-C leaves at once.
+
+        torchrun sends on what the terminal or the cluster has sent already: within a second it is
+        the same one.
+        """
+        now = time.perf_counter()
+        if not self.stop:
+            self.stop = now
+        elif number == signal.SIGINT and now > self.stop + 1:
             raise KeyboardInterrupt(f"go on with: {resume_command(self.config.folder)}")
-        self.stop = True
 
 
 def train(run):
     """All stages in turn, from wherever the state stands."""
-    stages = run.config.stages
+    config, stages = run.config, run.config.stages
+    quiet = {"disable": True} if rank() else {}
     for stage in stages[stages.index(run.state.stage) :]:
         if stage != run.state.stage:
             start_stage(run, stage)
         state = run.state
-        with tqdm(
-            desc=stage, total=state.total, initial=state.step, unit="update", disable=rank()
-        ) as bar:
+        epochs = state.total * config.accumulate * processes() / len(run.batches.order)
+        print(f"{stage}: {state.total} updates, {epochs:.2f} epochs")
+        with progress_bar(stage, state.total, "update", initial=state.step, **quiet) as bar:
             train_stage(run, bar)
+    save_state(run)  # the last validation, too
 
 
 def start_stage(run, stage):
@@ -260,8 +273,8 @@ def train_stage(run, bar):
     UserError if the gradient is not finite. KeyboardInterrupt after Ctrl-C, once all is saved.
     """
     config, state, model, optimizer = run.config, run.state, run.model, run.optimizer
-    if state.stage != "sft" and state.best_nll == math.inf:  # nothing was validated yet
-        validate_and_save(run)  # where the stage begins: the best SFT weights
+    if validation_is_due(config, state):  # of the best SFT weights; or a run was stopped in it
+        validate_and_save(run)
     while state.step < state.total:
         started = time.perf_counter()
         model.train()
@@ -297,21 +310,25 @@ def train_stage(run, bar):
         state.step += 1
         log(run, "train", record | {"lr": rate, "seconds": time.perf_counter() - started})
         progress(run, bar)
-        if validation_is_due(config, state):
-            validate_and_save(run)
         if any(gather(run.stop)):
             save_state(run)
             raise KeyboardInterrupt(f"go on with: {resume_command(config.folder)}")
+        if validation_is_due(config, state):
+            validate_and_save(run)
 
 
 # ===== plumbing: validation and saving, resuming, the log, processes, the program
 def validation_is_due(config, state):
-    """After each --eval-every updates and at the end of a stage.
+    """Before the first update of later stages, after each --eval-every updates, at a stage's end.
 
     The control has another number of updates than the policy stage, but as many validations, at
     even distances: as many checkpoints to choose from.
     """
     step, total = state.step, state.total
+    if step == state.validated:
+        return False
+    if step == 0:
+        return state.stage != "sft"
     if state.stage != "control":
         return step % config.eval_every == 0 or step == total
     validations = math.ceil(config.policy_steps / config.eval_every)
@@ -319,11 +336,14 @@ def validation_is_due(config, state):
 
 
 def validate_and_save(run):
-    """Validate; keep the weights if they are the stage's best; save the state. By rank 0.
+    """Save the state; validate; keep the weights if they are the stage's best. By rank 0.
 
+    The state comes first: a cluster kills half a minute after SIGTERM, and a validation may take
+    longer. A run that was stopped there validates on resuming.
     The best is by likelihood, not by a metric: every task has one, and every stage raises one.
     """
     config, state = run.config, run.state
+    save_state(run)
     if rank() == 0:
         numbers = validate(run, run.data["valid"])
         if run.spec and state.step == 0 and "swap_gap" not in numbers:
@@ -331,12 +351,12 @@ def validate_and_save(run):
         if count := config.eval_decode:
             outputs = decode_split(run, run.data["valid"][:count])
             numbers |= compute_metrics(config, run.examples["valid"][:count], outputs)
-        log(run, "valid", numbers)
         if numbers["nll"] < state.best_nll:
             state.best_nll = numbers["nll"]
             save_checkpoint(config.folder / f"{state.stage}.pt", run.model)
+        log(run, "valid", numbers)
     state.best_nll = gather(state.best_nll)[0]  # the others wait here
-    save_state(run)
+    state.validated = state.step
 
 
 def save_state(run):
@@ -350,6 +370,7 @@ def save_state(run):
         run.config.folder / "last.pt",
         run.model,
         state=asdict(run.state),
+        settings=asdict(run.config),
         optimizer=run.optimizer.state_dict(),
         batches=(run.batches.epoch, run.batches.position),
         checksum=run.checksum,
@@ -368,9 +389,12 @@ def restore(run):
     saved = load_checkpoint(config.folder / "last.pt", "state")
     if run.checksum != saved["checksum"]:
         raise UserError(f"the data in {config.data} is not what this run was trained on")
+    for name, theirs in saved["settings"].items():
+        ours = getattr(config, name)
+        if ours != theirs and name not in ("out", *MOVABLE):
+            differ = f"config.json has {flag_name(name)} {ours}, last.pt {theirs}"
+            raise UserError(f"{config.folder}: {differ}. They may not change on resuming")
     state = State(**saved["state"])
-    if state.stage not in config.stages:
-        raise UserError(f"{config.folder} is in a stage that its config.json now leaves out")
     log_file = config.folder / "log.jsonl"
     if not log_file.exists() or log_file.stat().st_size < saved["log_bytes"]:
         raise UserError(f"{log_file} is incomplete: bring it back, or start a new run")
@@ -471,11 +495,16 @@ def sum_gradients(model):
 
 
 def join_processes():
-    """Under torchrun: meet the others, by NCCL between GPUs and by gloo else. Rank 0 prints."""
+    """Under torchrun: meet the others, by NCCL between GPUs and by gloo else. Rank 0 prints.
+
+    UserError if this is one of several processes that nobody joins.
+    """
     if dist.is_torchelastic_launched():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # long: the others wait while rank 0 validates and decodes
         dist.init_process_group(backend, timeout=timedelta(hours=12))
+    elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("WORLD_SIZE is set, but torchrun did not start this: use it, or unset both")
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -513,10 +542,14 @@ def parse(argv):
     text = f"go on with this run folder and its settings; only --{', --'.join(MOVABLE)} may change"
     parser.add_argument("--resume", metavar="RUN", help=text)
     if known.resume is not None:
-        defaults = dict.fromkeys(MOVABLE, argparse.SUPPRESS)
+        defaults = dict.fromkeys(defaults, argparse.SUPPRESS)
     add_flags(parser, defaults)
     args = vars(parser.parse_args(argv))
     folder = args.pop("resume")
+    for name in args:
+        if folder is not None and name not in MOVABLE:
+            how = "--sft RUN starts a new run from its SFT stage"
+            parser.error(f"{flag_name(name)} may not change on resuming: {how}")
     start = Config() if folder is None else read_config(folder)
     config = replace(start, **args)
     if wrong := config.problem():
@@ -539,6 +572,19 @@ def earlier_files(folder):
     for split in SPLITS:  # eval.py's
         names += [f"{split}.{part}.txt" for part in ("ref", *STAGES, "policy.warmups")]
     return [folder / name for name in names if (folder / name).exists()]
+
+
+def check_folder(config, resume):
+    """UserError if the folder holds a run that may not be replaced, or files that are no run's."""
+    earlier = earlier_files(config.folder)
+    settings = config.folder / "config.json"
+    if settings in earlier and "task" not in read_json(settings):
+        raise UserError(f"{settings} is not a run's, and would be lost: choose another --out")
+    if earlier and not (resume or config.overwrite):
+        raise UserError(
+            f"{config.folder} holds a run ({earlier[0].name}): --resume it, --overwrite it, or "
+            "choose another --out"
+        )
 
 
 def first_model(config, examples, resume):
@@ -587,9 +633,11 @@ def check_sft(config, checksum):
     """UserError if another run's SFT stage is not finished, or was trained on other data."""
     folder = Path(config.sft)
     saved = load_checkpoint(folder / "last.pt", "state")
-    state = State(**saved["state"])
-    unfinished = state.stage == "sft" and state.step < state.total
-    if unfinished or training_cost(folder, "sft")["updates"] != config.sft_steps:
+    validated = [
+        r["step"] for r in read_log(folder) if r["stage"] == "sft" and r["kind"] == "valid"
+    ]
+    finished = config.sft_steps in validated
+    if not finished or training_cost(folder, "sft")["updates"] != config.sft_steps:
         raise UserError(f"--sft: SFT is not finished there. Go on with: {resume_command(folder)}")
     if saved["checksum"] != checksum:
         raise UserError(f"--sft {folder}: its data was not that in {config.data}")
@@ -600,12 +648,7 @@ def prepare(config, resume) -> Run:
 
     All that can fail fails here, before an earlier run is overwritten and before hours are spent.
     """
-    earlier = earlier_files(config.folder)
-    if earlier and not (resume or config.overwrite):
-        raise UserError(
-            f"{config.folder} holds a run ({earlier[0].name}): --resume it, --overwrite it, or "
-            "choose another --out"
-        )
+    check_folder(config, resume)
     splits, origin = load(config)
     config = replace(config, data=origin)  # so that eval.py and --resume find the same data
     device = pick_device(config.device, config.threads)
@@ -646,9 +689,11 @@ def prepare(config, resume) -> Run:
         compile_stacks(model)
     begin(run, resume)
     size = count(model) / 1e6
+    number_format = "bfloat16" if low_precision(config.dtype, device) else "float32"
     print(
         f"model: {config.init or config.size}, {size:.2f} M parameters, vocabulary "
-        f"{model.config.vocab_size}, on {device}; {len(data['train'])} training pairs"
+        f"{model.config.vocab_size}, on {device} in {number_format}; {len(data['train'])} "
+        "training pairs"
     )
     return run
 
@@ -708,18 +753,59 @@ def report(run):
     print(f"\nsaved {path}. Score again: python eval.py {shell_word(config.folder)}")
 
 
+@contextmanager
+def alone_in(folder):
+    """One program at a time in a run folder. UserError for the second. By rank 0.
+
+    The lock ends with the process, whatever ends it. A folder that stays empty is removed.
+    """
+    from filelock import FileLock, Timeout  # comes with torch
+
+    if rank():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another program works in {folder}: choose another --out") from None
+    try:
+        yield
+    finally:
+        if [*folder.iterdir()] == [folder / "lock"]:
+            with suppress(OSError):  # Windows keeps what is open
+                (folder / "lock").unlink()
+                folder.rmdir()
+        lock.release()
+
+
+@contextmanager
+def signals_to(handler):
+    """Within, Ctrl-C and SIGTERM call this. In a thread Python allows no handlers."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @program
 def main(argv):
     """The program: prepare, train, report. Ctrl-C and SIGTERM finish the update and save."""
     config, resume = parse(argv)
     join_processes()
-    run = prepare(config, resume)
-    signal.signal(signal.SIGINT, run.interrupt)
-    signal.signal(signal.SIGTERM, run.interrupt)
-    train(run)
-    run.stop = True  # all is saved: Ctrl-C leaves at once
-    if rank() == 0:
-        report(run)
+    with alone_in(config.folder):
+        run = prepare(config, resume)
+        with signals_to(run.interrupt):
+            train(run)
+            run.stop = -math.inf  # all is saved: Ctrl-C leaves at once
+            if rank() == 0:
+                report(run)
     gather(None)
     if dist.is_initialized():
         dist.destroy_process_group()

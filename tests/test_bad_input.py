@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,7 +80,7 @@ def half_run(tmp_path, monkeypatch, capsys):
     """A tiny run interrupted after its first update."""
     folder = tmp_path / "half"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "validate_and_save", lambda run: setattr(run, "stop", True))
+        patch.setattr(train, "progress", lambda run, bar: setattr(run, "stop", 1.0))
         assert train.main([*TINY, "--out", str(folder)]) == 1
     assert state_of(folder)["step"] == 1
     capsys.readouterr()
@@ -247,6 +248,9 @@ def test_data_folder_without_files_says_which_are_expected(capsys, tmp_path):
 
 def test_no_validation_split(capsys, tmp_path):
     (parallel(tmp_path / "text") / "valid.de").unlink()
+    said = complaint(capsys, train, *TINY, "--data", "text")
+    assert "one side of the valid split only: no valid.de" in said
+    (tmp_path / "text" / "valid.en").unlink()
     assert "no valid split" in complaint(capsys, train, *TINY, "--data", "text")
 
 
@@ -357,7 +361,7 @@ def test_overwriting_takes_our_files_and_waits_until_all_else_is_well(capsys, ru
     monkeypatch.setattr(train, "report", lambda *_: None)
     assert train.main([*TINY, "--out", str(run), "--overwrite"]) == 0
     left = {path.name for path in run.iterdir()}
-    assert left == {"config.json", "tokenizer.json", "log.jsonl", "last.pt", "notes.v2.txt"}
+    assert left == {"config.json", "tokenizer.json", "log.jsonl", "last.pt", "notes.v2.txt", "lock"}
 
 
 def test_overwriting_takes_every_file_of_a_run(tmp_path):
@@ -376,8 +380,9 @@ def test_overwriting_takes_every_file_of_a_run(tmp_path):
 
 def test_folder_holds_another_programs_files(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    said = complaint(capsys, train, *TINY, "--out", tmp_path)
-    assert "config.json" in said and "--overwrite" in said and "--out" in said
+    for flags in ([], ["--overwrite"]):
+        said = complaint(capsys, train, *TINY, "--out", tmp_path, *flags)
+        assert "config.json is not a run's, and would be lost: choose another --out" in said
     assert (tmp_path / "config.json").read_text(encoding="utf-8") == "{}"
 
 
@@ -644,7 +649,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint(capsys, run):
     assert "no run in ." in complaint(capsys, train, "--resume", "")  # and no run is begun
     said = complaint(capsys, train, *TINY, "--out", run)
     assert "--overwrite" in said
-    (run / "config.json").write_text("{}", encoding="utf-8")
+    (run / "config.json").write_text('{"task": "wmt"}', encoding="utf-8")
     (run / "last.pt").unlink()
     said = complaint(capsys, train, *TINY, "--out", run)
     assert "--overwrite" in said
@@ -677,7 +682,7 @@ def test_a_stage_that_the_config_now_leaves_out(capsys):
     before = log.read_bytes()
     for change in (dict(policy_steps=0), dict(control=False)):
         Path("whole/config.json").write_text(json.dumps(settings | change), encoding="utf-8")
-        assert "now leaves out" in complaint(capsys, train, "--resume", "whole")
+        assert "may not change on resuming" in complaint(capsys, train, "--resume", "whole")
         assert log.read_bytes() == before
 
 
@@ -728,7 +733,7 @@ def test_a_long_line_is_cut_and_counted_beside_the_outputs(capsys, finished, tmp
     assert call(evaluation, finished, "--input", "text") == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 2 and "data: " not in out
-    assert "1 of 2 --input examples have a source over --max-source-tokens 60: their" in err
+    assert "1 of 2 new examples have a source over --max-source-tokens 60: their" in err
 
 
 def test_one_line_out_per_line_in(capsys, finished, tmp_path):
@@ -763,7 +768,7 @@ def test_full_disk_keeps_the_old_checkpoint(save, capsys, half_run, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         said = complaint(capsys, train, "--resume", half_run, bars=True)
-    assert f"cannot write {half_run / 'sft.pt'}" in said and "--resume" in said
+    assert f"cannot write {half_run / 'last.pt'}" in said and "--resume" in said
     assert (half_run / "last.pt").read_bytes() == before and not list(half_run.glob("*.tmp"))
     assert train.main(["--resume", str(half_run)]) == 0
 
@@ -815,7 +820,7 @@ real, saves = torch.save, []
 def save(content, path):
     real(content, path)
     saves.append(path)
-    if len(saves) == 4:  # the state of step 0, best weights and state of step 1, weights of step 2
+    if len(saves) == 4:  # the states of steps 0 and 1, best weights of step 1, state of step 2
         os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 torch.save = save
@@ -829,7 +834,7 @@ def test_killed_in_the_middle_of_a_save(capsys, tmp_path):
     killed = subprocess.run(command, env=subprocess_env(), capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = tmp_path / "run"
-    assert [path.name for path in run.glob("*.tmp")] == ["sft.pt.tmp"]
+    assert [path.name for path in run.glob("*.tmp")] == ["last.pt.tmp"]
     assert state_of(run)["step"] == 1
     weights = [model.load_checkpoint(run / f"{name}.pt")["model"] for name in ("last", "sft")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # of step 1
@@ -844,6 +849,7 @@ def test_stopped_before_the_first_update(monkeypatch, capsys, tmp_path):
 
     def interrupt(*_):
         signal.raise_signal(signal.SIGINT)
+        time.sleep(1.1)
         signal.raise_signal(signal.SIGINT)
         pytest.fail("not stopped")
 
@@ -905,7 +911,7 @@ def test_windows_shells_know_no_single_quotes(monkeypatch):
 def test_a_language_that_sacrebleu_cannot_split_fails_before_training(tmp_path, capsys):
     for split in ("train", "valid"):
         for lang in ("en", "ja"):
-            (tmp_path / f"{split}.{lang}").write_text("one line\n" * 8, encoding="utf-8")
+            (tmp_path / f"{split}.{lang}").write_text("猫は庭で眠る\n" * 8, encoding="utf-8")
     try:
         import MeCab  # noqa: F401
 

@@ -29,7 +29,7 @@ from data import (
     clause,
     encode,
     encode_split,
-    find_file,
+    find_files,
     generate_splits,
     longest_first,
     load,
@@ -527,9 +527,13 @@ def test_a_missing_file_is_named(tmp_path, gone):
     write(tmp_path, **PLAIN)
     (tmp_path / gone).unlink()
     split, language = gone.split(".")
-    with pytest.raises(UserError, match=f"no {split} split in .*expected {gone}"):
+    with pytest.raises(UserError, match=f"one side of the {split} split only: no {gone}"):
         read(tmp_path)
-    assert find_file(tmp_path, "test", "fr") is None
+    for path in tmp_path.glob(f"{split}.*"):
+        path.unlink()
+    with pytest.raises(UserError, match=f"no {split} split in .*expected {split}"):
+        read(tmp_path)
+    assert find_files(tmp_path, "test", ["fr"]) == []
     with pytest.raises(UserError, match="no folder"):
         read(tmp_path / "no folder")
 

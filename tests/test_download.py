@@ -112,7 +112,8 @@ def test_wmt_serves_both_directions(net, capsys):
     assert data.main(["wmt"]) == 0
     out = capsys.readouterr().out
     assert "News Commentary" in out and "CC BY-SA 4.0" in out
-    assert "next: python train.py --task wmt --pair de-en --data data/wmt/de-en\n" in out
+    assert "next: python train.py --task wmt --pair de-en --size small" in out
+    assert out.endswith(" --data data/wmt/de-en\n")
     assert "wrote data/wmt/de-en/train.de: 500 lines\n" in out
     assert files("data/wmt/de-en") == [
         f"{split}.{lang}" for split in ("test", "train", "valid") for lang in ("de", "en")

@@ -352,7 +352,7 @@ def test_without_matplotlib_plot_says_what_to_install(run, tmp_path, monkeypatch
 # ----------------------------------------------------------------------------- the bars
 
 
-class Bar(train.tqdm):
+class Bar(data.tqdm):
     """Keeps every bar, its totals and its last numbers."""
 
     made = []
@@ -367,17 +367,22 @@ class Bar(train.tqdm):
             self.shown.append((self.desc, self.total, set(numbers)))
 
 
+def stage_bars():
+    """Without those of validations."""
+    return [bar for bar in Bar.made if bar.unit == "update"]
+
+
 def test_each_stage_has_a_bar_of_its_updates(tmp_path, monkeypatch):
     """4 SFT, 3 warmup, then the control's. A beginner's three numbers; all others are in the log."""
-    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(data, "tqdm", Bar)
     Bar.made.clear()
     monkeypatch.setattr(train, "report", lambda run: None)  # after the last bar
     flags = [*TINY, "--built-in-size", "80", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     control = evaluation.training_cost(tmp_path / "run", "control")["updates"]
-    assert len(Bar.made) == 3
+    assert len(stage_bars()) == 3
     for bar, stage, total, names in zip(
-        Bar.made,
+        stage_bars(),
         ("sft", "policy", "control"),
         (4, 3, control),
         ({"loss"}, {"nll", "spread", "swap_gap"}, {"loss"}),
@@ -390,11 +395,11 @@ def test_each_stage_has_a_bar_of_its_updates(tmp_path, monkeypatch):
 
 def test_a_resumed_run_begins_its_bar_where_it_stopped(run, tmp_path, monkeypatch):
     """A finished one at the end of its control; an interrupted one in its policy stage."""
-    monkeypatch.setattr(train, "tqdm", Bar)
+    monkeypatch.setattr(data, "tqdm", Bar)
     monkeypatch.setattr(train, "report", lambda run: None)  # after the last bar
     Bar.made.clear()
     assert train.main(["--resume", str(run)]) == 0
-    [bar] = Bar.made
+    [bar] = stage_bars()
     assert bar.initial == bar.total == bar.n > 0 and bar.desc.startswith("control")
 
     log = train.log
@@ -409,7 +414,7 @@ def test_a_resumed_run_begins_its_bar_where_it_stopped(run, tmp_path, monkeypatc
         assert train.main(flags) == 1
     Bar.made.clear()
     assert train.main(["--resume", str(tmp_path / "half")]) == 0
-    bar, last = Bar.made
+    bar, last = stage_bars()
     assert (bar.initial, bar.n, bar.total) == (1, 3, 3) and bar.desc.startswith("policy")
     assert last.initial == 0 and last.n == last.total > 0
 

@@ -326,7 +326,7 @@ def test_the_ceiling_of_a_poor_vocabulary():
     config = Config()
     texts = ["a dog barks loudly", "two cats do not", "thr mic s m", "it is cold today"]
     scores = evaluation.ceiling(poor_tokenizer(), POOR, config)
-    metrics = evaluation.translation_metrics(config)
+    metrics = evaluation.translation_metrics(config, POOR)
     references = [[example.target for example in POOR]]
     for name, metric in metrics.items():
         assert scores[name] == pytest.approx(metric.corpus_score(texts, references).score, abs=1e-4)
@@ -347,7 +347,7 @@ def test_the_limit_is_part_of_the_ceiling():
     """A perfect model cannot write more, either. That is no fault of the tokenizer."""
     config = Config(max_target_tokens=6)
     examples = [Example("x", "<2en>", "a dog"), Example("x", "<2en>", "a cat runs")]
-    metrics = evaluation.translation_metrics(config)
+    metrics = evaluation.translation_metrics(config, examples)
     scores = evaluation.ceiling(poor_tokenizer(), examples, config)
     wanted = metrics["BLEU"].corpus_score(["a dog", "a cat"], [["a dog", "a cat runs"]]).score
     assert scores["BLEU"] == pytest.approx(wanted, abs=1e-4) and wanted < 90
@@ -464,36 +464,26 @@ def test_identical_text_scores_100(language):
     assert scores == {"ROUGE-1": 100.0, "ROUGE-2": 100.0, "ROUGE-L": 100.0}
 
 
-@pytest.mark.parametrize(
-    "code, tokenize",
-    [
-        ("zh", "zh"),
-        ("zho", "zh"),
-        ("cmn", "zh"),
-        ("yue", "zh"),
-        ("ZH", "zh"),
-        ("th", "char"),
-        ("lao", "char"),
-        ("khm", "char"),
-        ("my", "char"),
-        ("mya", "char"),
-        ("de", "13a"),
-        ("hi", "13a"),
-        ("zu", "13a"),
-        ("o", "13a"),
-        ("h", "13a"),
-    ],
-)
-def test_bleu_has_the_tokenizer_of_the_language(code, tokenize):
-    config = Config(pair=f"en-{code}")
-    examples = [Example("x", f"<2{code}>", "a b c d e")]
-    assert f"|tok:{tokenize}|" in evaluation.signatures(config, examples)["BLEU"]
+@pytest.mark.parametrize("pair", ["en-zh", "en-cn", "src-tgt", "zh-en"])
+@pytest.mark.parametrize("language", [*SENTENCES, "ja", "ko"])
+def test_bleu_has_the_tokenizer_of_the_references_script(language, pair):
+    """Whatever --pair says. A few foreign words change nothing."""
+    wanted = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+    wanted |= dict.fromkeys(["th", "lo", "km", "my"], "char")
+    own = (SENTENCES | OTHERS)[language]
+    for extra in ("", "東京 の", " IBM"):
+        examples = [Example("x", "", own)] * 20 + [Example("x", "", extra)]
+        assert evaluation.bleu_tokenizer(examples) == wanted.get(language, "13a")
+    if language not in ("ja", "ko"):
+        signature = evaluation.signatures(Config(pair=pair), examples)["BLEU"]
+        assert f"|tok:{wanted.get(language, '13a')}|" in signature
 
 
 @pytest.mark.parametrize("language", ["ja", "ko"])
 def test_japanese_and_korean_need_a_package_of_sacrebleu(language):
     try:
-        metric = evaluation.translation_metrics(Config(pair=f"en-{language}"))["BLEU"]
+        examples = [Example("x", "", OTHERS[language])]
+        metric = evaluation.translation_metrics(Config(), examples)["BLEU"]
         assert metric.corpus_score([OTHERS[language]], [[OTHERS[language]]]).score > 99
     except evaluation.UserError as error:
         assert "pip install" in str(error)

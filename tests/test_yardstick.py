@@ -249,17 +249,14 @@ def test_sft_of_other_data_or_unfinished_is_refused(other, tmp_path, capsys):
     assert str(text) in refused(other, "--data", str(text))
     assert "no run in" in refused(tmp_path / "nothing")
 
-    folder = shutil.copytree(other, tmp_path / "half")
-    saved = load_checkpoint(folder / "last.pt", "state")
-    torch.save(saved | {"state": saved["state"] | dict(stage="sft", step=3, total=4)}, folder / "x")
-    (folder / "x").rename(folder / "last.pt")
-    assert f"SFT is not finished there. Go on with: python train.py --resume {folder}" in refused(
-        folder
-    )
-    folder = shutil.copytree(other, tmp_path / "log")
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "log.jsonl").write_text("".join(lines[1:]), encoding="utf-8")
-    assert "not finished" in refused(folder)
+    lines = (other / "log.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    last = next(i for i, line in enumerate(lines) if '"policy"' in line) - 1
+    assert '"valid"' in lines[last]
+    for number, kept in enumerate((lines[:last], lines[1:])):  # no last validation; no first update
+        folder = shutil.copytree(other, tmp_path / f"half{number}")
+        (folder / "log.jsonl").write_text("".join(kept), encoding="utf-8")
+        said = f"SFT is not finished there. Go on with: python train.py --resume {folder}"
+        assert said in refused(folder)
 
 
 # ----------------------------------------------------------------------------- pairs
