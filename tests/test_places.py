@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -314,19 +315,13 @@ def test_the_start_says_precision_and_epochs(tmp_path, capsys):
     flags = [*RUN, "--accumulate", "2", "--policy-steps", "0", "--dtype", "bfloat16"]
     assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert re_search(r"on cpu in bfloat16; (\d+) training pairs", out)
+    assert re.search(r"on cpu in bfloat16; (\d+) training pairs", out)
     config = data.read_config(tmp_path / "run")
     run = evaluation.open_run(tmp_path / "run")
     examples = train.load(config)[0]["train"]
     encoded = train.encode_split(run.tokenizer, examples, config, "train", scored=False)
     order = train.Batches(encoded, config.batch_tokens, config.seed).order
     assert f"\nsft: 4 updates, {4 * 2 / len(order):.2f} epochs\n" in out
-
-
-def re_search(pattern, text):
-    import re
-
-    return re.search(pattern, text)
 
 
 def test_what_may_not_change_on_resuming_says_what_to_do(finished_run, capsys):
@@ -361,7 +356,7 @@ def test_a_home_folder_behind_an_equals_sign(monkeypatch):
 
 def test_the_printed_commands_have_settings_for_their_data():
     """data.py prints a command for what it downloaded: all its flags are ours."""
-    for task, (_, languages, settings) in data.CORPORA.items():
+    for task, (_, _, settings) in data.CORPORA.items():
         config, _ = train.parse(["--task", task, *settings.split()])
         assert config.problem() == ""
         built_in = train.parse(["--task", "wmt"])[0]
