@@ -444,3 +444,74 @@ def test_a_language_without_a_name_is_said(tmp_path, capsys):
             (tmp_path / f"{name}.{code}").write_text("a\n", encoding="utf-8")
     data.load(data.Config(pair="en-xx", init="t5", data=str(tmp_path)))
     assert "data.LANGUAGES has no name for 'xx'" in capsys.readouterr().out
+
+
+def test_added_words_of_a_t5_are_words(tmp_path):
+    """A tokenizer.json with ` <` added, and added_tokens.json beside a spiece.model: not special."""
+    from test_tokenizers import PIECES, spiece
+    from tokenizers import AddedToken
+
+    (tmp_path / "spiece.model").write_bytes(spiece(PIECES))
+    plain = data.read_spiece(tmp_path / "spiece.model", 140)
+    size = plain.get_vocab_size()
+    words = {"{": size + 1, " <": size, "<extra_id_0>": plain.token_to_id("<extra_id_0>")}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(words), encoding="utf-8")
+    from_spiece = data.pretrained_tokenizer(tmp_path, ["<2de>"], size + 4)
+    plain.add_tokens([AddedToken(" <", normalized=False), AddedToken("{", normalized=False)])
+    plain.save(str(tmp_path / "tokenizer.json"))
+    from_json = data.pretrained_tokenizer(tmp_path, ["<2de>"], size + 4)
+    for tokenizer in (from_spiece, from_json):
+        special = data.special_ids(tokenizer)
+        assert [tokenizer.token_to_id(word) for word in (" <", "{")] == [size, size + 1]
+        assert not {size, size + 1} & {*special} and tokenizer.token_to_id("<sep>") in special
+        example = Example("a < house{", "", "a < house{")
+        [ids] = data.encode(tokenizer, [example])
+        assert size in ids.target and size + 1 in ids.target
+        assert evaluation.to_text(tokenizer, [ids.target.tolist()]) == ["a < house{"]
+        assert evaluation.what_is_lost(tokenizer, [example], data.Config()) == ""
+
+
+# ----------------------------------------------------------------------------- the guide's sections
+
+
+def section(title, language):
+    page = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    return re.search(rf"\n## {title}\n.*?```{language}\n(.*?)```", page, re.S)[1]
+
+
+def test_the_guides_notebook_cell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--built-in-size=300", "--sft-steps=4", "--policy-steps=3", "--eval-decode=0"]
+    main = train.main
+    monkeypatch.setattr(train, "main", lambda argv: main([*argv, *small, "--threads=1"]))
+    exec(section("In a notebook", "python"), {})
+    assert re.fullmatch(r".* -> .*", capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script for bash")
+def test_the_guides_job_script(tmp_path):
+    """srun starts its command, torchrun is this Python's. Twice: the second job resumes."""
+    shims = {
+        "srun": 'exec "$@"',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "scontrol": 'echo "$@" >> requeued',
+    }
+    for name, body in shims.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    script = section("On a cluster", "bash").replace("train.py", str(ROOT / "train.py"))
+    script = script.replace("--task wmt", " ".join(["--task wmt", *RUN]))
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}
+    job = ["bash", "-c", script]
+    for signalled in (True, False):
+        program = subprocess.Popen(job, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+        while signalled and not (tmp_path / "runs" / "two" / "sft.pt").exists():
+            time.sleep(0.05)
+        if signalled:
+            children = ["pkill", "-TERM", "-P", str(program.pid)]  # of the batch shell, as SLURM
+            subprocess.run(children, check=True)
+        program.communicate(timeout=120)
+        finished = (tmp_path / "runs" / "two" / "results.json").exists()
+        assert finished == (not signalled)
+        assert (tmp_path / "requeued").read_text(encoding="utf-8") == "requeue 7\n"
