@@ -264,7 +264,7 @@ class Config:
         return wrong_pair(self.pair) if self.translates else ""
 
 
-# What the SFT stage does not depend on: with --sft these may differ from the other run's
+# With --sft these may differ from the other run's: names, the machine, what later stages read
 AFTER_SFT = """out overwrite sft device threads recompute compile policy_steps control
 policy_batch_tokens policy_lr estimator samples warmup_len alpha temperature eval_samples""".split()
 

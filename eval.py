@@ -6,7 +6,7 @@
     python eval.py runs/wmt --input text.de     new text: one line in, one line out
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 
-`run` is a Run. Other names are those of data.py and warmup.py. hypotheses and warmups are texts, ""
+`run` is a Run (train.py's Run adds what training needs). Other names are those of data.py and warmup.py. hypotheses and warmups are texts, ""
 for no warmup.
 """
 
@@ -609,7 +609,9 @@ def read_input(lines, config, tokenizer):
         elif line and usual:
             source, _, prompt = map(str.strip, line.partition("\t"))
             example = Example(source, prompt, "")
-            if tokenizer.token_to_id(prompt.split(" ")[0]) not in special_ids(tokenizer):
+            tag, *words = prompt.split(" ")
+            known = tokenizer.token_to_id(tag) in special_ids(tokenizer)
+            if not known or 1 + len(words) != len(usual.split(" ")):
                 raise UserError(
                     f"line {number} of --input: a line is the source, a tab, and a prompt such as "
                     f"{usual}, with a tag of this run's data. Here the prompt is {prompt!r}"

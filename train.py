@@ -2,6 +2,7 @@
 
     python train.py --task wmt                  everything on the built-in data, in minutes
     python train.py --resume runs/wmt           go on where a run was interrupted
+    python train.py --sft runs/wmt --estimator jensen --out runs/jensen      its SFT stage, once more
     torchrun --nproc_per_node 2 train.py …      by several processes: a GPU each, or CPUs
 
 N processes take N times the batches. Divide --batch-tokens and --policy-batch-tokens by N for
@@ -215,9 +216,10 @@ def start_stage(run, stage):
     """Fresh optimizer, batches and counters. Later stages begin at the best SFT weights.
 
     Two stages are our choice: the paper does not say how warmups are initialised. A policy from
-    scratch would sample noise, and y would learn to ignore it. The control differs from the policy
-    stage in the warmup alone: it takes --policy-lr with a new ramp, no dropout in the decoder, as
-    many FLOPs, as many validations. Its batches are SFT's: the best SFT for these FLOPs.
+    scratch would sample noise, and y would learn to ignore it. The control has what the
+    policy stage has: its FLOPs, --policy-lr with a new ramp, no dropout in the decoder, as many
+    validations (at most one an update). It lacks the warmup, and spends the FLOPs on batches of
+    SFT's size: the best SFT that they buy.
     """
     config, folder = run.config, run.config.folder
     total, tokens = config.sft_steps, config.batch_tokens
@@ -246,13 +248,14 @@ def learning_rate(config, state):
 
 
 def batch_loss(run, batch):
-    """The stage's loss of a micro-batch, a sum over target tokens; sums by unit; counts of units.
+    """The stage's loss on a micro-batch, a sum over target tokens, and what goes into the log:
 
-    FLOPs are one of the counts. All of them add up over micro-batches and processes.
+    {(name, unit): sum} and {unit: count}, the FLOPs among the counts. All add up over micro-batches
+    and processes.
     """
     config, spec, model = run.config, run.spec, run.model
     here = batch.to(run.device)
-    if run.state.stage != "sft":  # baselines and control, too: they differ in the warmup alone
+    if run.state.stage != "sft":  # baselines and control, too: no gain may come from dropout
         model.decoder.eval()  # see warmup_loss: decoder dropout is off-policy
     if spec is None:
         loss = sft_loss(model, here)
@@ -321,8 +324,8 @@ def train_stage(run, bar):
 def validation_is_due(config, state):
     """Before the first update of later stages, after each --eval-every updates, at a stage's end.
 
-    The control has another number of updates than the policy stage, but as many validations, at
-    even distances: as many checkpoints to choose from.
+    The control has another number of updates than the policy stage, but as many validations (at
+    most one an update), at even distances: as many checkpoints to choose from.
     """
     step, total = state.step, state.total
     if step == state.validated:
@@ -522,17 +525,17 @@ def parse(argv):
     for name in ("--task", "--init", "--resume", "--sft", "--size", "--vocab-size"):  # see below
         first.add_argument(name, nargs="?")
     known, _ = first.parse_known_args(argv)
-    of_sft = {}  # with --sft: the settings of the run whose SFT stage is taken
-    if known.sft:
-        of_sft = vars(read_config(known.sft))
     defaults = asdict(Config())
-    task = TASKS.get(known.task or of_sft.get("task"), TASKS["wmt"])
+    task = TASKS.get(known.task, TASKS["wmt"])
     for name in task.settings:
         lookup(defaults, name, f"task {known.task}: there is no setting")
     defaults |= task.settings
-    if known.init or of_sft.get("init"):  # T5's weights are large and need no big steps
+    if known.init:  # T5's weights are large and need no big steps
         defaults |= {"lr": 3e-4, "policy_lr": 1e-4}
-    defaults |= {name: value for name, value in of_sft.items() if name not in AFTER_SFT}
+    of_sft = {}  # with --sft: the settings of that run. Those that are not said again stay
+    if known.sft:
+        of_sft = vars(read_config(known.sft))
+        defaults |= of_sft | {"out": "", "overwrite": False, "sft": ""}
 
     parser = Parser(
         description=__doc__.split("\n")[0],
@@ -559,7 +562,10 @@ def parse(argv):
     for name, theirs in of_sft.items():
         ours = getattr(config, name)
         if ours != theirs and name not in (*AFTER_SFT, "data"):  # data: see check_sft
-            parser.error(f"the SFT stage of {known.sft} has {flag_name(name)} {theirs}, not {ours}")
+            parser.error(
+                f"the SFT stage of {known.sft} has {flag_name(name)} {theirs!r}, not {ours!r}: "
+                "leave it out, or train from the start"
+            )
     if known.sft and config.folder.resolve() == Path(known.sft).resolve():
         parser.error("--sft and --out are one folder: choose another --out")
     return config, folder is not None
@@ -620,8 +626,8 @@ def check_rows(config, tokenizer, data):
     rows = warmups * max(map(len, batches)) * config.accumulate
     if rows <= MOST_ROWS:
         return
-    how = "--warmup-len or --vocab-size"
-    if warmups <= MOST_ROWS:
+    how = "--warmup-len, --vocab-size or --accumulate"
+    if warmups * config.accumulate <= MOST_ROWS:
         how = f"--policy-batch-tokens to {config.policy_batch_tokens * MOST_ROWS // rows}"
     raise UserError(
         f"--estimator exact would score {rows:,} rows an update, {warmups:,} warmups for each "

@@ -275,12 +275,12 @@ def frozen(R):
 ESTIMATORS = {f.__name__: f for f in (marginal, jensen, iwae, prob, grpo, best, truncated, frozen)}
 
 
-# These two know their warmups: nothing is sampled
+# Two that sample nothing, and their rules. exact takes all warmups, pause a constant one
 NOT_SAMPLED = {"exact": truncated, "pause": frozen}
 
 
 def propose(model, memory, prompt, spec, estimator, samples):
-    """The warmups of an update, c (B,K,W), and how many an example were sampled.
+    """The warmups of an update, c (B,K,W), and how many of them were sampled for each example.
 
     exact: all warmups. pause: the constant one. Both: 0 were sampled, so each counts by its P(c|x).
     """
@@ -359,11 +359,11 @@ def warmup_loss(model, batch, spec, estimator="marginal", samples=4, alpha=1.0) 
 
 
 # ----------------------------------------------------------------------------- is it working?
-def diagnostics(R, log_pi, c, alpha=1.0, sampled=True):
+def diagnostics(R, log_pi, c, alpha=1.0, sampled=1):
     """What to watch instead of the surrogate loss. R, log_pi (B,K), c (B,K,W) -> batch sums.
 
     {(name, unit): sum}: the log divides each sum by the number of its units.
-    Means are over an example's K sampled warmups. If none was sampled, P(c|x) weighs them.
+    Means are over an example's K warmups. If 0 of them were sampled, P(c|x) weighs them.
 
     nll       -log mean_k P(y|x,c_k), nats. In expectation an upper bound on -log P(y|x)
     reward    mean of R over an example's warmups, nats

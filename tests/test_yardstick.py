@@ -17,6 +17,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -221,10 +222,12 @@ def test_what_sft_depends_on_must_be_equal(other, tmp_path, capsys):
         assert stop.value.code == 2
         said = capsys.readouterr().err.splitlines()[0]
         before = getattr(read_config(other), name)
-        assert f"the SFT stage of {other} has {flag_name(name)} {before}, not {value}" in said
+        assert f"the SFT stage of {other} has {flag_name(name)} {before!r}, not {value!r}: " in said
     config, _ = train.parse(["--sft", str(other), "--out", "new"])
     assert (config.size, config.built_in_size, config.data) == ("nano", 60, "built-in")
-    assert (config.estimator, config.policy_steps, config.threads) == ("marginal", 120, 0)
+    theirs = read_config(other)  # nothing is forgotten, what later stages read neither
+    assert config == replace(theirs, out="new", sft=str(other)) != Config()
+    assert theirs.policy_steps != Config().policy_steps and theirs.samples != Config().samples
     assert set(AFTER_SFT) < set(vars(Config())) and not set(changes) & set(AFTER_SFT)
     for flags, said in ((["--policy-steps", "0"], "--policy-steps"), (["--out", other], "--out")):
         with pytest.raises(SystemExit) as stop:
@@ -332,7 +335,9 @@ def test_exact_is_refused_where_it_would_take_hours(tmp_path):
     assert f"lower --policy-batch-tokens to {limit}" in said and limit > 18
     flags = ["--policy-batch-tokens", f"{limit}"]
     assert "lower --policy-batch-tokens" in refused(*flags, "--accumulate", "2")
-    assert "lower --warmup-len or --vocab-size" in refused(*flags, "--warmup-len", "2")
+    assert "lower --warmup-len, --vocab-size or --accumulate" in refused(
+        *flags, "--warmup-len", "2"
+    )
     run = prepared(*flags)
     rows = len(run.tokenizer.get_vocab()) - len(evaluation.special_ids(run.tokenizer))
     assert 3000 < rows * max(map(len, run_batches(run))) <= 4096
