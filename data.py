@@ -444,10 +444,7 @@ def read_config(folder) -> Config:
     folder = Path(folder)
     path = folder / "config.json"
     if not path.exists():
-        runs = [*folder.parent.glob("*/config.json"), *folder.glob("*/config.json")]
-        known = ", ".join(sorted(str(run.parent) for run in runs)[:8])
-        here = f": runs here are {known}" if known else ""
-        raise UserError(f"no run in {folder}{here}. One that was killed early: start it again")
+        raise UserError(f"no run in {folder}. One that was killed early: start it again")
     saved = read_json(path) | {"out": str(folder)}
     if saved.keys() != vars(Config()).keys():
         raise UserError(f"{path} is of another version of the program: train again, --overwrite")

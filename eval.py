@@ -753,7 +753,7 @@ def main(argv):
 
 
 def score_split(run, stages, args):
-    """The table, files of outputs and references, and how to compare them. Or --show."""
+    """The table, and files of outputs and references. Or --show."""
     config, folder = run.config, run.config.folder
     if not (folder / "results.json").exists():  # train.py's last file
         print(f"note: this run is not finished. Go on with: {resume_command(folder)}")
@@ -777,19 +777,6 @@ def score_split(run, stages, args):
         path.write_text(lines, encoding="utf-8", newline="\n")
         print(f"wrote {path}")
     show(run, stages, examples[:3])
-    if len(outputs) > 1 and config.translates:
-        print(
-            f"\ncompare, by paired bootstrap:\n{significance_command(stages, config, split, examples)}"
-        )
-
-
-def significance_command(stages, config, split, examples):
-    """sacreBLEU's paired bootstrap (Koehn 2004) against the control, else against SFT."""
-    baseline_first = sorted(stages, key=lambda stage: stage != "control")
-    files = [shell_word(config.folder / f"{split}.{name}.txt") for name in ("ref", *baseline_first)]
-    words = bleu_tokenizer(examples)
-    metrics = f"-m bleu chrf --chrf-word-order 2 --tokenize {words} -f text"
-    return f"sacrebleu {files[0]} -i {' '.join(files[1:])} {metrics} --paired-bs"
 
 
 if __name__ == "__main__":

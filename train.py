@@ -573,7 +573,7 @@ def parse(argv):
 
 def earlier_files(folder):
     """The files of an earlier run in a folder. Others are not this program's: they stay."""
-    names = ["config.json", "tokenizer.json", "log.jsonl", "results.json", "last.pt"]
+    names = "config.json tokenizer.json log.jsonl results.json last.pt".split()
     names += [f"{stage}.pt" for stage in STAGES]
     for split in SPLITS:  # eval.py's
         names += [f"{split}.{part}.txt" for part in ("ref", *STAGES, "policy.warmups")]

@@ -340,7 +340,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
         for program, *argv in ((evaluation, str(folder)), (train, "--resume", str(folder))):
             assert program.main(argv) == 1
             said = capsys.readouterr().err
-            assert said.startswith(f"error: no run in {folder}: ") and said.count("\n") == 1
+            assert said.startswith(f"error: no run in {folder}. ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

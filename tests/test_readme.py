@@ -207,7 +207,7 @@ def test_every_function_that_is_named_exists():
 def test_every_flag_that_is_named_exists(capsys):
     known = {"--extra-index-url", "--nproc_per_node", "--standalone"}  # pip's, torchrun's, SLURM's
     known |= {"--ntasks", "--gpus", "--cpus-per-task", "--time", "--signal", "--requeue"}
-    known.add("--open-mode")
+    known |= {"--open-mode", "--chrf-word-order", "--tokenize", "--paired-bs"}  # and sacreBLEU's
     for program in (train, evaluation, data):
         with pytest.raises(SystemExit):
             program.main(["--help"])

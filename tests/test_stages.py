@@ -29,6 +29,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -38,16 +39,7 @@ import torch
 import eval as evaluation
 import train
 from conftest import TINY
-from data import (
-    Config,
-    Example,
-    collate,
-    encode_split,
-    flag_name,
-    read_config,
-    shell_word,
-    special_ids,
-)
+from data import Config, Example, collate, encode_split, flag_name, read_config, special_ids
 from warmup import Batch, WarmupSpec, sample_warmups, score, sft_loss
 
 SETTINGS = dict(
@@ -394,32 +386,17 @@ def test_new_text_for_a_pretrained_model_begins_as_its_training_did(runs, tmp_pa
     assert {example.prompt for example in seen} == {"<2en>"}
 
 
-@pytest.mark.parametrize(
-    "gone, first, second",
-    [("", "control", "sft"), ("control.pt", "sft", "policy"), ("policy.pt", "control", "sft")],
-)
-def test_the_command_for_sacrebleu_compares_with_the_control_else_with_sft(
-    gone, first, second, runs, tmp_path, capsys
-):
-    """It is run as it is printed, from a folder with a space. The baseline stands first."""
-    folder = shutil.copytree(runs["marginal"].folder, tmp_path / "my run")
-    if gone:
-        (folder / gone).unlink()
+def test_the_guides_command_for_sacrebleu_gives_the_tables_scores(runs, tmp_path):
+    """As it is printed, but for the folder. The control is its baseline."""
+    folder = shutil.copytree(runs["marginal"].folder, tmp_path / "run")
     score_run, tables = evaluation.score_run, []
     with pytest.MonkeyPatch.context() as patch:
         keep = lambda *given: tables.append(score_run(*given)) or tables[-1]
         patch.setattr(evaluation, "score_run", keep)
         assert evaluation.main([str(folder)]) == 0
-    [command] = [
-        row for row in capsys.readouterr().out.splitlines() if row.startswith("sacrebleu ")
-    ]
-    program, *words = shlex.split(command)
-    assert words[0] == str(folder / "test.ref.txt") and shell_word(words[0]) in command
-    stages = [stage for stage in ("control", "sft", "policy") if f"{stage}.pt" != gone]
-    assert stages[:2] == [first, second]
-    outputs = [str(folder / f"test.{stage}.txt") for stage in stages]
-    assert words[1 : 2 + len(outputs)] == ["-i", *outputs]
-
+    guide = (Path(__file__).parents[1] / "docs" / "guide.md").read_text(encoding="utf-8")
+    [command] = [line for line in guide.splitlines() if line.startswith("sacrebleu ")]
+    program, *words = shlex.split(command.replace("runs/en-de", folder.as_posix()))
     code = f"from sacrebleu.{program} import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *words, "--paired-bs-n", "20"],
@@ -431,25 +408,22 @@ def test_the_command_for_sacrebleu_compares_with_the_control_else_with_sft(
     assert done.returncode == 0, done.stderr[-2000:]
     table, *_ = done.stdout.split("Paired bootstrap resampling")
     systems = [line.strip("│ ").split("│") for line in table.splitlines() if ".txt" in line]
-    named = [f"Baseline: {outputs[0]}", *outputs[1:]]
-    assert [name.strip() for name, *_ in systems] == named
-    assert table.count("(p = ") == 2 * (len(outputs) - 1)  # BLEU and chrF++ of all but the first
+    outputs = [f"{folder.as_posix()}/test.{stage}.txt" for stage in ("control", "sft", "policy")]
+    assert [name.strip() for name, *_ in systems] == [f"Baseline: {outputs[0]}", *outputs[1:]]
+    assert table.count("(p = ") == 4  # BLEU and chrF++ of all but the first
     [(results, _)] = tables
     by_stage = {row["stage"]: row for row in results["rows"]}
-    rows = [by_stage[stage] for stage in stages]
-    for row, (_, *scores) in zip(rows, systems):  # those of our table
+    for stage, (_, *scores) in zip(("control", "sft", "policy"), systems):  # those of our table
         scores = [float(score.split()[0]) for score in scores]
-        assert scores == pytest.approx(list(row["metrics"].values()), abs=0.06)
+        assert scores == pytest.approx(list(by_stage[stage]["metrics"].values()), abs=0.06)
 
 
-def test_references_are_one_line_an_example_and_a_single_stage_is_not_compared(
-    runs, tmp_path, capsys, monkeypatch
-):
+def test_references_are_one_line_an_example(runs, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(runs["marginal"].folder, tmp_path / "r")
     examples = [Example(f"{n}", "<2en>", f"a dog\n sees  {n}\u2028cats") for n in range(3)]
     monkeypatch.setattr(evaluation, "load", lambda config: ({"valid": examples}, ""))
     assert evaluation.main([str(folder), "--stage", "policy"]) == 0
     out = capsys.readouterr().out
-    assert f"wrote {folder / 'valid.ref.txt'}\n" in out and "sacrebleu " not in out
+    assert f"wrote {folder / 'valid.ref.txt'}\n" in out
     lines = (folder / "valid.ref.txt").read_text(encoding="utf-8").split("\n")
     assert lines == [f"a dog sees {n} cats" for n in range(3)] + [""]
