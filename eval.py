@@ -652,6 +652,7 @@ def export(run, stage, out):
     load_stage(run, stage)
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # a T5 has no token types
         "eos_token": EOS,
         "pad_token": PAD,
         "unk_token": UNK,
