@@ -183,7 +183,12 @@ def test_a_task_says_that_its_examples_have_prompts(mine, capsys, tmp_path):
     assert "its examples have prompts, so its row in TASKS needs one, too" in refused(capsys)
     mine(asking, prompt="<ask> a")
     assert train.main([*FLAGS, "--out", "run"]) == 0
-    for line, ok in (("abc\t<ask> a", True), ("abc", False), ("abc\ta", False)):
+    for line, ok in (
+        ("abc\t<ask> a", True),
+        ("abc", False),
+        ("abc\ta", False),
+        ("a\t<ask>", False),
+    ):
         (tmp_path / "text").write_text(line, encoding="utf-8")
         assert evaluation.main(["run", "--input", "text"]) == (0 if ok else 1)
         assert ok or "a prompt such as <ask> a" in capsys.readouterr().err
