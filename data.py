@@ -328,6 +328,8 @@ def encode_split(tokenizer, examples, config, split, scored=True):
     fate = "the reference stays whole, the output will be cut" if scored else "left out"
     say(long_target, f"{what} target over --max-target-tokens {config.max_target_tokens}: {fate}")
 
+    if scored:
+        check_references(data, split)
     if not scored:
         left_out = long_target if cuts_sources else long_source | long_target
         data = compress(data, ~left_out)
@@ -424,6 +426,15 @@ def say(cases, what):
         print(f"data: {cases.sum()} {what}")
 
 
+def check_references(data, split):
+    """UserError for one of over 10,000 tokens: attention takes their square of memory."""
+    for number, ids in enumerate(data, 1):
+        if len(ids.target) > 10_000:
+            raise UserError(
+                f"the target of {split} example {number} is too long: remove or split it"
+            )
+
+
 def lengths(data, name):
     """(examples,): how many token ids the field of this name has."""
     return np.array([len(getattr(ids, name)) for ids in data])
@@ -441,7 +452,7 @@ def cut(ids, most, side, kept_end):
 
 def read_config(folder) -> Config:
     """The settings in a run's config.json. UserError if they are not those of this program."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"no run in {folder}. One that was killed early: start it again")
@@ -678,7 +689,7 @@ READERS = {
 # ----------------------------------------------------------------------------- tokenizers
 # A word, a digit, signs, or spaces: GPT-2's pattern without its English endings. Unlike there, a
 # combining mark is part of its word: Hindi, Thai and Burmese write vowels so. And each digit is a
-# token: 57 and 58 share what they share. At most 99 signs: training is quadratic in the longest word.
+# token: 57 and 58 share what they share. At most 99 signs: training takes the square of a word.
 WORD = r" ?[\p{L}\p{M}]{1,99}|\p{N}| ?[^\s\p{L}\p{M}\p{N}]{1,99}|\s{1,99}(?![^\s\p{N}])|\s{1,99}"
 
 
@@ -1252,7 +1263,7 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         known = self._option_string_actions
         near = unknown and difflib.get_close_matches(unknown[1], known, 1, 0.75)
-        hint = f"did you mean {near[0]}?" if near else f"--help lists all flags of {self.prog}"
+        hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
         self.exit(2, f"error: {message}\n{hint}\n")
 
 

@@ -6,8 +6,8 @@
     python eval.py runs/wmt --input text.de     new text: one line in, one line out
     python eval.py runs/mt5 --export folder     write a checkpoint for Hugging Face transformers
 
-`run` is a Run (train.py's Run adds what training needs). Other names are those of data.py and warmup.py. hypotheses and warmups are texts, ""
-for no warmup.
+`run` is a Run; train.py's has more fields. Other names are those of data.py and warmup.py.
+hypotheses and warmups are texts, "" for no warmup.
 """
 
 import argparse
@@ -621,8 +621,9 @@ def read_input(lines, config, tokenizer):
 
 
 def answers(run, lines):
-    """An Output for each line of new text, as --input takes them. An empty line has an empty one."""
+    """An Output for each line of new text, as --input takes it: an empty one for an empty line."""
     config = run.config
+    lines = [lines] if isinstance(lines, str) else lines
     examples = read_input(lines, config, run.tokenizer)
     filled = [example for example in examples if example.source]
     data = encode_split(run.tokenizer, filled, config, "new")
@@ -675,6 +676,8 @@ def open_run(folder, stage=None, **changes) -> Run:
     stage None: no model yet. changes: settings that differ from the run's own, such as beams=1.
     """
     config = replace(read_config(folder), **changes)
+    if wrong := config.problem():
+        raise UserError(wrong)
     tokenizer = load_tokenizer(config.folder / "tokenizer.json", SEP)
     run = Run(config, tokenizer, pick_device(config.device, config.threads))
     if stage:

@@ -2,7 +2,7 @@
 
     python train.py --task wmt                  everything on the built-in data, in minutes
     python train.py --resume runs/wmt           go on where a run was interrupted
-    python train.py --sft runs/wmt --estimator jensen --out runs/jensen      its SFT stage, once more
+    python train.py --sft runs/wmt …            begin with its SFT stage, at the policy stage
     torchrun --nproc_per_node 2 train.py …      by several processes: a GPU each, or CPUs
 
 N processes take N times the batches. Divide --batch-tokens and --policy-batch-tokens by N for
@@ -551,8 +551,10 @@ def parse(argv):
     folder = args.pop("resume")
     for name in args:
         if folder is not None and name not in MOVABLE:
-            how = "--sft RUN starts a new run from its SFT stage"
-            parser.error(f"{flag_name(name)} may not change on resuming: {how}")
+            parser.error(
+                f"{flag_name(name)} may not change on resuming: --sft RUN starts a new run from "
+                "its SFT stage, if that does not depend on it"
+            )
     start = Config() if folder is None else read_config(folder)
     config = replace(start, **args)
     if wrong := config.problem():
@@ -566,7 +568,7 @@ def parse(argv):
                 f"the SFT stage of {known.sft} has {flag_name(name)} {theirs!r}, not {ours!r}: "
                 "leave it out, or train from the start"
             )
-    if known.sft and config.folder.resolve() == Path(known.sft).resolve():
+    if known.sft and config.folder.resolve() == Path(config.sft).resolve():
         parser.error("--sft and --out are one folder: choose another --out")
     return config, folder is not None
 
@@ -583,12 +585,14 @@ def earlier_files(folder):
 def check_folder(config, resume):
     """UserError if the folder holds a run that may not be replaced, or files that are no run's."""
     earlier = earlier_files(config.folder)
-    settings = config.folder / "config.json"
+    settings, tokenizer = config.folder / "config.json", config.folder / "tokenizer.json"
     if settings in earlier and "task" not in read_json(settings):
         raise UserError(f"{settings} is not a run's, and would be lost: choose another --out")
-    if earlier and not (resume or config.overwrite):
+    # a run that was killed while it was prepared has these two, and an empty log: no loss
+    worth = [path for path in earlier if path not in (settings, tokenizer) and path.stat().st_size]
+    if worth and not (resume or config.overwrite):
         raise UserError(
-            f"{config.folder} holds a run ({earlier[0].name}): --resume it, --overwrite it, or "
+            f"{config.folder} holds a run ({worth[0].name}): --resume it, --overwrite it, or "
             "choose another --out"
         )
 
@@ -725,10 +729,11 @@ def begin(run, resume):
                     if record["stage"] == "sft":
                         log(run, record["kind"], record)
             start_stage(run, "policy" if config.sft else "sft")
-            save_state(run)
+            write_json(config.folder / "config.json", asdict(config))
+            save_state(run)  # last: with it the run can be resumed
         gather(None)  # the others wait for last.pt
     restore(run)
-    if rank() == 0:  # only now: what --resume changed is known to be good
+    if rank() == 0:  # again, and only now: what --resume changed is known to be good
         write_json(config.folder / "config.json", asdict(config))
 
 

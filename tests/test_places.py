@@ -524,3 +524,38 @@ def test_the_guides_job_script(tmp_path):
         finished = (tmp_path / "runs" / "two" / "results.json").exists()
         assert finished == (not signalled)
         assert (tmp_path / "requeued").read_text(encoding="utf-8") == "requeue 7\n"
+
+
+def test_a_job_that_died_while_it_was_prepared_starts_again(tmp_path, monkeypatch):
+    """Before last.pt there is nothing to lose, and nothing to resume."""
+    folder = tmp_path / "run"
+    flags = [*RUN, "--policy-steps", "0", "--out", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_state", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(flags)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"config.json", "tokenizer.json", "log.jsonl", "lock"}
+    assert train.main(flags) == 0
+    assert train.main(flags) == 1  # now there is something
+
+
+def test_a_reference_that_no_memory_holds_is_named_before_training(tmp_path, capsys):
+    for name in ("train", "valid"):
+        for code in ("en", "zh"):
+            long = "".join(chr(0x4E00 + n) for n in range(12_000))
+            lines = ["ein Satz"] * 20 + [long] + ["ein Satz"]
+            (tmp_path / f"{name}.{code}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    flags = ["--pair", "en-zh", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert train.main([*TINY, *flags]) == 1
+    said = "the target of valid example 21 is too long: remove or split it"
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_open_run_takes_settings_that_the_flags_take(finished_run, monkeypatch):
+    with pytest.raises(model.UserError, match="--beams must lie between"):
+        evaluation.open_run(finished_run, "policy", beams=0)
+    monkeypatch.setenv("HOME", str(finished_run.parent))
+    monkeypatch.setenv("USERPROFILE", str(finished_run.parent))
+    run = evaluation.open_run("~/tiny", "policy")
+    assert evaluation.answers(run, "Der Hund.") == evaluation.answers(run, ["Der Hund."])
