@@ -835,8 +835,8 @@ def read_spiece(path, vocab_size) -> Tokenizer:
         steps = [normalizers.Precompiled(rules)] if rules else []
     except Exception:  # a damaged file fails in many ways, and tokenizers raises bare Exception
         raise UserError(
-            f"there is no tokenizer.json, and {path} is not a SentencePiece unigram model, "
-            "as all T5s have"
+            f"there is no tokenizer.json, and {path} is missing or not a SentencePiece unigram "
+            "model, as all T5s have"
         ) from None
     if not any("<extra_id_" in text for text, _ in vocab):
         count = 300 if vocab_size - len(vocab) >= 300 else 100
