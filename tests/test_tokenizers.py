@@ -277,7 +277,9 @@ def test_missing_or_broken_tokenizer_files(folder):
         pretrained_tokenizer(folder, [], 140)
     (folder / "tokenizer.json").unlink()
     (folder / "spiece.model").unlink()
-    with pytest.raises(UserError, match="there is no tokenizer.json, and .*spiece.model is missing or not"):
+    with pytest.raises(
+        UserError, match="there is no tokenizer.json, and .*spiece.model is missing or not"
+    ):
         pretrained_tokenizer(folder, [], 140)
 
 
