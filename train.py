@@ -190,7 +190,7 @@ class Run(ScoredRun):
         torchrun sends on what the terminal or the cluster has sent already: within a second it is
         the same one.
         """
-        now = time.perf_counter()
+        now = time.monotonic()
         if not self.stop:
             self.stop = now
         elif number == signal.SIGINT and now > self.stop + 1:
