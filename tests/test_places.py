@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -508,7 +509,9 @@ def test_the_guides_job_script(tmp_path):
     for name, body in shims.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
         (tmp_path / name).chmod(0o755)
-    script = section("On a cluster", "bash").replace("train.py", str(ROOT / "train.py"))
+    script = section("On a cluster", "bash").replace(
+        "train.py", shlex.quote(str(ROOT / "train.py"))
+    )
     script = script.replace("--task wmt", " ".join(["--task wmt", *RUN]))
     path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"}
@@ -516,6 +519,7 @@ def test_the_guides_job_script(tmp_path):
     for signalled in (True, False):
         program = subprocess.Popen(job, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
         while signalled and not (tmp_path / "runs" / "two" / "sft.pt").exists():
+            assert program.poll() is None, program.communicate()[1][-2000:]
             time.sleep(0.05)
         if signalled:
             children = ["pkill", "-TERM", "-P", str(program.pid)]  # of the batch shell, as SLURM
