@@ -97,7 +97,7 @@ def test_a_notebook_trains_scores_and_downloads(tmp_path):
     cells = [
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train, data\nimport eval as scores",
         f"assert train.main({RUN} + ['--out', 'a']) == 0",
-        f"%run {ROOT / 'train.py'} {flags} --out b",
+        f"%run '{ROOT / 'train.py'}' {flags} --out b",
         "assert scores.main(['a']) == 0",
         "try:\n    data.main(['nothing'])\nexcept SystemExit as stop:\n    assert stop.code == 2",
         "run = scores.open_run('a', 'policy')\nprint(scores.answers(run, ['Der Hund.'])[0].text)",
