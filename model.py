@@ -684,9 +684,9 @@ def own_draws(device, *seed):
 
 
 def low_precision(dtype, device):
-    """Whether products are in bfloat16. auto: on a GPU that has it. Older ones, as T4 and V100,
+    """Whether matrix products are in bfloat16. auto: on a GPU that has it.
 
-    compute it by way of float32: slower than float32 itself.
+    Older GPUs, such as T4 and V100, emulate it, slower than float32.
     """
     if dtype == "auto" and device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -187,8 +187,7 @@ class Run(ScoredRun):
     def interrupt(self, number, frame):
         """Ctrl-C and SIGTERM: finish the update, save, leave. A second Ctrl-C leaves at once.
 
-        torchrun sends on what the terminal or the cluster has sent already: within a second it is
-        the same one.
+        Signals within a second count as one: torchrun repeats what its processes have got already.
         """
         now = time.monotonic()
         if not self.stop:
@@ -248,10 +247,10 @@ def learning_rate(config, state):
 
 
 def batch_loss(run, batch):
-    """The stage's loss on a micro-batch, a sum over target tokens, and what goes into the log:
+    """A micro-batch -> loss, {(name, unit): sum}, {unit: count}.
 
-    {(name, unit): sum} and {unit: count}, the FLOPs among the counts. All add up over micro-batches
-    and processes.
+    The loss is the stage's, a sum over target tokens. FLOPs are one of the counts. All sums and
+    counts add up over micro-batches and processes.
     """
     config, spec, model = run.config, run.spec, run.model
     here = batch.to(run.device)
@@ -276,7 +275,7 @@ def train_stage(run, bar):
     UserError if the gradient is not finite. KeyboardInterrupt after Ctrl-C, once all is saved.
     """
     config, state, model, optimizer = run.config, run.state, run.model, run.optimizer
-    if validation_is_due(config, state):  # of the best SFT weights; or a run was stopped in it
+    if validation_is_due(config, state):  # a later stage begins, or a run was stopped in it
         validate_and_save(run)
     while state.step < state.total:
         started = time.perf_counter()
@@ -507,7 +506,7 @@ def join_processes():
         # long: the others wait while rank 0 validates and decodes
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("WORLD_SIZE is set, but torchrun did not start this: use it, or unset both")
+        raise UserError("WORLD_SIZE is set, but torchrun did not start this: use it, or unset that")
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
