@@ -506,7 +506,9 @@ def join_processes():
         # long: the others wait while rank 0 validates and decodes
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     elif int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("WORLD_SIZE is set, but torchrun did not start this: use it, or unset that")
+        raise UserError(
+            "WORLD_SIZE is set, but torchrun did not start this: use torchrun, or unset WORLD_SIZE"
+        )
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
